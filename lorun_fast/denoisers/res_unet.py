@@ -1,0 +1,106 @@
+"""A residual U-Net base denoiser.
+
+Four scales by default, two residual blocks (convolution, ReLU, convolution, skip) a level and side, 2 x 2
+strided and transposed convolutions between scales, no biases. With channels 16-32-64-64, four channels in
+and three out it has 588,784 parameters; with 32-64-96-128 and one channel 1,786,432.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x)))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class ResUNet(nn.Module):
+    """forward(z, sigma=None): (N, in, H, W) -> (N, out, H, W), any H and W (replicated up to whole cells inside).
+
+    in_channels, out_channels: image channels. noise_level: append one constant channel that holds sigma
+        (a number, a 0-d tensor or (N,); on the images' own scale), and require it in forward.
+    channels: width per scale. blocks: residual blocks per level.
+    residual: predict the correction to the first ``out_channels`` input channels instead of the image.
+    Raises ValueError for another channel count, or for a missing or unexpected sigma.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        channels: tuple[int, ...] = (16, 32, 64, 64),
+        blocks: int = 2,
+        noise_level: bool = False,
+        residual: bool = True,
+    ):
+        super().__init__()
+        if residual and out_channels > in_channels:
+            raise ValueError(f"residual needs out_channels <= in_channels, got {out_channels} > {in_channels}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.channels, self.blocks = tuple(channels), blocks
+        self.noise_level, self.residual = noise_level, residual
+        pairs = list(zip(self.channels, self.channels[1:], strict=False))
+
+        def level(width: int) -> nn.Sequential:
+            return nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+
+        self.head = nn.Conv2d(in_channels + noise_level, self.channels[0], 3, padding=1, bias=False)
+        self.encoder = nn.ModuleList(level(narrow) for narrow, _ in pairs)
+        self.down = nn.ModuleList(nn.Conv2d(narrow, wide, 2, stride=2, bias=False) for narrow, wide in pairs)
+        self.body = level(self.channels[-1])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, stride=2, bias=False) for narrow, wide in pairs)
+        self.decoder = nn.ModuleList(level(narrow) for narrow, _ in pairs)
+        self.tail = nn.Conv2d(self.channels[0], out_channels, 3, padding=1, bias=False)
+
+    def config(self) -> dict:
+        """The constructor's arguments: what a saved file needs to rebuild this module."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "channels": list(self.channels),
+            "blocks": self.blocks,
+            "noise_level": self.noise_level,
+            "residual": self.residual,
+        }
+
+    def _with_noise_map(self, z: Tensor, sigma: float | Tensor | None) -> Tensor:
+        if not self.noise_level:
+            if sigma is not None:
+                raise ValueError("this ResUNet was built without noise_level=True and takes no sigma")
+            return z
+        if sigma is None:
+            raise ValueError("this ResUNet was built with noise_level=True: pass sigma")
+        n, _, h, w = z.shape
+        sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
+        return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
+
+    def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+        if z.ndim != 4 or z.shape[1] != self.in_channels:
+            raise ValueError(f"z: expected (N, {self.in_channels}, H, W), got shape {tuple(z.shape)}")
+        height, width = z.shape[2:]
+        cell = 2 ** len(self.down)
+        x = self._with_noise_map(z, sigma)
+        if height % cell or width % cell:
+            x = F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate")
+        x = self.head(x)
+        skips = []
+        for blocks, down in zip(self.encoder, self.down, strict=True):
+            skips.append(x)
+            x = down(blocks(x))
+        x = self.body(x)
+        for up, blocks, skip in zip(
+            reversed(self.up), reversed(self.decoder), reversed(skips), strict=True
+        ):
+            x = blocks(up(x)) + skip
+        x = self.tail(x)[:, :, :height, :width]
+        return z[:, : self.out_channels] + x if self.residual else x

@@ -1,0 +1,73 @@
+"""What every sensing operator offers, whatever the task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SensingOperator(nn.Module):
+    """A linear measurement y = Phi x with the pieces that unfolding networks need.
+
+    Subclasses name their ``task``, hold Phi's parameters as fp32 (or fp64) buffers or parameters, and implement
+    ``forward``, ``adjoint``, ``gradient_step``, ``initial``, ``norm``, ``config`` and ``image_size``.
+    """
+
+    task: str = ""
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Phi^T y."""
+        raise NotImplementedError
+
+    def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        """x - rho * Phi^T (Phi x - y), one op; rho a number, 0-d, or broadcastable to (N, C, 1, 1)."""
+        raise NotImplementedError
+
+    def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """The start x_0 of the iteration."""
+        raise NotImplementedError
+
+    def norm(self) -> Tensor:
+        """The largest singular value of Phi, a 0-d tensor."""
+        raise NotImplementedError
+
+    def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2, where a closed form exists."""
+        raise NotImplementedError(f"{type(self).__name__} has no closed-form proximal step: use gradient_step")
+
+    def config(self) -> dict:
+        """JSON-serialisable constructor arguments beside the tensors of ``state_dict()``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict, state: dict[str, Tensor]) -> SensingOperator:
+        """Rebuilds an operator from :meth:`config` and the tensors of its ``state_dict()``."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        # Operator parameters stay fp32 (or fp64): net.half() and net.bfloat16() change the denoiser only.
+        def keep_wide(t: Tensor) -> Tensor:
+            out = fn(t)
+            if out.is_floating_point() and out.dtype in (torch.float16, torch.bfloat16):
+                out = t.to(device=out.device)
+            return out
+
+        return super()._apply(keep_wide, recurse)
+
+
+def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
+    """A user's array (tensor, numpy array, nested list) as a finite fp32 or fp64 tensor with one of these ranks."""
+    try:
+        t = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(value).__name__}") from error
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
+    if t.dtype not in (torch.float32, torch.float64):
+        t = t.float()
+    if t.ndim not in ndims or t.numel() == 0:
+        want = " or ".join(f"{n}-D" for n in ndims)
+        raise ValueError(f"{name}: expected a non-empty {want} array, got shape {tuple(t.shape)}")
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
+    return t

@@ -1,0 +1,113 @@
+"""Block compressive sensing as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.ops import block_cs as ops
+
+
+class BlockCS(SensingOperator):
+    """y = Phi x, block by block.
+
+    phi: (m, B*B), fp32 or fp64 tensor or array; each row acts on a row-major B x B block.
+    block_size: B. Default 32.
+    learn: make Phi a trainable parameter instead of a buffer.
+
+    Images are (N, 1, H, W) of any size: zero-padded at the right and bottom to whole blocks, cropped after.
+    Measurements are (N, m, ceil(H/B), ceil(W/B)). ``size`` = (H, W) tells what y alone cannot: without it
+    images come back in whole blocks.
+
+    Raises ValueError for a Phi of another shape, or with NaN or infinite entries.
+    """
+
+    task = "cs"
+
+    def __init__(self, phi: Tensor, block_size: int = 32, *, learn: bool = False):
+        super().__init__()
+        phi = as_matrix("phi", phi, (2,))
+        if phi.shape[1] != block_size * block_size:
+            raise ValueError(
+                f"phi: expected (m, {block_size * block_size}) for block_size={block_size}, got shape {tuple(phi.shape)}"
+            )
+        self.block_size = block_size
+        if learn:
+            self.phi = nn.Parameter(phi.detach().clone().contiguous())
+        else:
+            self.register_buffer("phi", phi.contiguous())
+
+    @classmethod
+    def gaussian(
+        cls, ratio: float, block_size: int = 32, *, seed: int = 0, learn: bool = False, dtype: torch.dtype = torch.float32
+    ) -> BlockCS:
+        """A Gaussian Phi with orthonormal rows, the same for the same seed.
+
+        ratio: m / B^2 in (0, 1]; m = round(ratio * B^2), at least 1 (so 256 of 1024 at 0.25).
+        """
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
+        n = block_size * block_size
+        m = max(1, math.floor(ratio * n + 0.5))
+        draw = torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        q, r = torch.linalg.qr(draw)
+        # QR leaves the signs open; fixing R's diagonal makes the draw unique across LAPACK versions.
+        return cls((q * r.diagonal().sign()).mT.to(dtype), block_size, learn=learn)
+
+    @property
+    def ratio(self) -> float:
+        """m / B^2."""
+        return self.phi.shape[0] / self.phi.shape[1]
+
+    def extra_repr(self) -> str:
+        learned = ", learned" if isinstance(self.phi, nn.Parameter) else ""
+        return f"m={self.phi.shape[0]}, block_size={self.block_size}, ratio={self.ratio:.4g}{learned}"
+
+    def config(self) -> dict:
+        return {"block_size": self.block_size, "learn": isinstance(self.phi, nn.Parameter)}
+
+    @classmethod
+    def from_config(cls, config: dict, state: dict[str, Tensor]) -> BlockCS:
+        return cls(state["phi"], config["block_size"], learn=config["learn"])
+
+    def _phi_for(self, t: Tensor) -> Tensor:
+        return self.phi.double() if t.dtype == torch.float64 else self.phi.float()
+
+    def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+        """``size``, or the size of y's whole blocks."""
+        return (y.shape[-2] * self.block_size, y.shape[-1] * self.block_size) if size is None else tuple(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.block_cs(x, self._phi_for(x), block_size=self.block_size)
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return ops.block_cs_adjoint(y, self._phi_for(y), block_size=self.block_size, size=self.image_size(y, size))
+
+    def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        return ops.block_cs_step(x, y, self._phi_for(x), rho, block_size=self.block_size)
+
+    def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Phi^T y."""
+        return self.adjoint(y, size)
+
+    def norm(self) -> Tensor:
+        """The largest singular value of Phi (of the whole operator when H and W are whole blocks, a bound else)."""
+        return torch.linalg.matrix_norm(self.phi, 2)
+
+    def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T (y - Phi x) / (1 + mu).
+
+        Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise.
+        """
+        b = self.block_size
+        if x.shape[-2] % b or x.shape[-1] % b:
+            raise ValueError(f"prox: expected whole {b}x{b} blocks, got {x.shape[-2]}x{x.shape[-1]}: use gradient_step")
+        with torch.no_grad():
+            gram = self.phi.double() @ self.phi.double().mT
+            worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
+        if worst > 1e-4:
+            raise ValueError(f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step")
+        return self.gradient_step(x, y, 1 / (1 + mu))

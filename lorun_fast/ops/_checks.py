@@ -1,0 +1,64 @@
+"""Argument checks shared by the ops: one clear error, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape_of(t: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in t.shape) + ")"
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of measurements and operator parameters beside an image of ``dtype``: fp64 stays, the rest is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
+    if x.ndim != ndim:
+        raise ValueError(f"{name}: expected {layout}, got shape {shape_of(x)}")
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
+    for name, t in others:
+        if t.device != first[1].device:
+            raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
+
+
+def step_size(rho: float | Tensor, x: Tensor) -> Tensor:
+    """The step size as the ops take it: shape (1,) or (N, C), in the parameter dtype, on x's device.
+
+    rho: a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1). A tensor is read on its device;
+    nothing is copied to the host.
+    """
+    dtype = parameter_dtype(x.dtype)
+    if not isinstance(rho, Tensor):
+        return torch.full((1,), float(rho), dtype=dtype, device=x.device)
+    if rho.device != x.device:
+        raise ValueError(f"rho is on {rho.device}, but x is on {x.device}: move one of them")
+    if not rho.is_floating_point():
+        raise TypeError(f"rho: expected a floating-point tensor, got {rho.dtype}")
+    if rho.dtype != dtype:
+        rho = rho.to(dtype)
+    if rho.ndim == 0:
+        return rho.reshape(1)
+    n, c = x.shape[0], x.shape[1]
+    want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
+    if rho.ndim > 4 or any(s != 1 for s in rho.shape[max(rho.ndim - 2, 0) :]):
+        raise ValueError(f"rho: expected {want}, got shape {shape_of(rho)}")
+    rho = rho.reshape((1,) * (4 - rho.ndim) + tuple(rho.shape))
+    if rho.shape[0] not in (1, n) or rho.shape[1] not in (1, c):
+        raise ValueError(f"rho: expected {want}, got shape {shape_of(rho)}")
+    if rho.shape[0] == 1 and rho.shape[1] == 1:
+        return rho.reshape(1)
+    return rho.expand(n, c, 1, 1).reshape(n, c)
+
+
+def sum_to_step(grad: Tensor, rho: Tensor) -> Tensor:
+    """Reduces an (N, C) table of step-size gradients to the shape of the op's ``rho``."""
+    return grad.sum().reshape(1) if rho.ndim == 1 else grad

@@ -1,0 +1,43 @@
+"""The one place where operator schemas are registered.
+
+Python owns every schema, so an op exists whether or not something is built. The definition in
+``lorun_fast.reference`` serves every device until the extension ``lorun_fast._C`` registers a faster
+implementation for its own dispatch key. A second DEF of the namespace would raise: define ops through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "lorun_fast"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+SCHEMAS: dict[str, str] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Callable:
+    """Registers one op and returns its overload packet's default overload.
+
+    schema: ``name(args) -> returns`` without the namespace.
+    reference: the definition in plain PyTorch; registered as CompositeExplicitAutograd.
+    fake: shapes, strides and dtypes of the result; the argument checks live in it too, so that tracing
+        raises what eager raises.
+    backward, setup_context: as for ``torch.library.register_autograd``.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    SCHEMAS[name] = schema
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -1,0 +1,211 @@
+"""Block compressive sensing: forward, adjoint and gradient step as ops. Definition: reference/block_cs.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorun_fast.ops._checks import (
+    check_image,
+    check_same_device,
+    parameter_dtype,
+    shape_of,
+    step_size,
+    sum_to_step,
+)
+from lorun_fast.ops._library import define
+from lorun_fast.reference import block_cs as reference
+from lorun_fast.reference._step_size import per_channel
+
+
+def _grid(height: int, width: int, block_size: int) -> tuple[int, int]:
+    return -(-height // block_size), -(-width // block_size)
+
+
+def _check_phi(phi: Tensor, block_size: int, dtype: torch.dtype) -> None:
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    if phi.ndim != 2 or phi.shape[1] != block_size * block_size:
+        raise ValueError(
+            f"phi: expected (m, {block_size * block_size}) for {block_size}x{block_size} blocks, got shape {shape_of(phi)}"
+        )
+    if phi.dtype != parameter_dtype(dtype):
+        raise TypeError(f"phi: expected {parameter_dtype(dtype)} beside {dtype}, got {phi.dtype}")
+
+
+def _check_forward(x: Tensor, phi: Tensor, block_size: int) -> None:
+    check_image("x", x, 4, "(N, 1, H, W)")
+    if x.shape[1] != 1:
+        raise ValueError(f"x: expected one channel, (N, 1, H, W), got shape {shape_of(x)}")
+    _check_phi(phi, block_size, x.dtype)
+    check_same_device(("x", x), ("phi", phi))
+
+
+def _check_adjoint(y: Tensor, phi: Tensor, block_size: int, height: int, width: int) -> None:
+    check_image("y", y, 4, "(N, m, ceil(H/B), ceil(W/B))")
+    _check_phi(phi, block_size, y.dtype)
+    check_same_device(("y", y), ("phi", phi))
+    want = (phi.shape[0], *_grid(height, width, block_size))
+    if tuple(y.shape[1:]) != want:
+        raise ValueError(f"y: expected (N, {want[0]}, {want[1]}, {want[2]}) for a {height}x{width} image, got {shape_of(y)}")
+
+
+def _fake_forward(x, phi, block_size):
+    _check_forward(x, phi, block_size)
+    rows, cols = _grid(x.shape[2], x.shape[3], block_size)
+    return x.new_empty((x.shape[0], phi.shape[0], rows, cols))
+
+
+def _fake_adjoint(y, phi, block_size, height, width):
+    _check_adjoint(y, phi, block_size, height, width)
+    return y.new_empty((y.shape[0], 1, height, width))
+
+
+def _fake_step(x, y, phi, rho, block_size):
+    return x.new_empty(x.shape)
+
+
+def _fake_grad_phi(x, y, block_size):
+    return y.new_empty((y.shape[1], block_size * block_size))
+
+
+def _setup_forward(ctx, inputs, output):
+    x, phi, ctx.block_size = inputs
+    ctx.save_for_backward(x, phi)
+
+
+def _backward_forward(ctx, grad):
+    x, phi = ctx.saved_tensors
+    grad = grad.to(phi.dtype)
+    grad_x = grad_phi = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _adjoint(grad, phi, ctx.block_size, x.shape[2], x.shape[3]).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_phi = _grad_phi(x, grad, ctx.block_size)
+    return grad_x, grad_phi, None
+
+
+def _setup_adjoint(ctx, inputs, output):
+    y, phi, ctx.block_size, _, _ = inputs
+    ctx.save_for_backward(y, phi)
+
+
+def _backward_adjoint(ctx, grad):
+    y, phi = ctx.saved_tensors
+    grad = grad.to(phi.dtype)
+    grad_y = grad_phi = None
+    if ctx.needs_input_grad[0]:
+        grad_y = _forward(grad, phi, ctx.block_size).to(y.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_phi = _grad_phi(grad, y.to(phi.dtype), ctx.block_size)
+    return grad_y, grad_phi, None, None, None
+
+
+def _setup_step(ctx, inputs, output):
+    x, y, phi, rho, ctx.block_size = inputs
+    ctx.save_for_backward(x, y, phi, rho)
+
+
+def _backward_step(ctx, grad):
+    # z = x - rho Phi^T (Phi x - y). With q = Phi g and r = Phi x - y:
+    #   dx = g - rho Phi^T q,  dy = rho q,  drho = -<q, r>,  dPhi = -(rho q) x^T - (rho r) g^T.
+    x, y, phi, rho, b = *ctx.saved_tensors, ctx.block_size
+    need_x, need_y, need_phi, need_rho, _ = ctx.needs_input_grad
+    wide = grad.to(phi.dtype)
+    grad_x = grad_y = grad_phi = grad_rho = None
+    per_sample = per_channel(rho)
+    if need_x:
+        zero = torch.zeros_like(y)
+        grad_x = _step(grad, zero, phi, rho, b)
+    if need_y or need_phi or need_rho:
+        q = _forward(wide, phi, b)
+        if need_y:
+            grad_y = per_sample * q
+        if need_phi or need_rho:
+            r = _forward(x.to(phi.dtype), phi, b) - y
+        if need_rho:
+            grad_rho = sum_to_step(-(q * r).sum((1, 2, 3)).reshape(-1, 1), rho)
+        if need_phi:
+            grad_phi = -_grad_phi(x, per_sample * q, b) - _grad_phi(wide, per_sample * r, b)
+    return grad_x, grad_y, grad_phi, grad_rho, None
+
+
+def _setup_grad_phi(ctx, inputs, output):
+    x, y, ctx.block_size = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _backward_grad_phi(ctx, grad):
+    x, y = ctx.saved_tensors
+    grad_x = grad_y = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _adjoint(y, grad, ctx.block_size, x.shape[2], x.shape[3]).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_y = _forward(x.to(grad.dtype), grad, ctx.block_size)
+    return grad_x, grad_y, None
+
+
+_forward = define(
+    "block_cs(Tensor x, Tensor phi, int block_size) -> Tensor",
+    reference=reference.block_cs,
+    fake=_fake_forward,
+    backward=_backward_forward,
+    setup_context=_setup_forward,
+)
+_adjoint = define(
+    "block_cs_adjoint(Tensor y, Tensor phi, int block_size, SymInt height, SymInt width) -> Tensor",
+    reference=reference.block_cs_adjoint,
+    fake=_fake_adjoint,
+    backward=_backward_adjoint,
+    setup_context=_setup_adjoint,
+)
+_step = define(
+    "block_cs_step(Tensor x, Tensor y, Tensor phi, Tensor rho, int block_size) -> Tensor",
+    reference=reference.block_cs_step,
+    fake=_fake_step,
+    backward=_backward_step,
+    setup_context=_setup_step,
+)
+_grad_phi = define(
+    "block_cs_grad_phi(Tensor x, Tensor y, int block_size) -> Tensor",
+    reference=reference.block_cs_grad_phi,
+    fake=_fake_grad_phi,
+    backward=_backward_grad_phi,
+    setup_context=_setup_grad_phi,
+)
+
+
+def block_cs(x: Tensor, phi: Tensor, *, block_size: int) -> Tensor:
+    """Measures an image block by block: y = Phi x.
+
+    x: (N, 1, H, W), any H and W; zero-padded at the right and bottom to whole blocks.
+    phi: (m, B*B), fp32 (fp64 beside fp64 images); rows act on row-major B x B blocks.
+    Returns (N, m, ceil(H/B), ceil(W/B)) in x's dtype, accumulated in phi's. Differentiable in x and phi.
+    Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
+    """
+    _check_forward(x, phi, block_size)
+    return _forward(x, phi, block_size)
+
+
+def block_cs_adjoint(y: Tensor, phi: Tensor, *, block_size: int, size: tuple[int, int]) -> Tensor:
+    """x = Phi^T y, cropped to ``size`` = (H, W): the exact adjoint of :func:`block_cs` on images of that size.
+
+    y: (N, m, ceil(H/B), ceil(W/B)). Returns (N, 1, H, W) in y's dtype. Differentiable in y and phi.
+    """
+    height, width = size
+    _check_adjoint(y, phi, block_size, height, width)
+    return _adjoint(y, phi, block_size, height, width)
+
+
+def block_cs_step(x: Tensor, y: Tensor, phi: Tensor, rho: float | Tensor, *, block_size: int) -> Tensor:
+    """z = x - rho * Phi^T (Phi x - y), one op.
+
+    y: (N, m, ceil(H/B), ceil(W/B)), used in phi's dtype.
+    rho: a number, a 0-d tensor, or broadcastable to (N, 1, 1, 1). Returns x's shape and dtype.
+    Differentiable in x, y, phi and rho.
+    """
+    _check_forward(x, phi, block_size)
+    _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
+    if y.shape[0] != x.shape[0]:
+        raise ValueError(f"y: expected {x.shape[0]} samples like x, got {y.shape[0]}")
+    return _step(x, y.to(phi.dtype), phi, step_size(rho, x), block_size)
