@@ -1,0 +1,27 @@
+"""Fast layers, sensing operators and networks for deep unfolding with low-rank stages (arXiv 2602.18697)."""
+
+from lorun_fast import adapters, denoisers, functional
+from lorun_fast.denoisers import ResUNet
+from lorun_fast.io import load, load_pretrained, save
+from lorun_fast.layers import LoRAConv2d, LoRAConvTranspose2d, LoRALinear
+from lorun_fast.network import LoRun
+from lorun_fast.operators import BlockCS, SensingOperator
+from lorun_fast.stages import StagedDenoiser, adapt
+
+__all__ = [
+    "BlockCS",
+    "LoRAConv2d",
+    "LoRAConvTranspose2d",
+    "LoRALinear",
+    "LoRun",
+    "ResUNet",
+    "SensingOperator",
+    "StagedDenoiser",
+    "adapt",
+    "adapters",
+    "denoisers",
+    "functional",
+    "load",
+    "load_pretrained",
+    "save",
+]

@@ -82,9 +82,7 @@ def delta(down: Tensor, up: Tensor, weight_shape: Sequence[int], *, transposed: 
     return product.reshape(*lead, *weight_shape)
 
 
-def merged_weight(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0, *, transposed: bool = False
-) -> Tensor:
+def merged_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0, *, transposed: bool = False) -> Tensor:
     """W0 + scale * dW, computed in fp32 (fp64 for fp64 weights) whatever autocast says, in the weight's dtype."""
     with torch.autocast(weight.device.type, enabled=False):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -98,9 +98,7 @@ class ResUNet(nn.Module):
             skips.append(x)
             x = down(blocks(x))
         x = self.body(x)
-        for up, blocks, skip in zip(
-            reversed(self.up), reversed(self.decoder), reversed(skips), strict=True
-        ):
+        for up, blocks, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
             x = blocks(up(x)) + skip
         x = self.tail(x)[:, :, :height, :width]
         return z[:, : self.out_channels] + x if self.residual else x

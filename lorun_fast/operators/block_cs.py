@@ -42,7 +42,13 @@ class BlockCS(SensingOperator):
 
     @classmethod
     def gaussian(
-        cls, ratio: float, block_size: int = 32, *, seed: int = 0, learn: bool = False, dtype: torch.dtype = torch.float32
+        cls,
+        ratio: float,
+        block_size: int = 32,
+        *,
+        seed: int = 0,
+        learn: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> BlockCS:
         """A Gaussian Phi with orthonormal rows, the same for the same seed.
 
@@ -109,5 +115,7 @@ class BlockCS(SensingOperator):
             gram = self.phi.double() @ self.phi.double().mT
             worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
         if worst > 1e-4:
-            raise ValueError(f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step")
+            raise ValueError(
+                f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step"
+            )
         return self.gradient_step(x, y, 1 / (1 + mu))

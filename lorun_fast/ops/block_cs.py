@@ -47,7 +47,9 @@ def _check_adjoint(y: Tensor, phi: Tensor, block_size: int, height: int, width: 
     check_same_device(("y", y), ("phi", phi))
     want = (phi.shape[0], *_grid(height, width, block_size))
     if tuple(y.shape[1:]) != want:
-        raise ValueError(f"y: expected (N, {want[0]}, {want[1]}, {want[2]}) for a {height}x{width} image, got {shape_of(y)}")
+        raise ValueError(
+            f"y: expected (N, {want[0]}, {want[1]}, {want[2]}) for a {height}x{width} image, got {shape_of(y)}"
+        )
 
 
 def _fake_forward(x, phi, block_size):

@@ -1,0 +1,143 @@
+"""One safetensors file per network: weights, sensing operator and configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lorun_fast import denoisers
+from lorun_fast.network import LoRun
+from lorun_fast.operators import OPERATORS
+from lorun_fast.stages import StagedDenoiser, adapt_layers
+
+_KEY = "lorun_fast"
+_VERSION = 1
+
+
+def _config(net: LoRun) -> dict:
+    base = net.denoiser.copies[0] if net.sharing == "untied" else net.denoiser.base
+    known = denoisers.registered(type(base).__name__) is type(base)
+    config = {
+        "version": _VERSION,
+        "network": {"stages": net.stages, "gamma": net.gamma, "form": net.form, "sharing": net.sharing},
+        "operator": {"type": type(net.op).__name__, "config": net.op.config()},
+        "denoiser": {"type": type(base).__name__, "config": base.config() if known else None},
+    }
+    if isinstance(net.denoiser, StagedDenoiser):
+        config["adapters"] = {
+            name: {"rank": layer.rank, "form": layer.form, "scale": layer.scale}
+            for name, layer in net.denoiser.adapted.items()
+        }
+    return config
+
+
+def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = None, notes: dict | None = None) -> None:
+    """Writes one safetensors file from which :func:`load` rebuilds the network.
+
+    dtype: storage type of floating-point tensors (torch.float16 halves the file); None keeps each one's own.
+    notes: JSON-serialisable facts to keep in the header, such as the data and the budget of a training run.
+    The file appears under its name only when it is complete.
+    """
+    if not isinstance(net, LoRun):
+        raise TypeError(f"net: expected a LoRun, got {type(net).__name__}")
+    config = _config(net)
+    if notes is not None:
+        config["notes"] = notes
+    tensors = {}
+    for name, t in net.state_dict().items():
+        t = t.detach().cpu()
+        # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
+        tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(config)})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_config(path: str | os.PathLike) -> dict:
+    """The configuration in a saved network's header, without reading its tensors."""
+    return _read(path, tensors=False)[0]
+
+
+def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a saved network (.safetensors), found no such file")
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            state = {name: f.get_tensor(name) for name in f.keys()} if tensors else {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a complete safetensors file, got a damaged one ({error})") from None
+    if _KEY not in metadata:
+        raise ValueError(f"{path}: expected a network saved by lorun_fast, got a safetensors file without its header")
+    config = json.loads(metadata[_KEY])
+    if config["version"] > _VERSION:
+        raise ValueError(
+            f"{path}: expected format version {_VERSION} or older, got {config['version']}: update lorun_fast"
+        )
+    return config, state
+
+
+def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: str | torch.device = "cpu") -> LoRun:
+    """Rebuilds a saved network, in fp32 and eval mode (merged).
+
+    denoiser: the base module, needed only if its class was not registered with
+        :func:`lorun_fast.denoisers.register_denoiser`; its weights are overwritten.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
+    config, state = _read(path)
+    state = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in state.items()}
+    spec = config["denoiser"]
+    if denoiser is None:
+        cls = denoisers.registered(spec["type"])
+        if cls is None or spec["config"] is None:
+            raise ValueError(
+                f"{path}: its base denoiser {spec['type']} is not registered: pass load(path, denoiser=...)"
+            )
+        denoiser = cls(**spec["config"])
+    operator = OPERATORS.get(config["operator"]["type"])
+    if operator is None:
+        raise ValueError(f"{path}: expected an operator among {', '.join(OPERATORS)}, got {config['operator']['type']}")
+    op = operator.from_config(
+        config["operator"]["config"], {k.removeprefix("op."): t for k, t in state.items() if k.startswith("op.")}
+    )
+    network = config["network"]
+    if network["sharing"] == "lora":
+        denoiser = adapt_layers(denoiser, network["stages"], config["adapters"])
+    net = LoRun(op, denoiser, **network)
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: expected the tensors of a {spec['type']} network, "
+            f"got {len(missing)} missing ({', '.join(missing[:3])}) and {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
+        )
+    return net.to(device).eval()
+
+
+def pretrained_names() -> list[str]:
+    """The names that :func:`load_pretrained` knows."""
+    folder = resources.files("lorun_fast") / "weights"
+    return sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+
+
+def load_pretrained(name: str, *, device: str | torch.device = "cpu") -> LoRun:
+    """A network whose weights come with the package, such as "cs-25". docs/results.md says how each was trained."""
+    if name not in pretrained_names():
+        raise ValueError(f"expected one of {', '.join(pretrained_names()) or '(none shipped)'}, got {name!r}")
+    with resources.as_file(resources.files("lorun_fast") / "weights" / f"{name}.safetensors") as path:
+        return load(path, device=device)

@@ -1,0 +1,244 @@
+"""Convolution and linear layers with one base weight and one low-rank adapter per stage."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorun_fast import _scope, adapters
+from lorun_fast.ops import lora as ops
+from lorun_fast.reference import lora as reference
+
+
+class AdaptedLayer:
+    """What the three layers share: stacked factors, the stage, merging. Mixed in before an nn layer.
+
+    Parameters: ``weight`` and ``bias`` of the base, shared by all stages; ``down`` (K, ...) and ``up`` (K, ...).
+    ``up`` starts at zero, so every stage starts as the base layer.
+    """
+
+    stages: int
+    rank: int
+    form: str
+    scale: float
+    _transposed = False
+
+    def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
+        if stages < 1:
+            raise ValueError(f"stages: expected at least 1, got {stages}")
+        self.stages, self.rank, self.form, self.scale = stages, rank, form, float(scale)
+        down, up = adapters.factor_shapes(
+            self.weight.shape, rank, form, groups=getattr(self, "groups", 1), transposed=self._transposed
+        )
+        like = {"dtype": self.weight.dtype, "device": self.weight.device}
+        self.down = nn.Parameter(torch.empty(stages, *down, **like))
+        self.up = nn.Parameter(torch.empty(stages, *up, **like))
+        self.register_buffer("_merged", None, persistent=False)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Draws ``down`` as a fresh layer's weight is drawn and sets ``up`` to zero: every stage is the base again."""
+        bound = 1 / math.sqrt(math.prod(self.down.shape[2:]))
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+        self.unmerge()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer runs on merged weights."""
+        return self._merged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Computes W0 + scale * dW of every stage once, for inference; ``weight`` itself stays as it is.
+
+        Gradients do not reach the factors through merged weights, and later changes to ``weight``, ``down`` or
+        ``up`` do not reach the merged ones. train(), loading a state dict and moving the module drop them.
+        """
+        self._merged = adapters.merged_weight(self.weight, self.down, self.up, self.scale, transposed=self._transposed)
+
+    def unmerge(self) -> None:
+        """Drops the merged weights."""
+        self._merged = None
+
+    def stage_weight(self, stage: int | Tensor) -> Tensor:
+        """The weight of one stage, or (N, *weight.shape) for a tensor (N,) of stages."""
+        if self._merged is not None:
+            return self._merged[stage]
+        return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)
+
+    def _resolve(self, stage: int | Tensor | None, batch: int) -> int | Tensor:
+        if stage is None:
+            stage = _scope.current_stage()
+        if stage is None:
+            if self.stages != 1:
+                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass layer(x, stage)")
+            return 0
+        ops.check_stage(stage, self.stages, batch)
+        return stage
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.unmerge()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.unmerge()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stages={self.stages}, rank={self.rank}, form={self.form!r}"
+
+    @classmethod
+    def from_base(cls, base: nn.Module, *, stages: int = 9, rank: int = 7, form: str = "loralib", scale: float = 1.0):
+        """A layer that takes over ``base``'s weight and bias (the same Parameter objects) and adds adapters."""
+        layer = cls(**cls._base_arguments(base), stages=stages, rank=rank, form=form, scale=scale, device="meta")
+        layer.weight, layer.bias = base.weight, base.bias
+        layer._add_adapter(stages, rank, form, scale)
+        return layer.train(base.training)
+
+
+class LoRAConv2d(AdaptedLayer, nn.Conv2d):
+    """nn.Conv2d with K low-rank adapters: y = conv(x, W0 + scale * dW_k) + bias.
+
+    Arguments as for nn.Conv2d, then:
+    stages: K. rank: r of each adapter. form: "loralib" or "peft", see :mod:`lorun_fast.adapters`.
+    scale: factor of the update (alpha / r of other libraries).
+
+    layer(x, stage): stage an int, or an int64 tensor (N,), one stage per sample; it may be left out only if
+    stages == 1, or inside a staged denoiser, which provides it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        stages: int = 9,
+        rank: int = 7,
+        form: str = "loralib",
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._add_adapter(stages, rank, form, scale)
+
+    @staticmethod
+    def _base_arguments(base: nn.Conv2d) -> dict:
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
+        return {name: getattr(base, name) for name in names} | {"bias": base.bias is not None}
+
+    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
+        return conv(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with K low-rank adapters. Adapter arguments and stage as for :class:`LoRAConv2d`."""
+
+    _transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        stages: int = 9,
+        rank: int = 7,
+        form: str = "loralib",
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._add_adapter(stages, rank, form, scale)
+
+    @staticmethod
+    def _base_arguments(base: nn.ConvTranspose2d) -> dict:
+        return LoRAConv2d._base_arguments(base) | {"output_padding": base.output_padding}
+
+    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
+        return conv(x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+
+
+class LoRALinear(AdaptedLayer, nn.Linear):
+    """nn.Linear with K low-rank adapters; both forms are the same here. Stage as for :class:`LoRAConv2d`.
+
+    x: (..., in); with one stage per sample, N leads.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        stages: int = 9,
+        rank: int = 7,
+        form: str = "loralib",
+        scale: float = 1.0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_adapter(stages, rank, form, scale)
+
+    @staticmethod
+    def _base_arguments(base: nn.Linear) -> dict:
+        return {"in_features": base.in_features, "out_features": base.out_features, "bias": base.bias is not None}
+
+    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
+        return linear(x, weight, self.bias)
+
+
+LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Conv2d: LoRAConv2d,
+    nn.ConvTranspose2d: LoRAConvTranspose2d,
+    nn.Linear: LoRALinear,
+}

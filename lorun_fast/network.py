@@ -1,0 +1,128 @@
+"""LoRun: K stages of a gradient step and a staged denoiser (arXiv 2602.18697)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorun_fast.operators import SensingOperator
+from lorun_fast.stages import ParameterReport, Stages, StagedDenoiser, TiedDenoiser, UntiedDenoiser, adapt
+
+_KINDS = {"lora": StagedDenoiser, "tied": TiedDenoiser, "untied": UntiedDenoiser}
+
+
+class LoRun(nn.Module):
+    """Unfolded proximal gradient descent:  z = x - rho_k Phi^T (Phi x - y);  x = D(z; W0 + dW_k).
+
+    op: the sensing operator. denoiser: any module with forward(z) or forward(z, sigma) (copied), or a
+        staged denoiser (used as it is; stages and sharing are then its own).
+    stages: K. gamma, form: adapters, see :func:`lorun_fast.adapt`.
+    sharing: "lora", one frozen base and an adapter set per stage; "tied", one trainable base for all stages;
+        "untied", K trainable copies.
+    checkpoint: recompute each stage's activations in the backward pass instead of storing them.
+    step_size: the initial rho, one learned value per stage.
+
+    eval() merges the adapters into per-stage weights, train() drops them again. A fresh LoRun with
+    sharing="lora" equals the tied network to the last bit.
+    """
+
+    def __init__(
+        self,
+        op: SensingOperator,
+        denoiser: nn.Module,
+        stages: int = 9,
+        gamma: float = 10,
+        form: str = "loralib",
+        sharing: str = "lora",
+        *,
+        checkpoint: bool = False,
+        step_size: float = 1.0,
+    ):
+        super().__init__()
+        if not isinstance(op, SensingOperator):
+            raise TypeError(f"op: expected a SensingOperator, got {type(op).__name__}")
+        if sharing not in _KINDS:
+            raise ValueError(f"sharing: expected one of {', '.join(_KINDS)}, got {sharing!r}")
+        if stages < 1:
+            raise ValueError(f"stages: expected at least 1, got {stages}")
+        if isinstance(denoiser, Stages):
+            staged = denoiser
+            sharing = next(name for name, kind in _KINDS.items() if isinstance(staged, kind))
+        elif sharing == "lora":
+            staged = adapt(denoiser, stages, gamma, form)
+        else:
+            staged = _KINDS[sharing](denoiser, stages)
+        self.op, self.denoiser = op, staged
+        self.gamma, self.form, self.sharing = gamma, form, sharing
+        self.checkpoint = checkpoint
+        self.step_size = nn.Parameter(torch.full((staged.stages,), float(step_size)))
+        self.register_load_state_dict_post_hook(LoRun._merge_again)
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return self.denoiser.stages
+
+    def forward(
+        self,
+        y: Tensor,
+        *,
+        op: SensingOperator | None = None,
+        size: tuple[int, int] | None = None,
+        sigma: float | Tensor | None = None,
+        return_stages: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Restores images from measurements.
+
+        y: as the operator gives it. op: another operator of the same task for this call (another kernel, mask
+        or Phi). size: (H, W) where y alone cannot tell. sigma: noise level for denoisers that take one.
+        return_stages: return [x_0, x_1, ..., x_K] instead of x_K.
+        Returns (N, C, H, W) in y's dtype; the denoiser runs in its own dtype or under autocast.
+        """
+        op = self.op if op is None else op
+        if not isinstance(op, SensingOperator) or op.task != self.op.task:
+            got = f"{type(op).__name__} ({op.task})" if isinstance(op, SensingOperator) else type(op).__name__
+            raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
+        x = op.initial(y, size)
+        outputs = [x]
+        recompute = self.checkpoint and torch.is_grad_enabled()
+        for k in range(self.stages):
+            if recompute:
+                x = checkpoint(self._stage, k, x, y, op, sigma, use_reentrant=False)
+            else:
+                x = self._stage(k, x, y, op, sigma)
+            outputs.append(x)
+        return outputs if return_stages else x
+
+    def _stage(self, k: int, x: Tensor, y: Tensor, op: SensingOperator, sigma: float | Tensor | None) -> Tensor:
+        z = op.gradient_step(x, y, self.step_size[k].float())
+        dtype = next(self.denoiser.parameters()).dtype
+        return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
+
+    def train(self, mode: bool = True) -> LoRun:
+        super().train(mode)
+        if not mode:
+            self.denoiser.merge()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._merge_again()
+        return self
+
+    def _merge_again(self, *_) -> None:
+        # Moving and loading drop the layers' merged weights; a network in eval mode promises merged ones.
+        if not self.training:
+            self.denoiser.merge()
+
+    def parameter_report(self) -> ParameterReport:
+        """Counts: base, per stage, total with step sizes, ratio to untied; the operator's values apart."""
+        report = self.denoiser.parameter_report()
+        operator = sum(t.numel() for t in self.op.state_dict().values())
+        return ParameterReport(
+            report.base, report.per_stage, report.stages, self.stages, operator, copies=report.copies
+        )
+
+    def extra_repr(self) -> str:
+        return f"stages={self.stages}, sharing={self.sharing!r}, form={self.form!r}, gamma={self.gamma}"

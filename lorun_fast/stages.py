@@ -1,0 +1,351 @@
+"""Any denoiser, staged: one shared base and K adapter sets, or K views of one base, or K copies.
+
+A denoiser is any module with ``forward(z)`` or ``forward(z, sigma)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorun_fast import _scope, adapters
+from lorun_fast.layers import LAYERS, AdaptedLayer
+from lorun_fast.ops.lora import check_stage
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Parameter counts of a staged denoiser or of a LoRun.
+
+    base: one denoiser. per_stage: one adapter set. stages: K. extra: step sizes. operator: trainable or fixed
+    values of the sensing operator, which ``total`` leaves out, as papers do.
+    """
+
+    base: int
+    per_stage: int
+    stages: int
+    extra: int = 0
+    operator: int = 0
+    copies: int = 1
+
+    @property
+    def total(self) -> int:
+        """Base (times its copies), all adapter sets and step sizes."""
+        return self.base * self.copies + self.per_stage * self.stages + self.extra
+
+    @property
+    def untied(self) -> int:
+        """What K full copies of the base would hold, step sizes included."""
+        return self.base * self.stages + self.extra
+
+    @property
+    def ratio(self) -> float:
+        """total / untied."""
+        return self.total / self.untied
+
+    def __str__(self) -> str:
+        share = f" ({100 * self.per_stage / self.base:.1f} % of the base)" if self.per_stage else ""
+        rows = [
+            ("base denoiser", f"{self.base:,}" + (f" x {self.copies}" if self.copies > 1 else "")),
+            (f"adapters, each of {self.stages} stages", f"{self.per_stage:,}{share}"),
+            ("step sizes", f"{self.extra:,}"),
+            ("total", f"{self.total:,}"),
+            (f"{self.stages} untied copies", f"{self.untied:,}"),
+            ("ratio to untied", f"{self.ratio:.3f}"),
+        ]
+        if self.operator:
+            rows.append(("sensing operator (not in total)", f"{self.operator:,}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+class Stages(nn.Module):
+    """What the three kinds of sharing have in common: a call with a stage, and views of single stages."""
+
+    stages: int
+
+    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _resolve(self, z: Tensor, stage: int | Tensor | None) -> int | Tensor:
+        if stage is None:
+            if self.stages != 1:
+                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass staged(z, stage=k)")
+            return 0
+        check_stage(stage, self.stages, z.shape[0])
+        return stage
+
+    def __len__(self) -> int:
+        return self.stages
+
+    def __getitem__(self, stage: int) -> Stage:
+        """One stage as a denoiser of its own: staged[3](z) is staged(z, stage=3)."""
+        if not isinstance(stage, int):
+            raise TypeError(f"stage: expected an int, got {type(stage).__name__}")
+        if not -self.stages <= stage < self.stages:
+            raise IndexError(f"stage: expected 0 to {self.stages - 1}, got {stage}")
+        return Stage(self, stage % self.stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return (self[k] for k in range(self.stages))
+
+    def merge(self) -> None:
+        """Computes the merged weights of every stage, for inference."""
+
+    def unmerge(self) -> None:
+        """Drops the merged weights."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether inference runs on merged weights."""
+        return False
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The factors of all adapters; empty where there are none."""
+        return iter(())
+
+    def base_parameters(self) -> Iterator[nn.Parameter]:
+        """Everything but the adapters."""
+        return self.parameters()
+
+    def freeze_base(self, frozen: bool = True) -> None:
+        """Excludes the base (weights, biases, norms) from training, or includes it again."""
+        for p in self.base_parameters():
+            p.requires_grad_(not frozen)
+
+    def parameter_report(self) -> ParameterReport:
+        """Counts: base, per stage, total, ratio to untied."""
+        raise NotImplementedError
+
+
+class Stage(nn.Module):
+    """One stage of a staged denoiser, itself a denoiser: forward(z) or forward(z, sigma). Shares all parameters."""
+
+    def __init__(self, staged: Stages, stage: int):
+        super().__init__()
+        self.staged, self.stage = staged, stage
+
+    def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+        return self.staged(z, stage=self.stage, sigma=sigma)
+
+
+def _call(denoiser: nn.Module, z: Tensor, sigma: float | Tensor | None) -> Tensor:
+    return denoiser(z) if sigma is None else denoiser(z, sigma)
+
+
+class StagedDenoiser(Stages):
+    """One shared base and K adapter sets; made by :func:`adapt`.
+
+    staged(z, stage=3, sigma=None): stage an int, or an int64 tensor (N,), one stage per sample.
+    adapted: {name: layer} of the adapted layers. skipped: {name: reason} of the layers left alone.
+    """
+
+    def __init__(self, base: nn.Module, stages: int, adapted: dict[str, AdaptedLayer], skipped: dict[str, str]):
+        super().__init__()
+        self.base, self.stages = base, stages
+        self.adapted, self.skipped = adapted, skipped
+
+    def __deepcopy__(self, memo):
+        base = copy.deepcopy(self.base, memo)
+        modules = dict(base.named_modules())
+        clone = type(self)(base, self.stages, {name: modules[name] for name in self.adapted}, dict(self.skipped))
+        clone.training = self.training
+        return clone
+
+    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+        return _scope.call_at(self._resolve(z, stage), _call, self.base, z, sigma)
+
+    def merge(self) -> None:
+        for layer in self.adapted.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        for layer in self.adapted.values():
+            layer.unmerge()
+
+    @property
+    def merged(self) -> bool:
+        return all(layer.merged for layer in self.adapted.values())
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.adapted.values():
+            yield layer.down
+            yield layer.up
+
+    def base_parameters(self) -> Iterator[nn.Parameter]:
+        factors = {id(p) for p in self.adapter_parameters()}
+        return (p for p in self.parameters() if id(p) not in factors)
+
+    def parameter_report(self) -> ParameterReport:
+        per_stage = _count(self.adapter_parameters()) // self.stages
+        return ParameterReport(_count(self.base_parameters()), per_stage, self.stages)
+
+
+class TiedDenoiser(Stages):
+    """The same denoiser at every stage, without adapters: the baseline that LoRA stages start from."""
+
+    def __init__(self, base: nn.Module, stages: int):
+        super().__init__()
+        self.base, self.stages = base, stages
+
+    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+        self._resolve(z, stage)
+        return _call(self.base, z, sigma)
+
+    def parameter_report(self) -> ParameterReport:
+        return ParameterReport(_count(self.parameters()), 0, self.stages)
+
+
+class UntiedDenoiser(Stages):
+    """K independent copies of the denoiser: the usual unfolding network."""
+
+    def __init__(self, base: nn.Module, stages: int):
+        super().__init__()
+        self.stages = stages
+        self.copies = nn.ModuleList(copy.deepcopy(base) for _ in range(stages))
+
+    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+        stage = self._resolve(z, stage)
+        if not isinstance(stage, Tensor):
+            return _call(self.copies[stage], z, sigma)
+        out = None
+        for k in stage.unique().tolist():
+            check_stage(k, self.stages, z.shape[0])
+            pick = (stage == k).nonzero()[:, 0]
+            per_sample = isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == z.shape[0]
+            part = _call(self.copies[k], z[pick], sigma[pick] if per_sample else sigma)
+            out = part.new_empty((z.shape[0], *part.shape[1:])) if out is None else out
+            out = out.index_copy(0, pick, part)
+        return z if out is None else out
+
+    def parameter_report(self) -> ParameterReport:
+        return ParameterReport(_count(self.copies[0].parameters()), 0, self.stages, copies=self.stages)
+
+
+def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+    if _matches(name, exclude):
+        return "excluded by pattern"
+    if include and not _matches(name, include):
+        return "not in the include patterns"
+    if type(layer) not in LAYERS:
+        return f"{type(layer).__name__} is a subclass of its own: adapt only plain layers"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (a parametrization or weight norm)"
+    if getattr(layer, "groups", 1) > 1 and not include:
+        return f"grouped (groups={layer.groups}): an adapter would cost more than the layer; include it by name to adapt it"
+    return None
+
+
+def adapt(
+    denoiser: nn.Module,
+    stages: int = 9,
+    gamma: float = 10,
+    form: str = "loralib",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    *,
+    scale: float = 1.0,
+) -> StagedDenoiser:
+    """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
+
+    denoiser: any module with forward(z) or forward(z, sigma). Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear
+        layers get adapters; its own code does not change.
+    stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100). form: "loralib" or "peft".
+    include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
+        depthwise layers are left alone unless ``include`` names them.
+    scale: factor of every update.
+
+    A fresh result equals the denoiser at every stage, to the last bit. Only the adapters train; see
+    ``freeze_base``. Raises ValueError when no layer is adapted, a pattern matches nothing, or a form cannot
+    express a layer (peft with groups, loralib with a kernel that is not square).
+    """
+    adapters.check_form(form)
+    if isinstance(denoiser, Stages):
+        raise TypeError("denoiser: expected a plain module, got one that is staged already")
+    if stages < 1:
+        raise ValueError(f"stages: expected at least 1, got {stages}")
+    include, exclude = _patterns(include), _patterns(exclude)
+    candidates = {name: m for name, m in denoiser.named_modules() if isinstance(m, tuple(LAYERS))}
+    for pattern in include + exclude:
+        if not any(_matches(name, (pattern,)) for name in candidates):
+            raise ValueError(f"pattern {pattern!r} matches no layer; the layers are: {', '.join(candidates) or 'none'}")
+    plan: dict[str, dict] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in candidates.items():
+        reason = _reason_to_skip(name, layer, include, exclude)
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        plan[name] = {"rank": adapters.rank(*_features(layer), gamma), "form": form, "scale": scale}
+    if not plan:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"denoiser: expected a Conv2d, ConvTranspose2d or Linear layer to adapt in {type(denoiser).__name__}, "
+            f"got none ({reasons or 'it has no such layer'})"
+        )
+    grouped = [name for name, reason in skipped.items() if reason.startswith("grouped")]
+    if grouped:
+        warnings.warn(
+            f"adapt: {len(grouped)} grouped layers keep their base weights at every stage ({', '.join(grouped[:4])}"
+            f"{', ...' if len(grouped) > 4 else ''}); name them in include to adapt them",
+            stacklevel=2,
+        )
+    return adapt_layers(denoiser, stages, plan, skipped)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def adapt_layers(
+    denoiser: nn.Module, stages: int, plan: dict[str, dict], skipped: dict[str, str] | None = None
+) -> StagedDenoiser:
+    """The second half of :func:`adapt`: replaces the named layers in a copy of the denoiser.
+
+    plan: {layer name: {"rank": r, "form": form, "scale": scale}}, as a saved network records it.
+    """
+    base = copy.deepcopy(denoiser)
+    adapted: dict[str, AdaptedLayer] = {}
+    replacement: dict[int, AdaptedLayer] = {}
+    modules = dict(base.named_modules())
+    for name, settings in plan.items():
+        layer = modules.get(name)
+        if layer is None or type(layer) not in LAYERS:
+            got = "nothing" if layer is None else type(layer).__name__
+            raise ValueError(f"{name}: expected a Conv2d, ConvTranspose2d or Linear layer there, got {got}")
+        try:
+            adapted[name] = LAYERS[type(layer)].from_base(layer, stages=stages, **settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        replacement[id(layer)] = adapted[name]
+    if id(base) in replacement:
+        base = replacement[id(base)]
+    else:
+        for parent in list(base.modules()):
+            # _modules, not named_children(): a layer registered under two names is replaced under both.
+            for child, module in parent._modules.items():
+                if id(module) in replacement:
+                    parent._modules[child] = replacement[id(module)]
+    staged = StagedDenoiser(base, stages, adapted, skipped or {})
+    staged.freeze_base()
+    return staged
