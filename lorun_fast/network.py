@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorun_fast.operators import SensingOperator
-from lorun_fast.stages import ParameterReport, Stages, StagedDenoiser, TiedDenoiser, UntiedDenoiser, adapt
+from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _KINDS = {"lora": StagedDenoiser, "tied": TiedDenoiser, "untied": UntiedDenoiser}
 
@@ -89,13 +89,22 @@ class LoRun(nn.Module):
         recompute = self.checkpoint and torch.is_grad_enabled()
         for k in range(self.stages):
             if recompute:
-                x = checkpoint(self._stage, k, x, y, op, sigma, use_reentrant=False)
+                x = checkpoint(self.stage_step, k, x, y, op, sigma, use_reentrant=False)
             else:
-                x = self._stage(k, x, y, op, sigma)
+                x = self.stage_step(k, x, y, op, sigma)
             outputs.append(x)
         return outputs if return_stages else x
 
-    def _stage(self, k: int, x: Tensor, y: Tensor, op: SensingOperator, sigma: float | Tensor | None) -> Tensor:
+    def stage_step(
+        self,
+        k: int,
+        x: Tensor,
+        y: Tensor,
+        op: SensingOperator | None = None,
+        sigma: float | Tensor | None = None,
+    ) -> Tensor:
+        """One stage: x_k -> x_{k+1}, a gradient step and the denoiser. Arguments as for :meth:`forward`."""
+        op = self.op if op is None else op
         z = op.gradient_step(x, y, self.step_size[k].float())
         dtype = next(self.denoiser.parameters()).dtype
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)

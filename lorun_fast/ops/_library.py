@@ -37,7 +37,20 @@ def define(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _outside_autocast(op, device), f"Autocast{device.upper()}")
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
+
+
+def _outside_autocast(op: Callable, device: str) -> Callable:
+    """The sensing ops compute in the dtypes they are given: autocast must not reach the products inside them."""
+
+    def call(*args):
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return call

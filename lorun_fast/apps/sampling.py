@@ -1,0 +1,54 @@
+"""Random training patches, drawn so that a resumed run sees what an uninterrupted one would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, in a fixed order."""
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+
+
+def load_gray(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
+    """Luma images as uint8 (H, W); those smaller than ``smallest`` on a side are left out."""
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            if min(image.size) >= smallest:
+                images.append(np.asarray(image.convert("L")))
+    return images
+
+
+class PatchSampler:
+    """Square patches with flips and quarter turns, the batch of a step being a function of (seed, step) alone.
+
+    Images are drawn with a probability that grows with their area, so that every pixel counts alike.
+    """
+
+    def __init__(self, images: Sequence[np.ndarray], patch: int, batch: int, seed: int):
+        if not images:
+            raise ValueError(f"expected training images of at least {patch}x{patch} pixels, got none")
+        self.images, self.patch, self.batch, self.seed = list(images), patch, batch, seed
+        area = np.array([image.shape[0] * image.shape[1] for image in self.images], dtype=np.float64)
+        self.weight = area / area.sum()
+
+    def __call__(self, step: int) -> Tensor:
+        """(batch, 1, patch, patch) in [0, 1]."""
+        rng = np.random.default_rng((self.seed, step))
+        patches = []
+        for index in rng.choice(len(self.images), self.batch, p=self.weight):
+            image, size = self.images[index], self.patch
+            top = rng.integers(image.shape[0] - size + 1)
+            left = rng.integers(image.shape[1] - size + 1)
+            patch = np.rot90(image[top : top + size, left : left + size], rng.integers(4))
+            patches.append(patch[:, ::-1] if rng.integers(2) else patch)
+        return torch.from_numpy(np.stack(patches)[:, None].astype(np.float32) / 255)

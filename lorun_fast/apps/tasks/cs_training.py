@@ -1,0 +1,90 @@
+"""Compressive sensing: what is trained, on what, and how it is scored while training."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.apps.sampling import PatchSampler, find_images, load_gray
+from lorun_fast.denoisers import ResUNet
+from lorun_fast.network import LoRun
+from lorun_fast.operators import BlockCS
+
+_VALIDATION_IMAGES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ratio", type=float, default=25, help="percent of measurements, 100 m / B^2 (default 25)")
+    parser.add_argument("--block-size", type=int, default=32, help="B (default 32)")
+    parser.add_argument("--fixed-phi", action="store_true", help="keep the Gaussian Phi instead of learning it")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=[16, 32, 64, 64], help="ResUNet widths (default 16 32 64 64)"
+    )
+    parser.add_argument("--patch", type=int, default=96, help="training patch in pixels (default 96)")
+
+
+class CSTraining:
+    """The recipe of one run; the engine in apps/train.py drives it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        paths = [path for folder in args.data for path in find_images(folder)]
+        # The held-out images only draw the curve; no checkpoint is chosen by them.
+        held_out = set(paths[:: max(1, len(paths) // _VALIDATION_IMAGES)][:_VALIDATION_IMAGES])
+        crop = 256
+        self.validation = [
+            image[:crop, :crop] for image in load_gray([p for p in paths if p in held_out], args.block_size)
+        ]
+        self.sampler = PatchSampler(
+            load_gray([p for p in paths if p not in held_out], args.patch), args.patch, args.batch, args.seed
+        )
+
+    def base(self) -> LoRun:
+        """Phase 1: a single block and the sensing matrix."""
+        args = self.args
+        op = BlockCS.gaussian(args.ratio / 100, args.block_size, seed=args.seed, learn=not args.fixed_phi)
+        return LoRun(op, ResUNet(channels=tuple(args.channels)), stages=1, sharing="tied")
+
+    def staged(self, base: LoRun) -> LoRun:
+        """Phase 2: K stages that start as K times the single block."""
+        args = self.args
+        net = LoRun(
+            base.op, base.denoiser.base, args.stages, args.gamma, args.form, args.sharing, checkpoint=args.checkpoint
+        )
+        with torch.no_grad():
+            net.step_size.fill_(base.step_size.item())
+        return net
+
+    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
+        """Mean squared error of one batch. In phase 1 the block also learns from its own output.
+
+        A block that has only ever seen Phi^T y does harm when it is applied nine times. So the block is run
+        0 to ``--pretrain-unroll`` times without gradients first, and trained on what it then meets.
+        """
+        x = self.sampler(step).to(device)
+        y = net.op(x)
+        if net.stages > 1:
+            return nn.functional.mse_loss(net(y), x)
+        passes = int(np.random.default_rng((self.args.seed, step, 1)).integers(self.args.pretrain_unroll + 1))
+        estimate = net.op.initial(y)
+        with torch.no_grad():
+            for _ in range(passes):
+                estimate = net.stage_step(0, estimate, y)
+        return nn.functional.mse_loss(net.stage_step(0, estimate.detach() if passes else estimate, y), x)
+
+    @torch.no_grad()
+    def score(self, net: LoRun, device: torch.device) -> float:
+        """Mean PSNR in dB over crops of held-out training images."""
+        total = 0.0
+        for image in self.validation:
+            x = torch.from_numpy(image.astype(np.float32) / 255)[None, None].to(device)
+            y = net.op(x)
+            restored = net(y, size=x.shape[-2:])
+            if net.stages == 1:
+                for _ in range(self.args.pretrain_unroll):
+                    restored = net.stage_step(0, restored, y)
+            total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
+        return total / len(self.validation)
