@@ -33,7 +33,8 @@ class CSTraining:
         self.args = args
         paths = [path for folder in args.data for path in find_images(folder)]
         # The held-out images only draw the curve; no checkpoint is chosen by them.
-        held_out = set(paths[:: max(1, len(paths) // _VALIDATION_IMAGES)][:_VALIDATION_IMAGES])
+        count = max(1, min(_VALIDATION_IMAGES, len(paths) // 10))
+        held_out = set(paths[:: max(1, len(paths) // count)][:count])
         crop = 256
         self.validation = [
             image[:crop, :crop] for image in load_gray([p for p in paths if p in held_out], args.block_size)

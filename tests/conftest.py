@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+class GraphCounter:
+    """A torch.compile backend that runs the graph as it is and counts how many graphs there were."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, example_inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def graph_counter() -> GraphCounter:
+    return GraphCounter()

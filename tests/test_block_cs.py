@@ -1,0 +1,220 @@
+"""Block compressive sensing: the ops against an explicit matrix, and the operator around them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorun_fast as lf
+from lorun_fast.functional import block_cs, block_cs_adjoint, block_cs_step
+
+OPS = torch.ops.lorun_fast
+
+
+def explicit_matrix(phi: torch.Tensor, b: int, height: int, width: int) -> torch.Tensor:
+    """The whole operator as (m * rows * cols, H * W), filled entry by entry from the definition."""
+    m, rows, cols = phi.shape[0], -(-height // b), -(-width // b)
+    matrix = torch.zeros(m, rows, cols, height, width, dtype=phi.dtype)
+    for i in range(height):
+        for j in range(width):
+            matrix[:, i // b, j // b, i, j] = phi[:, (i % b) * b + j % b]
+    return matrix.reshape(m * rows * cols, height * width)
+
+
+def case(n=2, b=4, m=5, height=7, width=9, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, height, width, generator=g, dtype=torch.float64).to(dtype)
+    phi = torch.randn(m, b * b, generator=g, dtype=torch.float64)
+    phi = phi if dtype == torch.float64 else phi.float()
+    y = torch.randn(n, m, -(-height // b), -(-width // b), generator=g, dtype=torch.float64).to(phi.dtype)
+    return x, y, phi
+
+
+SIZES = [(7, 9), (8, 8), (1, 1), (3, 17), (4, 12)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_forward_adjoint_and_step_against_the_explicit_matrix(height, width):
+    x, y, phi = case(height=height, width=width)
+    matrix = explicit_matrix(phi, 4, height, width)
+    flat = x.reshape(2, -1, 1)
+    torch.testing.assert_close(block_cs(x, phi, block_size=4).reshape(2, -1, 1), matrix @ flat)
+    adjoint = block_cs_adjoint(y, phi, block_size=4, size=(height, width))
+    torch.testing.assert_close(adjoint.reshape(2, -1, 1), matrix.T @ y.reshape(2, -1, 1))
+    rho = torch.tensor([0.3, 1.7], dtype=torch.float64).reshape(2, 1, 1, 1)
+    step = block_cs_step(x, y, phi, rho, block_size=4)
+    expected = flat - rho[:, :, :, 0] * (matrix.T @ (matrix @ flat - y.reshape(2, -1, 1)))
+    torch.testing.assert_close(step.reshape(2, -1, 1), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 3), b=st.integers(1, 6), m=st.integers(1, 8), height=st.integers(1, 20), width=st.integers(1, 20)
+)
+def test_adjointness_of_any_shape(n, b, m, height, width):
+    x, y, phi = case(n, b, m, height, width)
+    left = (block_cs(x, phi, block_size=b) * y).sum()
+    right = (x * block_cs_adjoint(y, phi, block_size=b, size=(height, width))).sum()
+    scale = x.norm() * y.norm() * phi.norm()
+    assert abs(left - right) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_keeps_dtype_and_accumulates_wide(dtype):
+    x, y, phi = case(b=8, m=16, height=24, width=20, dtype=dtype)
+    wide = (x.double(), y.double(), phi.double())
+    results = {
+        "forward": (block_cs(x, phi, block_size=8), block_cs(wide[0], wide[2], block_size=8)),
+        "step": (block_cs_step(x, y, phi, 0.5, block_size=8), block_cs_step(*wide, 0.5, block_size=8)),
+    }
+    eps = torch.finfo(dtype).eps
+    for name, (got, truth) in results.items():
+        assert got.dtype == dtype, name
+        # One rounding of the result to its storage type, and fp32 accumulation before it.
+        bound = eps * truth.abs() + 64 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert ((got.double() - truth).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("scalar_rho", [True, False])
+def test_gradients(scalar_rho):
+    x, y, phi = case(n=2, b=3, m=2, height=4, width=5)
+    rho = torch.tensor(0.7, dtype=torch.float64) if scalar_rho else torch.tensor([[0.7], [1.2]], dtype=torch.float64)
+    rho = rho if scalar_rho else rho[:, :, None, None]
+    leaves = [t.clone().requires_grad_() for t in (x, y, phi, rho)]
+
+    def step(x, y, phi, rho):
+        return block_cs_step(x, y, phi, rho, block_size=3)
+
+    assert torch.autograd.gradcheck(step, leaves)
+    assert torch.autograd.gradgradcheck(step, leaves)
+    assert torch.autograd.gradcheck(lambda x, phi: block_cs(x, phi, block_size=3), (leaves[0], leaves[2]))
+    assert torch.autograd.gradcheck(lambda y, p: block_cs_adjoint(y, p, block_size=3, size=(4, 5)), leaves[1:3])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(layout, dtype):
+    x, y, phi = case(dtype=dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.cat([x, x], 3)[:, :, :, 1 : 1 + x.shape[3]]
+        y = torch.cat([y, y], 1)[:, : y.shape[1]]
+    rho = torch.full((1,), 0.5, dtype=phi.dtype)
+    leaves = [t.detach().requires_grad_() for t in (x, y, phi, rho)]
+    torch.library.opcheck(OPS.block_cs.default, (leaves[0], leaves[2], 4))
+    torch.library.opcheck(OPS.block_cs_adjoint.default, (leaves[1], leaves[2], 4, 7, 9))
+    torch.library.opcheck(OPS.block_cs_step.default, (*leaves, 4))
+    torch.library.opcheck(OPS.block_cs_grad_phi.default, (leaves[0], leaves[1], 4))
+    for op, arguments in (
+        (OPS.block_cs, (x, phi, 4)),
+        (OPS.block_cs_adjoint, (y, phi, 4, 7, 9)),
+        (OPS.block_cs_step, (x, y, phi, rho, 4)),
+    ):
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+        real = op(*arguments)
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_compiles_without_graph_breaks(graph_counter):
+    x, _, phi = case()
+    op = lf.BlockCS(phi, 4)
+
+    def f(x, rho):
+        return op.gradient_step(op.initial(op(x), x.shape[-2:]), op(x), rho)
+
+    compiled = torch.compile(f, fullgraph=True, backend=graph_counter)
+    for rho in (torch.tensor(0.5), torch.tensor(0.25)):
+        torch.testing.assert_close(compiled(x, rho), f(x, rho))
+    assert graph_counter.graphs == 1
+
+
+def test_non_contiguous_input_gives_the_same_result():
+    x, y, phi = case()
+    rows = torch.stack([x, x + 1], -1)[..., 0]
+    assert not rows.is_contiguous()
+    torch.testing.assert_close(block_cs(rows, phi, block_size=4), block_cs(x, phi, block_size=4))
+    torch.testing.assert_close(
+        block_cs_step(rows, y, phi.T.contiguous().T, 0.5, block_size=4), block_cs_step(x, y, phi, 0.5, block_size=4)
+    )
+
+
+def test_gaussian_phi_has_orthonormal_rows_and_depends_on_the_seed_alone():
+    op = lf.BlockCS.gaussian(0.25, 16, seed=3)
+    assert op.phi.shape == (64, 256)
+    torch.testing.assert_close(op.phi @ op.phi.T, torch.eye(64), atol=1e-5, rtol=0)
+    assert torch.equal(op.phi, lf.BlockCS.gaussian(0.25, 16, seed=3).phi)
+    assert not torch.equal(op.phi, lf.BlockCS.gaussian(0.25, 16, seed=4).phi)
+    assert abs(op.phi.mean()) < 0.01
+    assert op.ratio == 0.25
+
+
+def test_norm_is_the_largest_singular_value():
+    _, _, phi = case()
+    expected = torch.linalg.svdvals(explicit_matrix(phi, 4, 8, 12))[0]
+    torch.testing.assert_close(lf.BlockCS(phi, 4).norm(), expected)
+
+
+def test_prox_against_a_dense_solve():
+    op = lf.BlockCS.gaussian(0.5, 4, dtype=torch.float64)
+    x, mu = torch.randn(1, 1, 8, 4, dtype=torch.float64), 0.3
+    y = torch.randn(1, 8, 2, 1, dtype=torch.float64)
+    a = explicit_matrix(op.phi, 4, 8, 4)
+    right = a.T @ y.reshape(-1) + mu * x.reshape(-1)
+    expected = torch.linalg.solve(a.T @ a + mu * torch.eye(32, dtype=torch.float64), right)
+    torch.testing.assert_close(op.prox(x, y, mu).reshape(-1), expected)
+    with pytest.raises(ValueError, match="expected whole 4x4 blocks, got 7x4"):
+        op.prox(x[:, :, :7], y, mu)
+    with pytest.raises(ValueError, match="expected orthonormal rows"):
+        lf.BlockCS(2 * op.phi, 4).prox(x, y, mu)
+
+
+def test_half_and_bfloat16_leave_phi_wide():
+    op = lf.BlockCS.gaussian(0.25, 4).half()
+    assert op.phi.dtype == torch.float32
+    assert op.double().phi.dtype == torch.float64
+
+
+def test_empty_batch():
+    op = lf.BlockCS.gaussian(0.25, 4)
+    x = torch.empty(0, 1, 6, 6)
+    assert op(x).shape == (0, 4, 2, 2)
+    assert op.gradient_step(x, op(x), 1.0).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda op, x, y: op(x[:, 0]), ValueError, r"x: expected \(N, 1, H, W\), got shape"),
+        (lambda op, x, y: op(x.expand(-1, 3, -1, -1)), ValueError, "x: expected one channel"),
+        (
+            lambda op, x, y: op(x.long()),
+            TypeError,
+            "x: expected float32, float64, bfloat16 or float16, got torch.int64",
+        ),
+        (lambda op, x, y: op.adjoint(y[:, :3]), ValueError, r"y: expected \(N, 4, 2, 2\) for a 8x8 image"),
+        (lambda op, x, y: op.gradient_step(x, y[:1], 1.0), ValueError, "y: expected 2 samples like x, got 1"),
+        (lambda op, x, y: op.gradient_step(x, y, torch.ones(3)), ValueError, "rho: expected a number, a 0-d tensor"),
+        (lambda op, x, y: op.gradient_step(x, y, torch.tensor(1)), TypeError, "rho: expected a floating-point tensor"),
+        (lambda op, x, y: lf.BlockCS(op.phi, 5), ValueError, r"phi: expected \(m, 25\) for block_size=5"),
+        (lambda op, x, y: lf.BlockCS(op.phi * float("nan"), 4), ValueError, "phi: expected finite values"),
+        (lambda op, x, y: lf.BlockCS("phi", 4), TypeError, "phi: expected a tensor or an array of numbers, got str"),
+        (lambda op, x, y: lf.BlockCS.gaussian(25, 4), ValueError, r"ratio: expected a fraction in \(0, 1\], got 25"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(call, error, message):
+    op = lf.BlockCS.gaussian(0.25, 4)
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(error, match=message):
+        call(op, x, op(x))
+
+
+def test_numpy_phi():
+    phi = np.random.default_rng(0).standard_normal((3, 16))
+    op = lf.BlockCS(phi, 4)
+    assert op.phi.dtype == torch.float64
+    assert op(torch.rand(1, 1, 8, 8)).dtype == torch.float32

@@ -1,0 +1,141 @@
+"""Saved networks: one file rebuilds everything; damaged or foreign files give one clear error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lorun_fast as lf
+from lorun_fast.denoisers import register_denoiser
+from lorun_fast.io import read_config
+
+Y = torch.rand(2, 16, 3, 2, generator=torch.Generator().manual_seed(1))
+
+
+def network(sharing="lora", denoiser=None, **kwargs) -> lf.LoRun:
+    denoiser = lf.ResUNet(channels=(4, 8), blocks=1) if denoiser is None else denoiser
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8, learn=True), denoiser, stages=3, sharing=sharing, **kwargs)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+@pytest.mark.parametrize("form", ["loralib", "peft"])
+def test_one_file_rebuilds_the_network(tmp_path, sharing, form):
+    net = network(sharing, form=form, gamma=30)
+    lf.save(net, tmp_path / "net.safetensors")
+    again = lf.load(tmp_path / "net.safetensors")
+    assert torch.equal(again(Y), net(Y))
+    assert (again.sharing, again.form, again.gamma, again.stages) == (sharing, form, 30, 3)
+    assert isinstance(again.op.phi, nn.Parameter)
+    assert not again.training
+
+
+def test_half_precision_storage_loads_as_fp32(tmp_path):
+    net = network()
+    lf.save(net, tmp_path / "full.safetensors")
+    lf.save(net, tmp_path / "half.safetensors", dtype=torch.float16)
+    again = lf.load(tmp_path / "half.safetensors")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    for a, b in zip(again.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+
+
+def test_partial_adapters_and_scale_survive(tmp_path):
+    staged = lf.adapt(lf.ResUNet(channels=(4, 8), blocks=1), stages=3, include="body.*", scale=0.25)
+    net = network(denoiser=staged)
+    lf.save(net, tmp_path / "net.safetensors")
+    again = lf.load(tmp_path / "net.safetensors")
+    assert set(again.denoiser.adapted) == set(staged.adapted)
+    assert {layer.scale for layer in again.denoiser.adapted.values()} == {0.25}
+    assert torch.equal(again(Y), net(Y))
+
+
+class Own(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.width = width
+        self.a, self.b = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, z):
+        return z + self.b(torch.relu(self.a(z)))
+
+    def config(self):
+        return {"width": self.width}
+
+
+def test_a_denoiser_of_ones_own_is_passed_to_load(tmp_path):
+    net = network(denoiser=Own())
+    lf.save(net, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"its base denoiser Own is not registered: pass load\(path, denoiser=...\)"):
+        lf.load(tmp_path / "net.safetensors")
+    assert torch.equal(lf.load(tmp_path / "net.safetensors", denoiser=Own())(Y), net(Y))
+
+
+def test_a_registered_denoiser_needs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorun_fast.denoisers._REGISTRY", {})
+    register_denoiser(Own)
+    net = network(denoiser=Own(6))
+    lf.save(net, tmp_path / "net.safetensors")
+    assert torch.equal(lf.load(tmp_path / "net.safetensors")(Y), net(Y))
+    with pytest.raises(TypeError, match=r"needs a method config\(\)"):
+        register_denoiser(nn.Identity)
+
+
+def test_notes_are_kept_in_the_header(tmp_path):
+    lf.save(network(), tmp_path / "net.safetensors", notes={"data": "photographs"})
+    assert read_config(tmp_path / "net.safetensors")["notes"] == {"data": "photographs"}
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    lf.save(network(), path)
+    before = path.read_bytes()
+
+    def fail(tensors, filename, metadata):
+        open(filename, "wb").write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lorun_fast.io.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lf.save(network("tied"), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_unreadable_files(tmp_path):
+    path = tmp_path / "net.safetensors"
+    lf.save(network(), path)
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match="found no such file"):
+        lf.load(tmp_path / "absent.safetensors")
+    for damaged in (whole[: len(whole) // 2], whole[:4], b"", b"not a network at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="expected a complete safetensors file, got a damaged one"):
+            lf.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="got a safetensors file without its header"):
+        lf.load(path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"lorun_fast": json.dumps({"version": 99})})
+    with pytest.raises(ValueError, match="expected format version 1 or older, got 99"):
+        lf.load(path)
+
+
+def test_tensors_that_do_not_fit_the_config(tmp_path):
+    net, path = network("tied"), tmp_path / "net.safetensors"
+    lf.save(net, path)
+    state = {k: v.detach().clone() for k, v in net.state_dict().items() if k != "step_size"} | {"extra": torch.zeros(1)}
+    save_file(state, path, metadata={"lorun_fast": json.dumps(read_config(path))})
+    with pytest.raises(ValueError, match=r"got 1 missing \(step_size\) and 1 unknown \(extra\)"):
+        lf.load(path)
+
+
+def test_pretrained_names():
+    with pytest.raises(ValueError, match="got 'cs-99'"):
+        lf.load_pretrained("cs-99")

@@ -1,0 +1,189 @@
+"""LoRA layers: the base at first, every stage its own after, merged or not, with one stage per sample or one for all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorun_fast as lf
+from lorun_fast import adapters
+
+LAYERS = {
+    "conv": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding=1, **kw), (5, 4, 7, 9)),
+    "conv strided dilated": (lambda **kw: lf.LoRAConv2d(4, 6, 3, stride=2, padding=2, dilation=2, **kw), (5, 4, 9, 8)),
+    "conv reflect": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding=1, padding_mode="reflect", **kw), (5, 4, 7, 9)),
+    "conv same": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding="same", bias=False, **kw), (5, 4, 7, 9)),
+    "conv transposed": (lambda **kw: lf.LoRAConvTranspose2d(4, 6, 2, stride=2, **kw), (5, 4, 5, 3)),
+    "linear": (lambda **kw: lf.LoRALinear(4, 6, **kw), (5, 3, 4)),
+}
+
+
+def randomise(layer: nn.Module) -> nn.Module:
+    nn.init.normal_(layer.down, std=0.3)
+    nn.init.normal_(layer.up, std=0.3)
+    return layer
+
+
+def plain_twin(layer: nn.Module, stage: int | None) -> nn.Module:
+    """The nn layer whose weight is this stage's merged weight."""
+    base = {lf.LoRAConv2d: nn.Conv2d, lf.LoRAConvTranspose2d: nn.ConvTranspose2d, lf.LoRALinear: nn.Linear}[type(layer)]
+    twin = base(**type(layer)._base_arguments(layer))
+    weight = layer.weight.detach()
+    if stage is not None:
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        weight = weight + layer.scale * adapters.delta(
+            layer.down[stage].detach(), layer.up[stage].detach(), weight.shape, transposed=transposed
+        )
+    twin.weight = nn.Parameter(weight)
+    twin.bias = layer.bias
+    return twin
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    return LAYERS[request.param]
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_fresh_layer_is_its_base_at_every_stage(case, form):
+    make, shape = case
+    layer, x = make(stages=3, rank=2, form=form), torch.randn(shape)
+    expected = plain_twin(layer, None)(x)
+    for stage in range(3):
+        assert torch.equal(layer(x, stage), expected)
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_each_stage_is_the_layer_with_its_merged_weight(case, form):
+    make, shape = case
+    layer, x = randomise(make(stages=3, rank=2, form=form, scale=0.7)), torch.randn(shape)
+    outputs = []
+    for stage in range(3):
+        outputs.append(layer(x, stage))
+        torch.testing.assert_close(outputs[-1], plain_twin(layer, stage)(x))
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_one_stage_per_sample_equals_one_call_per_sample(case, merged, dtype):
+    make, shape = case
+    layer, x = randomise(make(stages=4, rank=2)), torch.randn(shape)
+    if merged:
+        layer.merge()
+    stages = torch.tensor([3, 0, 2, 0, 1], dtype=dtype)
+    expected = torch.cat([layer(x[n : n + 1], int(k)) for n, k in enumerate(stages)])
+    torch.testing.assert_close(layer(x, stages), expected)
+
+
+def test_merged_equals_unmerged_and_keeps_the_base(case):
+    make, shape = case
+    layer, x = randomise(make(stages=3, rank=2)), torch.randn(shape)
+    base = layer.weight.clone()
+    before = [layer(x, k) for k in range(3)]
+    layer.merge()
+    assert layer.merged
+    for k in range(3):
+        torch.testing.assert_close(layer(x, k), before[k])
+    assert torch.equal(layer.weight, base)
+    layer.unmerge()
+    assert not layer.merged
+    for k in range(3):
+        assert torch.equal(layer(x, k), before[k])
+
+
+@pytest.mark.parametrize(
+    "invalidate",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.to(torch.float64),
+        lambda layer: layer.load_state_dict(layer.state_dict()),
+        lambda layer: layer.reset_adapter(),
+    ],
+    ids=["train", "to", "load", "reset"],
+)
+def test_what_drops_merged_weights(invalidate):
+    layer = randomise(lf.LoRAConv2d(4, 4, 3, stages=2, rank=1))
+    layer.merge()
+    invalidate(layer)
+    assert not layer.merged
+
+
+def test_merged_weights_stay_out_of_the_state_dict():
+    layer = lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)
+    layer.merge()
+    assert set(layer.state_dict()) == {"weight", "bias", "down", "up"}
+
+
+def test_gradients_match_finite_differences(case):
+    make, shape = case
+    layer = randomise(make(stages=2, rank=1)).double()
+    x = torch.randn(2, *[min(s, 6) for s in shape[1:]], dtype=torch.float64, requires_grad=True)
+
+    def call(x, down, up):
+        return torch.func.functional_call(layer, {"down": down, "up": up}, (x, 1))
+
+    down, up = layer.down.detach().clone().requires_grad_(), layer.up.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(call, (x, down, up))
+
+
+def test_stage_may_be_left_out_only_for_one_stage():
+    x = torch.randn(1, 4, 5, 5)
+    lf.LoRAConv2d(4, 4, 3, stages=1, rank=1)(x)
+    with pytest.raises(ValueError, match="stage: expected 0 to 1, got none"):
+        lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)(x)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "message"),
+    [
+        (2, IndexError, "stage: expected 0 to 1, got 2"),
+        (-1, IndexError, "stage: expected 0 to 1, got -1"),
+        (torch.tensor([0.0, 1.0]), TypeError, "expected an int or an int64 tensor, got torch.float32"),
+        (torch.tensor([0, 1, 1]), ValueError, r"one stage per sample, shape \(2,\)"),
+    ],
+)
+def test_bad_stages(stage, error, message):
+    layer = lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)
+    with pytest.raises(error, match=message):
+        layer(torch.randn(2, 4, 5, 5), stage)
+
+
+def test_functional_epilogue_and_plain_factors():
+    x, weight, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
+    down, up = torch.randn(3, 9), torch.randn(12, 3)
+    residual = torch.randn(2, 4, 6, 6)
+    got = lf.functional.lora_conv2d(
+        x, weight, bias, down, up, scale=0.5, padding=1, activation="leaky_relu", residual=residual
+    )
+    dense = weight + 0.5 * (up @ down).view(weight.shape)
+    expected = nn.functional.leaky_relu(nn.functional.conv2d(x, dense, bias, padding=1), 0.01) + residual
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 5, 6, 6)}, r"x: expected \(N, 3, H, W\)"),
+        ({"down": torch.randn(3, 8)}, r"down, up: expected \(3, 9\) and \(12, 3\)"),
+        ({"stage": 0}, "a leading stage axis"),
+        ({"activation": "tanh"}, "activation: expected one of None, 'relu'"),
+    ],
+)
+def test_functional_errors_name_the_argument(change, message):
+    arguments = {
+        "x": torch.randn(2, 3, 6, 6), "weight": torch.randn(4, 3, 3, 3), "bias": None,
+        "down": torch.randn(3, 9), "up": torch.randn(12, 3),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        lf.functional.lora_conv2d(**arguments)
+
+
+def test_from_base_shares_the_base_parameters():
+    base = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
+    layer = lf.LoRAConv2d.from_base(base, stages=2, rank=1)
+    assert layer.weight is base.weight
+    assert layer.bias is None
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(layer(x, 1), base(x))

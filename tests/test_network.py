@@ -1,0 +1,197 @@
+"""The unfolded network: what it computes, what is shared, merging, compiling, exporting, recomputing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lorun_fast as lf
+
+
+def tiny(sharing="lora", stages=3, learn=True, **kwargs) -> lf.LoRun:
+    torch.manual_seed(0)
+    op = lf.BlockCS.gaussian(0.25, 8, learn=learn)
+    net = lf.LoRun(op, lf.ResUNet(channels=(4, 8), blocks=1), stages=stages, sharing=sharing, **kwargs)
+    return net
+
+
+def trained(**kwargs) -> lf.LoRun:
+    """A LoRun whose stages differ, as after training."""
+    net = tiny(**kwargs)
+    for p in net.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        net.step_size.copy_(torch.linspace(0.5, 1.5, net.stages))
+    return net
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 1, 20, 13, generator=torch.Generator().manual_seed(1))
+
+
+SIZE = (20, 13)
+
+
+@pytest.mark.parametrize("form", ["loralib", "peft"])
+def test_fresh_lora_equals_tied_to_the_last_bit(x, form):
+    lora, tied = tiny(form=form), tiny("tied")
+    y = tied.op(x)
+    assert torch.equal(lora(y, size=SIZE), tied(y, size=SIZE))
+    assert torch.equal(lora.eval()(y, size=SIZE), tied.eval()(y, size=SIZE))
+
+
+def test_the_iteration_is_the_formula(x):
+    net = trained()
+    y = net.op(x)
+    expected = [net.op.adjoint(y, SIZE)]
+    for k in range(3):
+        previous = expected[-1]
+        z = previous - net.step_size[k] * net.op.adjoint(net.op(previous) - y, SIZE)
+        expected.append(net.denoiser(z, stage=k))
+    got = net(y, size=SIZE, return_stages=True)
+    assert len(got) == 4
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(got[-1], net(y, size=SIZE))
+
+
+def test_size_defaults_to_whole_blocks(x):
+    net = tiny()
+    assert net(net.op(x)).shape == (2, 1, 24, 16)
+
+
+def test_what_trains_under_each_sharing():
+    lora, tied, untied = tiny(), tiny("tied"), tiny("untied")
+    names = {n for n, p in lora.named_parameters() if p.requires_grad}
+    assert {"step_size", "op.phi"} <= names
+    assert all(n.endswith((".down", ".up")) for n in names - {"step_size", "op.phi"})
+    assert all(p.requires_grad for p in tied.parameters())
+    base = tied.parameter_report().base
+    assert untied.parameter_report().total == 3 * base + 3
+    assert lora.parameter_report().base == base
+    assert lora.parameter_report().operator == 16 * 64
+
+
+def test_eval_merges_and_train_unmerges(x):
+    net = trained()
+    y = net.op(x)
+    before = net(y, size=SIZE)
+    net.eval()
+    assert net.denoiser.merged
+    torch.testing.assert_close(net(y, size=SIZE), before)
+    net.train()
+    assert not net.denoiser.merged
+    assert torch.equal(net(y, size=SIZE), before)
+
+
+def test_moving_or_loading_in_eval_mode_merges_anew(x):
+    net, other = trained().eval(), trained(stages=3)
+    for p in other.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+    y = net.op(x)
+    stale = net(y, size=SIZE)
+    net.load_state_dict(other.state_dict())
+    assert net.denoiser.merged
+    fresh = net(y, size=SIZE)
+    torch.testing.assert_close(fresh, other(y, size=SIZE))
+    assert not torch.allclose(fresh, stale, atol=1e-3)
+    net.double()
+    assert net.denoiser.merged
+    torch.testing.assert_close(net(y.double(), size=SIZE).float(), fresh, atol=1e-4, rtol=1e-4)
+
+
+def test_checkpointing_changes_no_gradient(x):
+    plain, recomputed = trained(), trained(checkpoint=True)
+    recomputed.load_state_dict(plain.state_dict())
+    for net in (plain, recomputed):
+        net(net.op(x), size=SIZE).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_gradients_reach_every_stage_step_size_and_phi(x):
+    net = trained()
+    net(net.op(x), size=SIZE).square().mean().backward()
+    assert (net.step_size.grad != 0).all()
+    assert net.op.phi.grad.abs().max() > 0
+    for name, layer in net.denoiser.adapted.items():
+        assert (layer.up.grad.flatten(1).abs().amax(1) > 0).all(), name
+        assert layer.weight.grad is None
+
+
+def test_another_operator_for_one_call(x):
+    net, other = trained().eval(), lf.BlockCS.gaussian(0.25, 8, seed=7)
+    swapped = copy.deepcopy(net)
+    swapped.op.phi.data.copy_(other.phi)
+    y = other(x)
+    torch.testing.assert_close(net(y, op=other, size=SIZE), swapped(y, size=SIZE))
+    assert not torch.allclose(net(y, size=SIZE), swapped(y, size=SIZE), atol=1e-3)
+
+
+def test_bfloat16_denoiser_keeps_the_operator_and_the_iterate_wide(x):
+    net = trained().eval()
+    y = net.op(x)
+    expected = net(y, size=SIZE)
+    net.bfloat16()
+    assert net.op.phi.dtype == torch.float32
+    got = net(y, size=SIZE)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=0.1, rtol=0.1)
+
+
+def test_autocast_leaves_the_operator_in_fp32(x):
+    net = trained().eval()
+    y = net.op(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.op(x), y)
+        z = net.op.gradient_step(x, y, 0.5)
+        assert torch.equal(net.op.adjoint(y, SIZE), net(y, size=SIZE, return_stages=True)[0])
+        got = net(y, size=SIZE)
+    assert torch.equal(z, net.op.gradient_step(x, y, 0.5))
+    torch.testing.assert_close(got, net(y, size=SIZE), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_compiles_into_one_graph_for_any_image(graph_counter, x, merged):
+    net = trained(stages=9).train(not merged)
+    compiled = torch.compile(net, fullgraph=True, backend=graph_counter)
+    for image in (x, torch.rand(2, 1, 20, 13)):
+        y = net.op(image)
+        torch.testing.assert_close(compiled(y, size=SIZE), net(y, size=SIZE))
+    assert graph_counter.graphs == 1
+
+
+def test_export_round_trip(x, tmp_path):
+    net = trained(learn=False).eval()
+    y = net.op(x)
+    program = torch.export.export(net, (y,), {"size": SIZE})
+    torch.export.save(program, tmp_path / "net.pt2")
+    got = torch.export.load(tmp_path / "net.pt2").module()(y, size=SIZE)
+    torch.testing.assert_close(got, net(y, size=SIZE))
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+def test_staged_denoisers_are_taken_as_they_are(sharing):
+    source = tiny(sharing, stages=4)
+    net = lf.LoRun(source.op, source.denoiser, stages=2, sharing="tied" if sharing == "lora" else "lora")
+    assert (net.stages, net.sharing) == (4, sharing)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lf.LoRun("phi", lf.ResUNet()), TypeError, "op: expected a SensingOperator, got str"),
+        (lambda: tiny("half"), ValueError, "sharing: expected one of lora, tied, untied"),
+        (lambda: tiny(stages=0), ValueError, "stages: expected at least 1"),
+        (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
+        (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

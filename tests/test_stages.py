@@ -1,0 +1,253 @@
+"""adapt() on foreign denoisers, and how a stage reaches their layers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import lorun_fast as lf
+from lorun_fast.stages import TiedDenoiser, UntiedDenoiser
+
+
+class Foreign(nn.Module):
+    """Somebody else's denoiser: knows nothing of stages; a depthwise layer, a norm, a shared layer, a linear gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(2, 8, 3, padding=1)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.alias = self.mix
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm = nn.GroupNorm(2, 8)
+        self.gate = nn.Linear(8, 8)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.tail = nn.Conv2d(8, 2, 3, stride=2, padding=1)
+
+    def forward(self, z):
+        x = torch.relu(self.head(z))
+        x = self.norm(self.alias(torch.relu(self.mix(x))) + self.depthwise(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
+        return z + self.tail(self.up(x))
+
+
+class WithSigma(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, z, sigma):
+        level = torch.as_tensor(sigma).reshape(-1, 1, 1, 1).expand(z.shape[0], 1, *z.shape[2:])
+        return self.conv(torch.cat([z, level], 1))
+
+
+def staged_foreign(**kwargs) -> lf.StagedDenoiser:
+    with pytest.warns(UserWarning, match="1 grouped layers keep their base weights"):
+        staged = lf.adapt(Foreign(), **kwargs)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+    return staged
+
+
+Z = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("form", ["loralib", "peft"])
+def test_fresh_stages_equal_the_denoiser_to_the_last_bit(form):
+    denoiser = Foreign()
+    before = copy.deepcopy(denoiser.state_dict())
+    with pytest.warns(UserWarning):
+        staged = lf.adapt(denoiser, stages=4, form=form)
+    expected = denoiser(Z)
+    for k in range(4):
+        assert torch.equal(staged(Z, stage=k), expected)
+        assert torch.equal(staged[k](Z), expected)
+    assert torch.equal(staged(Z, stage=torch.tensor([0, 3, 1])), staged(Z, stage=torch.tensor([2, 2, 2])))
+    assert type(denoiser.head) is nn.Conv2d
+    assert all(torch.equal(v, before[k]) for k, v in denoiser.state_dict().items())
+
+
+def test_what_is_adapted_and_what_is_left_alone():
+    staged = staged_foreign(stages=2)
+    assert set(staged.adapted) == {"head", "mix", "gate", "up", "tail"}
+    assert "grouped (groups=8)" in staged.skipped["depthwise"]
+    assert staged.base.alias is staged.base.mix
+
+
+def test_stages_differ_and_views_agree():
+    staged = staged_foreign(stages=3)
+    outputs = [staged(Z, stage=k) for k in range(3)]
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+    for k, view in enumerate(staged):
+        assert torch.equal(view(Z), outputs[k])
+    assert len(staged) == 3
+    mixed = staged(Z, stage=torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(mixed, torch.stack([outputs[2][0], outputs[0][1], outputs[1][2]]))
+
+
+def test_include_and_exclude_patterns():
+    staged = lf.adapt(Foreign(), stages=2, include=["head", "depthwise"])
+    assert set(staged.adapted) == {"head", "depthwise"}
+    with pytest.warns(UserWarning):
+        staged = lf.adapt(Foreign(), stages=2, exclude="[gu]*")
+    assert set(staged.adapted) == {"head", "mix", "tail"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"include": "encoder.*"}, r"pattern 'encoder.\*' matches no layer; the layers are: head"),
+        ({"include": "depthwise", "form": "peft"}, "depthwise: form 'peft' cannot express groups=8"),
+        ({"exclude": "*"}, "expected a Conv2d, ConvTranspose2d or Linear layer to adapt in Foreign, got none"),
+        ({"stages": 0}, "stages: expected at least 1"),
+        ({"form": "lokr"}, "form: expected one of loralib, peft"),
+    ],
+)
+def test_adapt_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        lf.adapt(Foreign(), **kwargs)
+
+
+def test_weights_computed_by_a_parametrization_are_left_alone():
+    denoiser = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3)), nn.Conv2d(2, 2, 3))
+    staged = lf.adapt(denoiser, stages=2)
+    assert set(staged.adapted) == {"1"}
+    assert "0" in staged.skipped
+
+
+def test_a_single_layer_is_a_denoiser_too():
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    staged = lf.adapt(conv, stages=2)
+    assert torch.equal(staged(Z, stage=1), conv(Z))
+
+
+def test_freezing():
+    staged = staged_foreign(stages=2)
+    factors = {id(p) for p in staged.adapter_parameters()}
+    assert len(factors) == 2 * len(staged.adapted)
+    assert all(p.requires_grad == (id(p) in factors) for p in staged.parameters())
+    staged.freeze_base(False)
+    assert all(p.requires_grad for p in staged.parameters())
+
+
+def test_gradients_reach_only_the_stage_that_ran():
+    staged = staged_foreign(stages=3)
+    staged(Z, stage=1).square().mean().backward()
+    for layer in staged.adapted.values():
+        for factor in (layer.down, layer.up):
+            assert factor.grad[1].abs().max() > 0
+            assert not factor.grad[[0, 2]].any()
+        assert layer.weight.grad is None
+
+
+def test_sigma_is_passed_through():
+    staged = lf.adapt(WithSigma(), stages=2)
+    z = torch.randn(2, 2, 6, 6)
+    assert torch.equal(staged(z, stage=0, sigma=0.1), staged[0](z, 0.1))
+    assert not torch.allclose(staged(z, stage=0, sigma=0.1), staged(z, stage=0, sigma=0.5))
+
+
+def test_parameter_report_of_the_published_sizes():
+    small = lf.adapt(lf.ResUNet(in_channels=4, out_channels=3), stages=9, gamma=10).parameter_report()
+    assert (small.base, small.per_stage, small.total) == (588_784, 131_167, 1_769_287)
+    large = lf.adapt(lf.ResUNet(channels=(32, 64, 96, 128)), stages=9, gamma=10).parameter_report()
+    assert (large.base, large.per_stage, large.total) == (1_786_432, 371_538, 5_130_274)
+    peft = lf.adapt(lf.ResUNet(in_channels=4, out_channels=3), stages=9, gamma=10, form="peft").parameter_report()
+    assert round(peft.total / 1e6, 2) == 1.25
+    assert small.ratio == pytest.approx(1_769_287 / 5_299_056)
+    assert "1,769,287" in str(small)
+
+
+def test_compile_without_graph_breaks_over_nine_stages(graph_counter):
+    staged = staged_foreign(stages=9)
+    compiled = torch.compile(staged, fullgraph=True, backend=graph_counter)
+    for k in range(9):
+        torch.testing.assert_close(compiled(Z, stage=k), staged(Z, stage=k))
+    assert graph_counter.graphs <= 2
+
+
+def test_compile_with_one_stage_per_sample(graph_counter):
+    staged = staged_foreign(stages=9)
+    compiled = torch.compile(staged, fullgraph=True, backend=graph_counter)
+    for stages in ([0, 8, 4], [1, 1, 2], [7, 3, 0]):
+        stage = torch.tensor(stages)
+        torch.testing.assert_close(compiled(Z, stage=stage), staged(Z, stage=stage))
+    assert graph_counter.graphs == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_round_trip(strict, tmp_path):
+    staged = staged_foreign(stages=3)
+    program = torch.export.export(staged[2], (Z,), strict=strict)
+    torch.export.save(program, tmp_path / "stage.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "stage.pt2").module()(Z), staged(Z, stage=2))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_threads_at_different_stages_do_not_meet(merged):
+    staged = staged_foreign(stages=4)
+    if merged:
+        staged.merge()
+    expected = [staged(Z, stage=k) for k in range(4)]
+    wrong = []
+
+    def work(k):
+        with torch.no_grad():
+            wrong.extend(k for _ in range(100) if not torch.equal(staged(Z, stage=k), expected[k]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+def test_the_scope_ends_with_the_call_even_after_an_error():
+    staged = staged_foreign(stages=2)
+    with pytest.raises(RuntimeError):
+        staged(torch.randn(1, 5, 8, 8), stage=1)
+    with pytest.raises(ValueError, match="stage: expected 0 to 1, got none"):
+        staged.base(Z)
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    staged = staged_foreign(stages=3)
+    twin = copy.deepcopy(staged)
+    assert torch.equal(twin(Z, stage=2), staged(Z, stage=2))
+    for p in twin.adapter_parameters():
+        nn.init.zeros_(p)
+    assert not torch.allclose(twin(Z, stage=2), staged(Z, stage=2))
+    twin.load_state_dict(staged.state_dict())
+    assert torch.equal(twin(Z, stage=2), staged(Z, stage=2))
+
+
+def test_merge_and_unmerge_of_all_layers():
+    staged = staged_foreign(stages=3)
+    before = staged(Z, stage=1)
+    staged.merge()
+    assert staged.merged
+    torch.testing.assert_close(staged(Z, stage=1), before)
+    staged.train()
+    assert not staged.merged
+
+
+def test_tied_and_untied():
+    denoiser = Foreign()
+    tied, untied = TiedDenoiser(denoiser, 3), UntiedDenoiser(denoiser, 3)
+    for k in range(3):
+        assert torch.equal(tied(Z, stage=k), untied(Z, stage=k))
+    nn.init.normal_(untied.copies[1].tail.weight)
+    outputs = [untied(Z, stage=k) for k in range(3)]
+    mixed = untied(Z, stage=torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(mixed, torch.stack([outputs[1][0], outputs[0][1], outputs[1][2]]))
+    assert untied.parameter_report().total == 3 * tied.parameter_report().total
+    assert list(tied.adapter_parameters()) == []
+
+
+def test_a_staged_denoiser_is_not_adapted_twice():
+    with pytest.raises(TypeError, match="got one that is staged already"):
+        lf.adapt(staged_foreign(stages=2))

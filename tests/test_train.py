@@ -1,0 +1,138 @@
+"""Training: exact resume after a kill at any moment, two phases, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import lorun_fast as lf
+from lorun_fast.apps import train
+from lorun_fast.apps.sampling import PatchSampler
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("camera", "coins", "moon", "page"):
+        Image.fromarray(getattr(data, name)()[:128, :128]).save(folder / f"{name}.png")
+    return folder
+
+
+def arguments(photographs, output, *more) -> list[str]:
+    return [
+        "cs", "--data", str(photographs), "-o", str(output), "--block-size", "8", "--patch", "16", "--batch", "2",
+        "--channels", "4", "8", "--stages", "2", "--base-steps", "6", "--steps", "6", "--warm-up", "2",
+        "--validate-every", "4", "--checkpoint-every", "1", "--threads", "1", *more,
+    ]  # fmt: skip
+
+
+def log_without_time(folder):
+    with (folder / "log.csv").open() as f:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
+
+
+def assert_same_run(a, b):
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert log_without_time(a) == log_without_time(b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photographs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(arguments(photographs, folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_its_record(uninterrupted):
+    rows = log_without_time(uninterrupted)
+    assert [(r["phase"], r["step"]) for r in rows] == [("base", "4"), ("base", "6"), ("stages", "4"), ("stages", "6")]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["peak_memory_gib"] > 0
+    assert set(summary["seconds"]) == {"base", "stages"}
+    assert Image.open(uninterrupted / "curve.png").size[0] > 100
+    net = lf.load(uninterrupted / "model.safetensors")
+    assert (net.stages, net.sharing) == (2, "lora")
+
+
+def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):
+    base, model = load_file(uninterrupted / "base.safetensors"), load_file(uninterrupted / "model.safetensors")
+    for name, tensor in base.items():
+        if name.startswith("denoiser.base."):
+            assert torch.equal(model[name], tensor), name
+    assert not torch.equal(model["step_size"], base["step_size"].expand(2))
+    assert all(t.abs().max() > 0 for name, t in model.items() if name.endswith(".up"))
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_stopping_and_resuming_changes_nothing(photographs, uninterrupted, tmp_path, stop):
+    assert train.main(arguments(photographs, tmp_path / "run", "--stop-after", str(stop))) == 0
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert train.main(arguments(photographs, tmp_path / "run", "--resume")) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_kill_9_and_resume_changes_nothing(photographs, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "lorun_fast.apps.train", *arguments(photographs, folder)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        state = folder / "checkpoint.pt"
+        if state.exists() and torch.load(state, weights_only=True)["phase"] == "stages":
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert train.main(arguments(photographs, folder, "--resume")) == 0
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_second_run_starts_from_the_base_of_the_first(photographs, uninterrupted, tmp_path):
+    more = ("--sharing", "tied", "--init", str(uninterrupted))
+    assert train.main(arguments(photographs, tmp_path / "tied", *more)) == 0
+    net = lf.load(tmp_path / "tied" / "model.safetensors")
+    assert net.sharing == "tied"
+    assert {row["phase"] for row in log_without_time(tmp_path / "tied")} == {"stages"}
+
+
+def test_runs_are_not_mixed(photographs, uninterrupted, tmp_path):
+    with pytest.raises(ValueError, match="got one that holds a run: add --resume"):
+        train.main(arguments(photographs, uninterrupted))
+    with pytest.raises(ValueError, match="lr was 0.001 and is 0.5"):
+        train.main(arguments(photographs, uninterrupted, "--resume", "--lr", "0.5"))
+    with pytest.raises(ValueError, match="expected a run to resume"):
+        train.main(arguments(photographs, tmp_path / "absent", "--resume"))
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    images = [np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8)]
+    sampler = PatchSampler(images, 8, 3, seed=1)
+    assert torch.equal(sampler(5), PatchSampler(images, 8, 3, seed=1)(5))
+    assert not torch.equal(sampler(5), sampler(6))
+    assert not torch.equal(sampler(5), PatchSampler(images, 8, 3, seed=2)(5))
+    batch = sampler(0)
+    assert batch.shape == (3, 1, 8, 8)
+    assert 0 <= batch.min() and batch.max() <= 1
+
+
+def test_learning_rate():
+    factors = [train.learning_rate_factor(s, 100, 10) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == factors[10] == 1
+    assert factors[-1] < 0.02
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
