@@ -131,18 +131,20 @@ def plan() -> tuple[list[Extension], type[build_ext]]:
     torch_dir = Path(torch.__file__).parent
     sources = recipe.sources(".cpp")
     macros = [("TORCH_TARGET_VERSION", recipe.target_macro())]
-    flags = {"cxx": recipe.cxx_flags(), "nvcc": recipe.nvcc_flags()}
+    include_dirs = recipe.torch_include_dirs(torch_dir)
+    # As system headers too, so that the warnings are about this project's code.
+    flags = {"cxx": [*recipe.cxx_flags(), *(f"-isystem{folder}" for folder in include_dirs)]}
     link = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"]
     home = find_cuda(torch)
     if home:
         archs = cuda_archs(torch)
         os.environ["CUDA_HOME"] = str(home)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
         sources += recipe.sources(".cu")
+        flags["nvcc"] = recipe.nvcc_flags() + recipe.gencode_flags(archs)
         macros += [("USE_CUDA", None), ("LORUN_CUDA_ARCHS", f'"{archs}"')]
         link += ["-ltorch_cuda", *cudart(home)]
         say(f"CUDA sources: compiled with {home / 'bin' / 'nvcc'} for {archs}")
-    macros.append(("LORUN_CXX_FLAGS", f'"{" ".join(flags["cxx"])}"'))
+    macros.append(("LORUN_CXX_FLAGS", f'"{" ".join(recipe.cxx_flags())}"'))
 
     cpp_extension = importlib.import_module("torch.utils.cpp_extension")
     ninja = cpp_extension.is_ninja_available()
@@ -151,7 +153,7 @@ def plan() -> tuple[list[Extension], type[build_ext]]:
         "lorun_fast._C",
         sources,
         depends=recipe.headers(),
-        include_dirs=[str(ROOT / "csrc"), *recipe.torch_include_dirs(torch_dir)],
+        include_dirs=[str(ROOT / "csrc"), *include_dirs],
         define_macros=macros,
         extra_compile_args=flags,
         extra_link_args=link,
