@@ -1,0 +1,3 @@
+"""The operators: schemas, checks, fakes, autograd. Importing this package registers the compiled ones, if built."""
+
+from lorun_fast import _native as _native

@@ -1,0 +1,93 @@
+// Shapes, dtypes and allocation for operators written against torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <type_traits>
+
+namespace lorun {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Measurements, operator parameters and accumulators beside an image stored as T: fp64 stays, the rest is fp32.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType wide_type(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f(TypeTag<T>) for an image's storage type T. `name` is the argument's, for the error.
+template <class F>
+auto dispatch_storage(ScalarType type, const char* name, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(TypeTag<float>{});
+    case ScalarType::Double:
+      return f(TypeTag<double>{});
+    case ScalarType::BFloat16:
+      return f(TypeTag<BFloat16>{});
+    case ScalarType::Half:
+      return f(TypeTag<Half>{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got another dtype");
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(t.size(i));
+  }
+  return text + ")";
+}
+
+// The Python layer words its own, friendlier checks; these keep a direct call of the op inside its memory.
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  int64_t axis = 0;
+  std::string expected;
+  for (const int64_t size : want) {
+    same = same && t.size(axis) == size;
+    expected += (axis++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(same, name, ": expected shape (", expected, "), got ", shape_of(t));
+}
+
+inline void check_type(const char* name, const Tensor& t, ScalarType want) {
+  STD_TORCH_CHECK(t.scalar_type() == want, name, ": expected ", want == ScalarType::Double ? "float64" : "float32",
+                  " beside this image, got another dtype");
+}
+
+inline void check_step_size(const Tensor& rho, int64_t n, int64_t channels, ScalarType wide) {
+  check_type("rho", rho, wide);
+  const bool shared = rho.dim() == 1 && rho.size(0) == 1;
+  const bool each = rho.dim() == 2 && rho.size(0) == n && rho.size(1) == channels;
+  STD_TORCH_CHECK(shared || each, "rho: expected shape (1) or (", n, ", ", channels, "), got ", shape_of(rho));
+}
+
+inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace lorun

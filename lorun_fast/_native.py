@@ -1,0 +1,63 @@
+"""Loads the compiled operators once, and remembers why they are missing when they are.
+
+Without them every op runs on ``lorun_fast.reference``. ``LORUN_BACKEND=reference`` asks for that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from importlib.util import find_spec
+
+import torch
+
+HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler; LORUN_FORCE_BUILD=1 shows why it fails)"
+_TARGET_TORCH = "2.11"
+
+
+def _load():
+    """(module, reason): exactly one of them is empty."""
+    wish = os.environ.get("LORUN_BACKEND", "auto")
+    if wish not in ("auto", "reference"):
+        raise ValueError(f"LORUN_BACKEND: expected auto or reference, got {wish!r}")
+    if wish == "reference":
+        return None, "disabled by LORUN_BACKEND=reference"
+    if find_spec("lorun_fast._C") is None:
+        reason = f"lorun_fast._C is not built for this Python: {HOW_TO_BUILD}"
+    else:
+        try:
+            return importlib.import_module("lorun_fast._C"), ""
+        except ImportError as error:
+            reason = (
+                f"lorun_fast._C does not load with torch {torch.__version__} (expected torch >= {_TARGET_TORCH}, with CUDA "
+                f"if it was built with CUDA): {error}; {HOW_TO_BUILD}"
+            )
+    warnings.warn(
+        f"lorun_fast runs on its slower reference implementations. {reason}. LORUN_BACKEND=reference silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None, reason
+
+
+_module, _reason = _load()
+
+
+def available() -> bool:
+    """Whether the compiled operators are registered."""
+    return _module is not None
+
+
+def reason() -> str:
+    """Why they are not; empty if they are."""
+    return _reason
+
+
+def build_info() -> dict:
+    """How the extension was built; empty without it.
+
+    Keys: compiler, flags, torch (built with), torch_target (oldest it runs on, a pair), cuda, cuda_archs,
+    cpu_variants, cpu_active.
+    """
+    return {} if _module is None else _module.build_info()
