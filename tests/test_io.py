@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def fail(tensors, filename, metadata):
-        open(filename, "wb").write(b"half")
+        Path(filename).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("lorun_fast.io.save_file", fail)

@@ -1,0 +1,54 @@
+# Each target makes .venv, installs the pinned, tested versions and builds the extension (editable) when needed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+BUILT  := $(VENV)/.built
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-fast lint format bench gpu kernels-check figures wheel-test clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(READY): .ci/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r .ci/requirements.txt
+	@touch $@
+
+$(BUILT): $(READY) setup.py pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(BUILT)  ## restore photographs from 25 % of their measurements; pictures in demo-output/
+	$(BIN)/lorun-fast demo
+
+test: $(BUILT)  ## the whole test suite, then the wheel from outside the tree
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory wheel-test
+
+wheel-test: $(BUILT)  ## build a wheel, install it elsewhere, use it from outside the tree
+	bash .ci/wheel-test $(BIN)/python
+
+lint: $(BUILT)  ## ruff and clang-format, no changes made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+format: $(BUILT)  ## the same, changing files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+bench: $(BUILT)  ## every benchmark on this CPU, with tables and plots in benchmarks/results/
+	$(BIN)/python -m benchmarks --plot
+
+gpu:  ## build, test and benchmark on a CUDA machine, without network, in ten minutes
+	bash benchmarks/gpu.sh
+
+figures: $(BUILT)  ## the pictures of the README
+	$(BIN)/python docs/make_figures.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build dist *.egg-info lorun_fast/_C*.so

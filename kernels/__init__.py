@@ -1,0 +1,1 @@
+"""Triton kernels, installed as lorun_fast.kernels. One file per op; no public names."""
