@@ -1,10 +1,17 @@
 // lorun_fast._C: importing it registers the compiled operators (each op's file does so by itself);
 // the module's only function tells how it was built.
 
-#include <pybind11/pybind11.h>
-#include <torch/csrc/stable/version.h>
-
+#include <cstdint>
 #include <string>
+
+namespace {
+constexpr uint64_t kTarget = TORCH_TARGET_VERSION;
+}
+// The pybind11 that torch 2.11 bundles refuses to be included while this is defined; this file uses no torch API.
+#undef TORCH_TARGET_VERSION
+
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
 
 #include "common/simd.h"
 
@@ -31,7 +38,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["flags"] = LORUN_CXX_FLAGS;
   info["torch"] = TORCH_VERSION;
-  info["torch_target"] = version_of(TORCH_TARGET_VERSION);
+  info["torch_target"] = version_of(kTarget);
 #ifdef USE_CUDA
   info["cuda"] = true;
   info["cuda_archs"] = LORUN_CUDA_ARCHS;
