@@ -1,6 +1,17 @@
 """The ops as functions."""
 
 from lorun_fast.ops.block_cs import block_cs, block_cs_adjoint, block_cs_step
+from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
 from lorun_fast.ops.lora import lora_conv2d, lora_linear
 
-__all__ = ["block_cs", "block_cs_adjoint", "block_cs_step", "lora_conv2d", "lora_linear"]
+__all__ = [
+    "block_cs",
+    "block_cs_adjoint",
+    "block_cs_step",
+    "cassi",
+    "cassi_adjoint",
+    "cassi_prox",
+    "cassi_step",
+    "lora_conv2d",
+    "lora_linear",
+]

@@ -2,7 +2,8 @@
 
 from lorun_fast.operators.base import SensingOperator
 from lorun_fast.operators.block_cs import BlockCS
+from lorun_fast.operators.cassi import CASSI
 
-OPERATORS: dict[str, type[SensingOperator]] = {cls.__name__: cls for cls in (BlockCS,)}
+OPERATORS: dict[str, type[SensingOperator]] = {cls.__name__: cls for cls in (BlockCS, CASSI)}
 
-__all__ = ["OPERATORS", "BlockCS", "SensingOperator"]
+__all__ = ["CASSI", "OPERATORS", "BlockCS", "SensingOperator"]

@@ -30,7 +30,7 @@ def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) ->
             raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
 
 
-def step_size(rho: float | Tensor, x: Tensor) -> Tensor:
+def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
     """The step size as the ops take it: shape (1,) or (N, C), in the parameter dtype, on x's device.
 
     rho: a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1). A tensor is read on its device;
@@ -40,9 +40,9 @@ def step_size(rho: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(rho, Tensor):
         return torch.full((1,), float(rho), dtype=dtype, device=x.device)
     if rho.device != x.device:
-        raise ValueError(f"rho is on {rho.device}, but x is on {x.device}: move one of them")
+        raise ValueError(f"{name} is on {rho.device}, but x is on {x.device}: move one of them")
     if not rho.is_floating_point():
-        raise TypeError(f"rho: expected a floating-point tensor, got {rho.dtype}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {rho.dtype}")
     if rho.dtype != dtype:
         rho = rho.to(dtype)
     if rho.ndim == 0:
@@ -50,10 +50,10 @@ def step_size(rho: float | Tensor, x: Tensor) -> Tensor:
     n, c = x.shape[0], x.shape[1]
     want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
     if rho.ndim > 4 or any(s != 1 for s in rho.shape[max(rho.ndim - 2, 0) :]):
-        raise ValueError(f"rho: expected {want}, got shape {shape_of(rho)}")
+        raise ValueError(f"{name}: expected {want}, got shape {shape_of(rho)}")
     rho = rho.reshape((1,) * (4 - rho.ndim) + tuple(rho.shape))
     if rho.shape[0] not in (1, n) or rho.shape[1] not in (1, c):
-        raise ValueError(f"rho: expected {want}, got shape {shape_of(rho)}")
+        raise ValueError(f"{name}: expected {want}, got shape {shape_of(rho)}")
     if rho.shape[0] == 1 and rho.shape[1] == 1:
         return rho.reshape(1)
     return rho.expand(n, c, 1, 1).reshape(n, c)

@@ -1,0 +1,174 @@
+"""Single-disperser snapshot spectral imaging (CASSI) as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.ops import cassi as ops
+
+
+def shift_bands(x: Tensor, step: int) -> Tensor:
+    """V2 to V1: (N, L, H, W) -> (N, L, H, W + step*(L-1)), band c moved c*step columns to the right, zeros around.
+
+    V1 is the state of networks that keep every band at its place on the detector (28 x 256 x 310 for 256 px, step 2)
+    and undo the dispersion by circular rolls; V2 keeps the bands aligned and cropped (28 x 256 x 256).
+    """
+    n, bands, height, width = _check_bands("x", x, step, "(N, L, H, W)")
+    wide = ops.measured_width(width, bands, step)
+    strides = (bands * height * wide, height * wide + step, wide, 1)
+    return torch.as_strided_scatter(x.new_zeros((n, bands, height, wide)), x, x.shape, strides)
+
+
+def unshift_bands(v: Tensor, step: int) -> Tensor:
+    """V1 to V2: (N, L, H, W + step*(L-1)) -> (N, L, H, W), the inverse of :func:`shift_bands`.
+
+    What lies outside a band's window is dropped: rolling back and cropping to W columns gives the same.
+    """
+    n, bands, height, wide = _check_bands("v", v, step, "(N, L, H, W + step*(L-1))")
+    width = wide - step * (bands - 1)
+    if width < 1:
+        raise ValueError(
+            f"v: expected more than step*(L-1) = {step * (bands - 1)} columns for {bands} bands, step {step}, got {wide}"
+        )
+    v = v.contiguous()
+    strides = (bands * height * wide, height * wide + step, wide, 1)
+    return v.as_strided((n, bands, height, width), strides).contiguous()
+
+
+def _check_bands(name: str, t: Tensor, step: int, layout: str) -> torch.Size:
+    if t.ndim != 4:
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(t.shape)}")
+    if step < 0:
+        raise ValueError(f"step: expected at least 0, got {step}")
+    return t.shape
+
+
+class CASSI(SensingOperator):
+    """y[i, j] = sum_c mask_c[i, j - c*step] * x_c[i, j - c*step]: code, disperse, add up the bands.
+
+    mask: the coded aperture, (H, W) for all bands, or (L, H, W); fp32 or fp64 tensor or array.
+    bands: L. Default 28 for a mask (H, W); a mask (L, H, W) brings its own.
+    step: columns between neighbouring bands, >= 0. Default 2.
+    learn: make the mask a trainable parameter instead of a buffer.
+
+    Images are (N, L, H, W) in the V2 layout (bands aligned), measurements (N, H, W + step*(L-1)).
+    :meth:`to_v1` and :meth:`from_v1` convert to the layout (N, L, H, W + step*(L-1)) of other networks.
+    ``size`` may be left out everywhere: the mask tells it.
+
+    Raises ValueError for a mask of another rank or band count, or with NaN or infinite entries.
+    """
+
+    task = "cassi"
+
+    def __init__(self, mask: Tensor, bands: int | None = None, step: int = 2, *, learn: bool = False):
+        super().__init__()
+        mask = as_matrix("mask", mask, (2, 3))
+        if bands is None:
+            bands = 28 if mask.ndim == 2 else mask.shape[0]
+        if bands < 1:
+            raise ValueError(f"bands: expected at least 1, got {bands}")
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        if mask.ndim == 3 and mask.shape[0] != bands:
+            raise ValueError(
+                f"mask: expected (H, W) or ({bands}, H, W) for bands={bands}, got shape {tuple(mask.shape)}"
+            )
+        self.bands, self.step = int(bands), int(step)
+        if learn:
+            self.mask = nn.Parameter(mask.detach().clone().contiguous())
+        else:
+            self.register_buffer("mask", mask.contiguous())
+
+    @classmethod
+    def from_phi(cls, phi: Tensor, step: int = 2, *, learn: bool = False) -> CASSI:
+        """From a full sensing array on the detector, (L, H, W + step*(L-1)), such as a calibrated ``mask_3d_shift``.
+
+        Band c of an image reaches only the columns c*step to c*step + W - 1. What phi holds outside that window is
+        ignored (it would multiply zeros), also in Phi_s: so the proximal step stays exact. The window is kept as a
+        mask (L, H, W).
+        """
+        phi = as_matrix("phi", phi, (3,))
+        return cls(unshift_bands(phi[None], step)[0], phi.shape[0], step, learn=learn)
+
+    @property
+    def phi(self) -> Tensor:
+        """The full sensing array, (L, H, W + step*(L-1)), zero outside each band's window."""
+        return self.to_v1(self._per_band()[None])[0]
+
+    def _per_band(self) -> Tensor:
+        return self.mask.expand(self.bands, *self.mask.shape[-2:])
+
+    def extra_repr(self) -> str:
+        kind = "(H, W)" if self.mask.ndim == 2 else "(L, H, W)"
+        learned = ", learned" if isinstance(self.mask, nn.Parameter) else ""
+        height, width = self.mask.shape[-2:]
+        return f"{height}x{width}, bands={self.bands}, step={self.step}, mask={kind}{learned}"
+
+    def config(self) -> dict:
+        return {"bands": self.bands, "step": self.step, "learn": isinstance(self.mask, nn.Parameter)}
+
+    @classmethod
+    def from_config(cls, config: dict, state: dict[str, Tensor]) -> CASSI:
+        return cls(state["mask"], config["bands"], config["step"], learn=config["learn"])
+
+    def _mask_for(self, t: Tensor) -> Tensor:
+        return self.mask.double() if t.dtype == torch.float64 else self.mask.float()
+
+    def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+        """(H, W) of the mask; raises if ``size`` says otherwise."""
+        height, width = self.mask.shape[-2:]
+        if size is not None and tuple(size) != (height, width):
+            raise ValueError(f"size: expected the mask's ({height}, {width}) or None, got {tuple(size)}")
+        return height, width
+
+    def _own_bands(self, x: Tensor) -> Tensor:
+        # A mask (H, W) alone would take any number of bands.
+        if x.ndim == 4 and x.shape[1] != self.bands:
+            raise ValueError(f"x: expected {self.bands} bands, got {x.shape[1]}")
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.cassi(self._own_bands(x), self._mask_for(x), step=self.step)
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        self.image_size(y, size)
+        return ops.cassi_adjoint(y, self._mask_for(y), bands=self.bands, step=self.step)
+
+    def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        return ops.cassi_step(self._own_bands(x), y, self._mask_for(x), rho, step=self.step)
+
+    def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """y*step/L, shifted back per band (step 0: y/L), (N, L, H, W)."""
+        height, width = self.image_size(y, size)
+        want = (height, ops.measured_width(width, self.bands, self.step))
+        if y.ndim != 3 or tuple(y.shape[1:]) != want:
+            raise ValueError(f"y: expected (N, {want[0]}, {want[1]}), got shape {tuple(y.shape)}")
+        scaled = y * (max(self.step, 1) / self.bands)
+        if self.step == 0:
+            return scaled.unsqueeze(1).repeat(1, self.bands, 1, 1)
+        return scaled.unfold(2, width, self.step).transpose(1, 2).contiguous()
+
+    def energy(self) -> Tensor:
+        """Phi_s = sum_c Phi_c^2, the diagonal of Phi Phi^T, (H, W + step*(L-1))."""
+        return ops.energy(self.mask, bands=self.bands, step=self.step)
+
+    def norm(self) -> Tensor:
+        """The largest singular value of Phi: the root of Phi_s's largest entry."""
+        return self.energy().max().sqrt()
+
+    def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T ((y - Phi x) / (mu + Phi_s)), exact.
+
+        mu: a number >= 0, a 0-d tensor, or broadcastable to (N, 1, 1, 1). Zeros of Phi_s count as 1.
+        """
+        return ops.cassi_prox(self._own_bands(x), y, self._mask_for(x), mu, step=self.step)
+
+    def to_v1(self, x: Tensor) -> Tensor:
+        """(N, L, H, W) -> (N, L, H, W + step*(L-1)): each band at its place on the detector, zeros around."""
+        return shift_bands(self._own_bands(x), self.step)
+
+    def from_v1(self, v: Tensor) -> Tensor:
+        """(N, L, H, W + step*(L-1)) -> (N, L, H, W): the window of each band, aligned."""
+        return unshift_bands(self._own_bands(v), self.step)

@@ -1,0 +1,414 @@
+"""CASSI's ops: values, adjointness, derivatives, layouts, tracing, errors."""
+
+from __future__ import annotations
+
+import threading
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import lorun_fast as lf
+from lorun_fast.reference import cassi as reference
+
+OPS = torch.ops.lorun_fast
+F = lf.functional
+
+# (N, L, H, W, step): one band, one pixel, no dispersion, width below the shift, vector tails, the usual band count.
+SHAPES = [
+    (1, 1, 1, 1, 0),
+    (2, 1, 3, 5, 2),
+    (1, 3, 1, 1, 1),
+    (2, 4, 3, 7, 0),
+    (2, 5, 2, 3, 4),
+    (1, 4, 3, 16, 1),
+    (3, 3, 4, 37, 2),
+    (1, 28, 3, 70, 2),
+]
+
+
+def draw(shape, per_band=False, dtype=torch.float64, seed=0):
+    """x, y and mask of one problem."""
+    n, bands, height, width, step = shape
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, bands, height, width, generator=g, dtype=torch.float64).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y = torch.randn(n, height, width + step * (bands - 1), generator=g, dtype=torch.float64).to(wide)
+    mask = torch.rand(*((bands,) if per_band else ()), height, width, generator=g, dtype=torch.float64).to(wide)
+    return x, y, mask
+
+
+def dense(mask, bands, step):
+    """Phi as a matrix, (H*W', L*H*W), written from the formula alone."""
+    height, width = mask.shape[-2:]
+    wide = width + step * (bands - 1)
+    phi = torch.zeros(height, wide, bands, height, width, dtype=mask.dtype)
+    for c in range(bands):
+        for i in range(height):
+            for j in range(width):
+                phi[i, j + c * step, c, i, j] = mask[i, j] if mask.ndim == 2 else mask[c, i, j]
+    return phi.reshape(height * wide, bands * height * width)
+
+
+def apply_dense(phi, t, shape):
+    return (t.flatten(1) @ phi.mT).reshape(t.shape[0], *shape)
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:-2])
+def test_equals_the_dense_matrix(shape, per_band):
+    x, y, mask = draw(shape, per_band)
+    _, bands, _, _, step = shape
+    phi = dense(mask, bands, step)
+    forward = apply_dense(phi, x, y.shape[1:])
+    torch.testing.assert_close(F.cassi(x, mask, step=step), forward, rtol=1e-13, atol=1e-13)
+    adjoint = apply_dense(phi.mT, y, x.shape[1:])
+    torch.testing.assert_close(F.cassi_adjoint(y, mask, bands=bands, step=step), adjoint, rtol=1e-13, atol=1e-13)
+    gradient = apply_dense(phi.mT, forward - y, x.shape[1:])
+    torch.testing.assert_close(F.cassi_step(x, y, mask, 0.3, step=step), x - 0.3 * gradient, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adjointness(shape, per_band):
+    x, y, mask = draw(shape, per_band)
+    left = (F.cassi(x, mask, step=shape[4]) * y).sum()
+    right = (x * F.cassi_adjoint(y, mask, bands=shape[1], step=shape[4])).sum()
+    scale = x.norm() * y.norm()
+    assert abs(left - right) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:-2])
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+def test_prox_solves_its_normal_equations(shape, per_band, mu):
+    x, y, mask = draw(shape, per_band)
+    mask.view(-1)[:: max(2, mask.numel() // 3)] = 0  # leaves detector columns that nothing reaches
+    _, bands, _, _, step = shape
+    phi = dense(mask, bands, step)
+    got = F.cassi_prox(x, y, mask, mu, step=step)
+    gram = phi.mT @ phi + mu * torch.eye(phi.shape[1], dtype=phi.dtype)
+    rhs = y.flatten(1) @ phi + mu * x.flatten(1)
+    if mu:
+        want = torch.linalg.solve(gram, rhs.mT).mT
+    else:  # the limit mu -> 0: the nearest v with Phi v = y wherever some band reaches
+        want = x.flatten(1) + (y.flatten(1) - x.flatten(1) @ phi.mT) @ torch.linalg.pinv(phi).mT
+    torch.testing.assert_close(got, want.reshape(x.shape), rtol=1e-9, atol=1e-9)
+
+
+def test_prox_per_sample():
+    shape = (3, 4, 3, 7, 2)
+    x, y, mask = draw(shape)
+    mu = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    together = F.cassi_prox(x, y, mask, mu[:, None, None, None], step=2)
+    for i in range(3):
+        alone = F.cassi_prox(x[i : i + 1], y[i : i + 1], mask, float(mu[i]), step=2)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-14, atol=1e-14)
+    assert not torch.allclose(together[0], F.cassi_prox(x, y, mask, 10.0, step=2)[0])
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+def test_step_sizes_broadcast(per_band):
+    x, y, mask = draw((2, 3, 2, 9, 2), per_band)
+    phi = dense(mask, 3, 2)
+    gradient = apply_dense(phi.mT, apply_dense(phi, x, y.shape[1:]) - y, x.shape[1:])
+    for shape in [(), (1,), (2, 1, 1, 1), (3, 1, 1), (1, 3, 1, 1), (2, 3, 1, 1)]:
+        rho = torch.rand(shape, dtype=torch.float64) + 0.5
+        want = x - rho * gradient
+        torch.testing.assert_close(F.cassi_step(x, y, mask, rho, step=2), want, rtol=1e-13, atol=1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    bands=st.integers(1, 9),
+    height=st.integers(1, 5),
+    width=st.integers(1, 80),
+    step=st.integers(0, 7),
+    per_band=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes_against_the_reference(n, bands, height, width, step, per_band, dtype, seed):
+    x, y, mask = draw((n, bands, height, width, step), per_band, dtype, seed)
+    xd, yd, md = x.double(), y.double(), mask.double()
+    rho = torch.rand(n, bands, dtype=mask.dtype)
+    weight = torch.rand(n, *y.shape[1:], dtype=mask.dtype)
+    got = [
+        OPS.cassi(x, mask, step),
+        OPS.cassi_adjoint(y.to(dtype), mask, bands, step),
+        *OPS.cassi_step(x, y, mask, rho, weight, step, True),
+        OPS.cassi_step(x, None, mask, rho[:, :1].contiguous(), None, step, False)[0],
+        OPS.cassi_grad_mask(x, y, step, per_band),
+    ]
+    want = [
+        reference.cassi(xd, md, step),
+        reference.cassi_adjoint(y.to(dtype).double(), md, bands, step),
+        *reference.cassi_step(xd, yd, md, rho.double(), weight.double(), step, True),
+        reference.cassi_step(xd, None, md, rho.double()[:, :1], None, step, False)[0],
+        reference.cassi_grad_mask(xd, yd, step, per_band),
+    ]
+    narrow = [dtype, dtype, dtype, mask.dtype, dtype, mask.dtype]
+    for a, b, expected in zip(got, want, narrow, strict=True):
+        assert a.dtype == expected and a.is_contiguous()
+        # Sums of up to 9 bands and 3 samples in the accumulation dtype, then one rounding to the storage dtype.
+        eps = torch.finfo(expected).eps / 2 + 30 * torch.finfo(mask.dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=eps, atol=40 * torch.finfo(mask.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_not_rounded_to_the_storage_dtype(dtype):
+    # 28 ones on top of 4096 vanish in a sum kept in bf16 or fp16.
+    x = torch.ones(1, 28, 1, 40, dtype=dtype)
+    x[:, 0] = 4096
+    mask = torch.ones(1, 40)
+    y = torch.zeros(1, 1, 40)
+    _, residual = OPS.cassi_step(x, y, mask, torch.ones(1), None, 0, True)
+    assert residual.dtype == torch.float32
+    assert (residual == 4096 + 27).all()
+
+
+GRADIENTS = [(2, 3, 2, 4, 2), (1, 2, 1, 3, 0), (2, 1, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("shape", GRADIENTS)
+def test_gradients(shape, per_band):
+    n, bands, _, _, step = shape
+    x, y, mask = (t.requires_grad_() for t in draw(shape, per_band))
+    mu = torch.rand(n, 1, 1, 1, dtype=torch.float64).add_(0.3).requires_grad_()
+    cases = [
+        (lambda x, m: F.cassi(x, m, step=step), (x, mask)),
+        (lambda y, m: F.cassi_adjoint(y, m, bands=bands, step=step), (y, mask)),
+        (lambda x, y, m, mu: F.cassi_prox(x, y, m, mu, step=step), (x, y, mask, mu)),
+        (lambda x, y: OPS.cassi_grad_mask(x, y, step, per_band), (x, y)),
+    ]
+    for rho in [mu[0], mu, torch.rand(1, bands, 1, 1, dtype=torch.float64).requires_grad_()]:
+        cases.append((lambda x, y, m, r: F.cassi_step(x, y, m, r, step=step), (x, y, mask, rho)))
+    for f, inputs in cases:
+        assert gradcheck(f, inputs)
+        assert gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_of_both_outputs(keep):
+    x, y, mask = (t.requires_grad_() for t in draw((2, 3, 2, 4, 1)))
+    weight = torch.rand(1, 2, 6, dtype=torch.float64).requires_grad_()
+    rho = torch.tensor([0.7], dtype=torch.float64).requires_grad_()
+
+    def f(x, y, m, r, w):
+        z, residual = OPS.cassi_step(x, y, m, r, w, 1, keep)
+        return (z, residual) if keep else z
+
+    assert gradcheck(f, (x, y, mask, rho, weight))
+    assert gradgradcheck(f, (x, y, mask, rho, weight))
+
+
+def test_gradients_with_bf16_images_stay_accurate():
+    shape = (2, 6, 4, 21, 2)
+    x, y, mask = draw(shape, dtype=torch.bfloat16)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    wide = []
+    for cast in (lambda t: t, lambda t: t.double()):
+        leaves = [cast(t).clone().requires_grad_() for t in (x, y, mask, torch.tensor(0.4))]
+        F.cassi_step(*leaves, step=2).backward(cast(g))
+        assert [leaf.grad.dtype for leaf in leaves] == [leaf.dtype for leaf in leaves]
+        wide.append([leaf.grad.double() for leaf in leaves])
+    torch.testing.assert_close(wide[0][0], wide[1][0], rtol=2**-8, atol=1e-5)
+    for low, high in zip(wide[0][1:], wide[1][1:], strict=True):
+        torch.testing.assert_close(low, high, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_mask_saves_no_image():
+    x, y, mask = draw((2, 4, 3, 40, 2))
+    rho = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        F.cassi_step(x, y, mask, rho, step=2)
+    assert saved and max(saved) == y.numel()
+
+
+def variants(t):
+    """The same values in other memory layouts."""
+    n = t.ndim
+    wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
+    wide[..., 2:-1] = t
+    rows = t.new_zeros(*t.shape[:-2], 2 * t.shape[-2], t.shape[-1])
+    rows[..., ::2, :] = t
+    yield t.contiguous()
+    yield wide[..., 2:-1]
+    yield rows[..., ::2, :]
+    yield t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if n == 4:
+        yield t.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_band", [False, True])
+def test_layouts_agree_and_fake_strides_are_real(per_band, dtype):
+    x, y, mask = draw((2, 4, 3, 21, 2), per_band, dtype)
+    rho = torch.rand(2, 4)
+    weight = torch.rand_like(y)
+
+    def results(x, y, mask, rho, weight):
+        return [
+            OPS.cassi(x, mask, 2),
+            OPS.cassi_adjoint(y, mask, 4, 2),
+            *OPS.cassi_step(x, y, mask, rho, weight, 2, True),
+            *OPS.cassi_step(x, None, mask, rho[:, :1], None, 2, False),
+            OPS.cassi_grad_mask(x, y, 2, per_band),
+        ]
+
+    want = results(x, y, mask, rho, weight)
+    layouts = (
+        [(a, y, mask) for a in variants(x)] + [(x, b, mask) for b in variants(y)] + [(x, y, m) for m in variants(mask)]
+    )
+    for inputs in layouts:
+        inputs = (*inputs, rho.mT.contiguous().mT, next(iter(variants(weight))))
+        real = results(*inputs)
+        with FakeTensorMode() as mode:
+            fake = results(*(mode.from_tensor(t) for t in inputs))
+        for a, b, c in zip(real, want, fake, strict=True):
+            assert torch.equal(a, b)
+            assert (a.shape, a.stride(), a.dtype) == (c.shape, c.stride(), c.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    for per_band, grad in [(False, True), (True, False)]:
+        x, y, mask = draw((2, 3, 2, 5, 2), per_band, dtype)
+        rho, weight = torch.rand(1, dtype=mask.dtype), torch.rand(1, *y.shape[1:], dtype=mask.dtype)
+        for t in (x, y, mask, rho, weight):
+            t.requires_grad_(grad)
+        table = torch.rand(2, 3, dtype=mask.dtype)
+        opcheck(OPS.cassi, (x, mask, 2))
+        opcheck(OPS.cassi_adjoint, (y.detach().to(dtype), mask, 3, 2))
+        opcheck(OPS.cassi_step, (x, y, mask, rho, weight, 2, True))
+        opcheck(OPS.cassi_step, (x, None, mask, table, None, 2, False))
+        opcheck(OPS.cassi_grad_mask, (x, y, 2, per_band))
+
+
+def test_compiles_in_one_graph_for_any_size():
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def network(x, y, mask, rho):
+        z = F.cassi_step(x, y, mask, rho, step=2)
+        return F.cassi_prox(z, F.cassi(z, mask, step=2) + y, mask, 0.5, step=2)
+
+    for shape in [(2, 3, 4, 9, 2), (1, 5, 3, 20, 2)]:
+        x, y, mask = draw(shape)
+        results = []
+        for f in (network, network._torchdynamo_orig_callable):
+            leaves = [t.clone().requires_grad_() for t in (x, y, mask, torch.tensor(0.4, dtype=torch.float64))]
+            out = f(*leaves)
+            out.square().sum().backward()
+            results.append([out, *(leaf.grad for leaf in leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_empty_batch():
+    x, y, mask = draw((0, 3, 2, 5, 2))
+    assert F.cassi(x, mask, step=2).shape == (0, 2, 9)
+    assert F.cassi_adjoint(y, mask, bands=3, step=2).shape == (0, 3, 2, 5)
+    assert F.cassi_step(x, y, mask, torch.rand(0, 1, 1, 1).double(), step=2).shape == x.shape
+    assert F.cassi_prox(x, y, mask, 1.0, step=2).shape == x.shape
+    assert torch.equal(OPS.cassi_grad_mask(x, y, 2, True), torch.zeros(3, 2, 5, dtype=torch.float64))
+
+
+@pytest.fixture
+def poison():
+    """Fills what torch allocates with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_element_is_written(poison, shape, dtype):
+    for per_band in (False, True):
+        x, y, mask = draw(shape, per_band, dtype)
+        outputs = [
+            OPS.cassi(x, mask, shape[4]),
+            OPS.cassi_adjoint(y.to(dtype), mask, shape[1], shape[4]),
+            *OPS.cassi_step(x, y, mask, torch.rand(1, dtype=mask.dtype), None, shape[4], True),
+            OPS.cassi_grad_mask(x, y, shape[4], per_band),
+        ]
+        assert all(t.isfinite().all() for t in outputs)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, dtype):
+    shape = (3, 6, 37, 83, 2)
+    x, y, mask = draw(shape, per_band, dtype)
+
+    def results(x, y):
+        return [OPS.cassi(x, mask, 2), OPS.cassi_adjoint(y, mask, 6, 2), F.cassi_step(x, y, mask, 0.3, step=2)]
+
+    threads(2)
+    together = results(x, y)
+    gradient = OPS.cassi_grad_mask(x, y, 2, per_band)
+    threads(1)
+    for i in range(3):
+        for all_, one in zip(together, results(x[i : i + 1], y[i : i + 1]), strict=True):
+            assert torch.equal(all_[i : i + 1], one)
+    assert torch.equal(gradient, OPS.cassi_grad_mask(x, y, 2, per_band))
+
+
+def test_two_threads_at_once():
+    problems = [draw((2, 5, 31, 64 + i, 2), bool(i), torch.float32, i) for i in range(2)]
+    want = [F.cassi_step(*problem, 0.3, step=2) for problem in problems]
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            if not torch.equal(F.cassi_step(*problems[i], 0.3, step=2), want[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def test_errors_say_what_was_expected_and_what_came():
+    x, y, mask = draw((2, 3, 4, 5, 2), dtype=torch.float32)
+    raises = [
+        (ValueError, r"x: expected \(N, L, H, W\), got shape \(3, 4, 5\)", lambda: F.cassi(x[0], mask, step=2)),
+        (ValueError, r"expected \(N, L, 4, 4\) .* got shape \(2, 3, 4, 5\)", lambda: F.cassi(x, mask[:, 1:], step=2)),
+        (ValueError, r"mask: .* for 3 bands, got shape \(2, 4, 5\)", lambda: F.cassi(x, mask.expand(2, 4, 5), step=2)),
+        (ValueError, "step: expected at least 0, got -1", lambda: F.cassi(x, mask, step=-1)),
+        (ValueError, "bands: expected at least 1, got 0", lambda: F.cassi_adjoint(y, mask, bands=0, step=2)),
+        (ValueError, r"y: expected \(N, 4, 9\)", lambda: F.cassi_adjoint(y[..., 1:], mask, bands=3, step=2)),
+        (ValueError, r"y: expected \(N, 4, 9\)", lambda: F.cassi_step(x, y[..., 1:], mask, 1.0, step=2)),
+        (ValueError, "y: expected 2 samples like x, got 1", lambda: F.cassi_step(x, y[:1], mask, 1.0, step=2)),
+        (TypeError, "mask: expected torch.float32 beside", lambda: F.cassi(x, mask.double(), step=2)),
+        (TypeError, "x: expected float32, float64", lambda: F.cassi(x.long(), mask, step=2)),
+        (ValueError, "mu: expected at least 0, got -1", lambda: F.cassi_prox(x, y, mask, -1, step=2)),
+        (
+            ValueError,
+            r"mu: expected .*\(2, 3, 1, 1\)",
+            lambda: F.cassi_prox(x, y, mask, torch.ones(2, 3, 1, 1), step=2),
+        ),
+        (ValueError, r"rho: expected .*got shape \(3\)", lambda: F.cassi_step(x, y, mask, torch.ones(3), step=2)),
+    ]
+    for kind, message, call in raises:
+        with pytest.raises(kind, match=message):
+            call()
