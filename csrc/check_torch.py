@@ -41,7 +41,9 @@ def main(torch_dir: Path) -> int:
         def compile_one(numbered: tuple[int, str]) -> str | None:
             index, source = numbered
             target = str(Path(folder) / f"{index}.o")
-            done = subprocess.run([*common, "-c", str(recipe.ROOT / source), "-o", target], text=True, capture_output=True)
+            done = subprocess.run(
+                [*common, "-c", str(recipe.ROOT / source), "-o", target], text=True, capture_output=True
+            )
             print(f"{'failed  ' if done.returncode else 'compiled'} {source}")
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
@@ -55,7 +57,9 @@ def main(torch_dir: Path) -> int:
         lib = torch_dir / "lib"
         link = [*compiler.split(), "-shared", *objects, "-o", str(library), f"-L{lib}", "-ltorch", "-ltorch_cpu"]
         subprocess.run(link, check=True)
-        needed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+        needed = subprocess.run(
+            ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+        )
         symbols = {line.split()[-1].split("@")[0] for line in needed.stdout.splitlines()}
     ours = {s for s in symbols if s.startswith(("torch_", "aoti_torch_", "_ZN2at", "_ZN3c10", "_ZN5torch"))}
     there = exported(lib / "libtorch_cpu.so") | exported(lib / "libc10.so")

@@ -5,12 +5,13 @@ from lorun_fast.denoisers import ResUNet
 from lorun_fast.io import load, load_pretrained, save
 from lorun_fast.layers import LoRAConv2d, LoRAConvTranspose2d, LoRALinear
 from lorun_fast.network import LoRun
-from lorun_fast.operators import CASSI, BlockCS, SensingOperator
+from lorun_fast.operators import CASSI, BlockCS, BlurDownsample, SensingOperator
 from lorun_fast.stages import StagedDenoiser, adapt
 
 __all__ = [
     "CASSI",
     "BlockCS",
+    "BlurDownsample",
     "LoRAConv2d",
     "LoRAConvTranspose2d",
     "LoRALinear",

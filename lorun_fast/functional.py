@@ -1,6 +1,12 @@
 """The ops as functions."""
 
 from lorun_fast.ops.block_cs import block_cs, block_cs_adjoint, block_cs_step
+from lorun_fast.ops.blur_downsample import (
+    blur_downsample,
+    blur_downsample_adjoint,
+    blur_downsample_prox,
+    blur_downsample_step,
+)
 from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
 from lorun_fast.ops.lora import lora_conv2d, lora_linear
 
@@ -8,6 +14,10 @@ __all__ = [
     "block_cs",
     "block_cs_adjoint",
     "block_cs_step",
+    "blur_downsample",
+    "blur_downsample_adjoint",
+    "blur_downsample_prox",
+    "blur_downsample_step",
     "cassi",
     "cassi_adjoint",
     "cassi_prox",

@@ -128,7 +128,7 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(sampler(5), PatchSampler(images, 8, 3, seed=2)(5))
     batch = sampler(0)
     assert batch.shape == (3, 1, 8, 8)
-    assert 0 <= batch.min() and batch.max() <= 1
+    assert batch.min() >= 0 and batch.max() <= 1
 
 
 def test_learning_rate():
