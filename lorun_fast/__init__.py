@@ -1,6 +1,7 @@
 """Fast layers, sensing operators and networks for deep unfolding with low-rank stages (arXiv 2602.18697)."""
 
 from lorun_fast import adapters, denoisers, functional
+from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResUNet
 from lorun_fast.io import load, load_pretrained, save
 from lorun_fast.layers import LoRAConv2d, LoRAConvTranspose2d, LoRALinear
@@ -26,4 +27,5 @@ __all__ = [
     "load",
     "load_pretrained",
     "save",
+    "show_config",
 ]

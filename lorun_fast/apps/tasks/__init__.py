@@ -1,1 +1,28 @@
-"""What differs between the tasks."""
+"""What differs between the tasks.
+
+A task's module is named as its operators' ``task`` and offers
+
+    NAME, DEMO_MODEL                    of the task, as here below; of the shipped network that shows it
+    LAYOUT, OPERATOR_KEYS               axes of one image's y; keys of a measurement file that describe Phi
+    add_operator_arguments(parser)      options of ``measure`` that choose Phi
+    operator(args)                      the operator that they name
+    operator_arrays(op)                 Phi as arrays under OPERATOR_KEYS
+    describe(op), facts(op)             one line for people; plain values for JSON
+    operator_for(file, op, path, ...)   checks that measurements fit a network, and the operator to restore them with
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from lorun_fast.apps.errors import UserError
+
+NAMES = ("cs",)
+
+
+def get(name: str) -> ModuleType:
+    """The module of a task. Raises UserError for an unknown one."""
+    if name not in NAMES:
+        raise UserError(f"expected one of the tasks {', '.join(NAMES)}, got {name!r}")
+    return importlib.import_module(f"lorun_fast.apps.tasks.{name}")

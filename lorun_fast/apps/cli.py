@@ -1,0 +1,106 @@
+"""The ``lorun-fast`` command: finds the subcommand, and turns what goes wrong into one line and an exit status.
+
+Exit status: 0 done; 1 a bug (with traceback); 2 wrong input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lorun_fast._version import __version__
+from lorun_fast.apps.errors import UserError, first_line
+from lorun_fast.apps.runtime import keep_freed_memory
+
+# Each is a module of this package with add_arguments(parser) and run(args), imported only when it is asked for.
+_COMMANDS = {
+    "demo": "restore bundled photographs with a shipped network; pictures, scores, time",
+    "measure": "images to simulated measurements (.npz)",
+    "restore": "measurements (.npz) to images",
+    "evaluate": "measure, restore and score images; PSNR, SSIM, seconds, JSON",
+    "train": "train a network",
+    "info": "this installation, and what a network's file holds",
+}
+# Import name of what the extra "apps" installs, by the name that people know it by.
+_EXTRA = {
+    "PIL": "Pillow",
+    "h5py": "h5py",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "tqdm": "tqdm",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like any other wrong input: one line, status 2."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str):
+        if "expected" not in message:
+            message = f"expected the arguments of {self.prog} --help, got: {message}"
+        raise UserError(message)
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the options of ``command`` only: the others' modules are not imported."""
+    parser = _Parser(
+        prog="lorun-fast",
+        description="Deep unfolding image restoration with one shared denoiser and low-rank stages.",
+        epilog="lorun-fast COMMAND --help describes a command. Start with: lorun-fast demo",
+    )
+    parser.add_argument("--version", action="version", version=f"lorun-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in _COMMANDS.items():
+        if name == command:
+            module = importlib.import_module(f"lorun_fast.apps.{name}")
+            epilog = getattr(module, "EPILOG", None)
+            module.add_arguments(commands.add_parser(name, help=line, description=line, epilog=epilog))
+        else:
+            commands.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status. argv: the arguments; None stands for the process's own."""
+    if argv is None:
+        argv = sys.argv[1:]
+        keep_freed_memory()  # concerns the whole process, so only when it is ours
+    try:
+        status = _run(list(argv))
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return status
+    except KeyboardInterrupt:
+        print("\nlorun-fast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout is gone (| head): nothing is wrong, but nothing can be flushed at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = _EXTRA.get((error.name or "").split(".")[0])
+        if package is None:
+            raise
+        message = f"expected {package}, got no such package: pip install 'lorun-fast[apps]' (or '.[apps]' in a clone)"
+    except OSError as error:
+        message = first_line(error)
+    print(f"lorun-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    command = argv[0] if argv and argv[0] in _COMMANDS else None
+    try:
+        args = build_parser(command).parse_args(argv)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    return importlib.import_module(f"lorun_fast.apps.{args.command}").run(args) or 0

@@ -1,0 +1,88 @@
+"""Output files that are complete or absent, and names that do not collide."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lorun_fast.apps.errors import UserError
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name ``path`` when the block ends, and vanishes if it raises.
+
+    What was there before stays until then. Raises UserError when the file cannot be written.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+        with os.fdopen(handle, "wb") as f:
+            yield f
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError unless a file of this name could be written, before anything costly starts."""
+    if path.is_dir():
+        raise UserError(f"expected a file to write, got the folder {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"expected an existing folder for {path.name}, got {path.parent}")
+    _try_writing(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Creates the folder where needed. Raises UserError unless files can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected a folder to write into, got {path}: {_reason(error)}") from error
+    _try_writing(path)
+
+
+def _try_writing(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"expected a folder to write into, got {folder}: {_reason(error)}") from error
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """A name without suffix for each path, all different also where upper and lower case are the same.
+
+    The stem where it is the only one; else stem_suffix (a.png and a.jpg become a_png and a_jpg); else numbered.
+    """
+    stems = [path.stem for path in paths]
+    count: dict[str, int] = {}
+    for stem in stems:
+        count[stem.lower()] = count.get(stem.lower(), 0) + 1
+    taken = {stem.lower() for stem in stems if count[stem.lower()] == 1}
+    names = []
+    for path, stem in zip(paths, stems, strict=True):
+        if count[stem.lower()] == 1:
+            names.append(stem)
+            continue
+        first = candidate = f"{stem}_{path.suffix[1:]}" if path.suffix else stem
+        number = 2
+        while candidate.lower() in taken:
+            candidate = f"{first}_{number}"
+            number += 1
+        taken.add(candidate.lower())
+        names.append(candidate)
+    return names

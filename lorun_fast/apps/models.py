@@ -1,0 +1,71 @@
+"""Networks by name or file, ready to run."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+
+from lorun_fast import io
+from lorun_fast.apps import tasks
+from lorun_fast.apps.errors import UserError, first_line
+from lorun_fast.network import LoRun
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network in eval mode on its device, the name it was asked for by, and its task's module."""
+
+    name: str
+    path: Path
+    net: LoRun
+    task: ModuleType
+
+    def sha256(self) -> str:
+        """Of the file, which tells weights apart."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def shipped() -> dict[str, Path]:
+    """The networks that come with the package, by name."""
+    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
+
+
+def locate(name: str) -> Path:
+    """The file of a shipped network, or a file itself. Raises UserError for neither."""
+    known = shipped()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        names = ", ".join(known) or "none in this installation"
+        raise UserError(f"expected a shipped network ({names}) or a .safetensors file, got {name!r}")
+    return path
+
+
+def read_config(path: Path) -> dict:
+    """The header of a network's file. Raises UserError for a damaged or foreign file."""
+    return _reading(path, io.read_config)
+
+
+def load(name: str, device: str | torch.device = "cpu") -> Model:
+    """Raises UserError for an unknown name, a damaged or foreign file, and a network that needs more than y."""
+    path = locate(name)
+    net = _reading(path, io.load)
+    base = net.denoiser.copies[0] if net.sharing == "untied" else net.denoiser.base
+    if getattr(base, "noise_level", False):
+        raise UserError(f"expected a network that restores from y alone, got {path}, which also takes a noise level")
+    # Convolutions of this size run 1.3 to 1.6 times faster channels-last on a CPU, and no slower on a GPU.
+    return Model(name, path, net.to(device, memory_format=torch.channels_last), tasks.get(net.op.task))
+
+
+def _reading(path: Path, reader):
+    try:
+        return reader(path)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        text = first_line(error)
+        raise UserError(text if str(path) in text else f"expected a saved network, got {path}: {text}") from error

@@ -1,0 +1,85 @@
+"""``lorun-fast restore``: a measurement file to images."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lorun_fast.apps import files, images, measurements, models, progress, restoring, runtime, tables
+from lorun_fast.apps.errors import UserError
+
+EPILOG = """\
+The measurement file needs only y: (m, rows, columns), or (N, m, rows, columns) for N images, with y = Phi x for
+images in [0, 1] cut into row-major B x B blocks. Optional: phi, block_size, size, name, channel (docs/cli.md).
+A file whose Phi, ratio or block size is not the network's is refused.
+
+examples:
+  lorun-fast restore y.npz -o restored/
+  lorun-fast restore y.npz -o restored/ --model runs/cs/model.safetensors --dtype bf16 --batch 8 --bits 16
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``lorun-fast restore``."""
+    parser.add_argument("measurements", type=Path, metavar="Y.NPZ", help="measurement file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
+    parser.add_argument("--model", default="cs-25", metavar="NAME|FILE", help="the network (default: cs-25)")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the PNGs (default: 8)")
+    parser.add_argument(
+        "--use-file-phi",
+        action="store_true",
+        help="restore with the file's Phi although the network was trained with another (the score suffers)",
+    )
+    runtime.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with runtime.chosen(args) as how:
+        return _run(args, how)
+
+
+def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
+    model = models.load(args.model, how.device)
+    task = model.task
+    file = measurements.read(args.measurements, task.LAYOUT, task.OPERATOR_KEYS)
+    if file.task not in (None, task.NAME):
+        raise UserError(f"{args.measurements}: expected task {task.NAME!r} as {args.model}, got {file.task!r}")
+    op = task.operator_for(file, model.net.op, args.measurements, args.model, use_file_phi=args.use_file_phi)
+    op = op.to(how.device) if op is not None else None
+    pictures = file.pictures()
+    names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
+    files.make_folder(args.output)
+
+    seconds = 0.0
+    began = time.perf_counter()
+    keys = [(len(group), file.items[group[0]].y.shape, file.items[group[0]].size) for group in pictures]
+    with progress.bar(len(pictures), "restoring") as bar:
+        for members in restoring.batches(keys, how.batch):
+            y = np.stack([file.items[i].y for member in members for i in pictures[member]])
+            channels, _, size = keys[members[0]]
+            x, elapsed = restoring.restore(model.net, y, size, how, op=op)
+            seconds += elapsed
+            for name, image in zip(
+                (names[m] for m in members), x.reshape(len(members), channels, *x.shape[-2:]), strict=True
+            ):
+                images.save(args.output / f"{name}.png", image, args.bits)
+            bar.update(len(members))
+    total = time.perf_counter() - began
+    rows = [
+        ("network", f"{args.model}: {task.describe(model.net.op)}"),
+        ("on", how.describe()),
+        ("restored", f"{len(pictures)} images into {args.output}"),
+        ("time", f"{seconds:.2f} s in the network, {total:.2f} s in all"),
+        ("speed", f"{len(pictures) / seconds:.2f} images/s, {1000 * seconds / len(pictures):.0f} ms per image"),
+        ("peak memory", tables.megabytes(how.peak_memory())),
+    ]
+    print(tables.pairs(rows))
+    return 0
+
+
+def _file_name(name: str) -> str:
+    # unique_names takes what follows the last dot for a suffix: keep it, unless it is what will be added anyway.
+    return f"{name.removesuffix('.png')}.png"

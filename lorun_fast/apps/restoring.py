@@ -1,0 +1,66 @@
+"""Measurements in, images out: batches of one size through a network, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorun_fast.apps.runtime import Runtime
+from lorun_fast.network import LoRun
+from lorun_fast.operators import SensingOperator
+
+
+def batches(keys: Sequence[Hashable], batch: int) -> Iterator[list[int]]:
+    """Indices of equal keys, at most ``batch`` at a time, groups in the order of their first member."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for members in groups.values():
+        for start in range(0, len(members), batch):
+            yield members[start : start + batch]
+
+
+def noise_source(seed: int, image: int) -> np.random.Generator:
+    """Of one image, by its place among the inputs: the noise depends on no batch and no command."""
+    return np.random.default_rng((seed, image))
+
+
+@torch.inference_mode()
+def measure(
+    op: SensingOperator,
+    x: np.ndarray,
+    noise: float,
+    rng: np.random.Generator,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """y = Phi x + noise in fp32. x (N, C, H, W) in [0, 1]; noise: standard deviation; device: the operator's."""
+    y = op(torch.from_numpy(x).to(device)).cpu().numpy()
+    return y + np.float32(noise) * rng.standard_normal(y.shape, dtype=np.float32) if noise else y
+
+
+@torch.inference_mode()
+def start(net: LoRun, y: np.ndarray, size: tuple[int, int] | None, runtime: Runtime) -> np.ndarray:
+    """x_0, what the stages start from: (N, C, H, W) fp32."""
+    return net.op.initial(torch.from_numpy(y).to(runtime.device), size).cpu().numpy()
+
+
+@torch.inference_mode()
+def restore(
+    net: LoRun,
+    y: np.ndarray,
+    size: tuple[int, int] | None,
+    runtime: Runtime,
+    *,
+    op: SensingOperator | None = None,
+) -> tuple[np.ndarray, float]:
+    """x_K as (N, C, H, W) fp32, and the seconds from y in host memory to x_K in host memory."""
+    runtime.synchronize()
+    began = time.perf_counter()
+    with torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.dtype != torch.float32):
+        x: Tensor = net(torch.from_numpy(y).to(runtime.device), op=op, size=size)
+    image = x.float().cpu().numpy()
+    return image, time.perf_counter() - began

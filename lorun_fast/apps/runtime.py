@@ -1,0 +1,141 @@
+"""Device, precision, threads, memory: what the user may choose about how a network runs."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lorun_fast.apps.errors import UserError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BATCH = {"cpu": 1, "cuda": 8}
+
+
+def at_least_one(text: str) -> int:
+    """The argparse type of counts."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """The argparse type of --seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """The argparse type of noise levels."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--batch, --dtype, --device, --threads."""
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--batch", type=at_least_one, metavar="N", help="images of one size at a time (default: 1 on a CPU, 8 on a GPU)"
+    )
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="fp32", help="of the denoiser; Phi stays fp32 (default: fp32)"
+    )
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    group.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads (default: all cores)")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a network runs. dtype: of the denoiser, under autocast."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+
+    def describe(self) -> str:
+        """One line: device, dtype, threads, batch."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{name}{threads}, {self.dtype_name}, batch {self.batch}"
+
+    @property
+    def dtype_name(self) -> str:
+        """As the option spells it."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+
+    def synchronize(self) -> None:
+        """Waits for the device, before a clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> int | None:
+        """Bytes: of the GPU's allocator, or of the whole process; None where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def chosen(args: argparse.Namespace) -> Iterator[Runtime]:
+    """The runtime that the options describe, while the block runs.
+
+    Raises UserError for a device that is not there and when memory runs out inside.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a CUDA device for cuda, got none that torch can use")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    before = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield Runtime(device, _DTYPES[args.dtype], args.batch or _BATCH[device.type])
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise UserError(f"expected enough memory on {device}, got none left: try a smaller --batch") from error
+    finally:
+        torch.set_num_threads(before)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc's allocator to keep large blocks instead of returning them to the system at every free.
+
+    For a process of its own, before it works: page faults take a third of a restoration's time otherwise.
+    Returns whether it was done; left alone on other systems, under another allocator, or where the
+    environment sets MALLOC_* itself.
+    """
+    if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
+        return False
+    if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # the parameters' numbers in glibc's malloc.h
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
