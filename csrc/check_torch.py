@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import recipe
 
 
-def exported(library: Path) -> set[str]:
-    listing = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+def listed(library: Path, which: str) -> set[str]:
+    """Names of the dynamic symbols that a library defines or leaves undefined."""
+    listing = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True)
     return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
 
 
@@ -57,12 +58,9 @@ def main(torch_dir: Path) -> int:
         lib = torch_dir / "lib"
         link = [*compiler.split(), "-shared", *objects, "-o", str(library), f"-L{lib}", "-ltorch", "-ltorch_cpu"]
         subprocess.run(link, check=True)
-        needed = subprocess.run(
-            ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
-        )
-        symbols = {line.split()[-1].split("@")[0] for line in needed.stdout.splitlines()}
+        symbols = listed(library, "--undefined-only")
     ours = {s for s in symbols if s.startswith(("torch_", "aoti_torch_", "_ZN2at", "_ZN3c10", "_ZN5torch"))}
-    there = exported(lib / "libtorch_cpu.so") | exported(lib / "libc10.so")
+    there = {name for file in ("libtorch_cpu.so", "libc10.so") for name in listed(lib / file, "--defined-only")}
     missing = sorted(ours - there)
     print(f"{len(ours)} torch symbols used, {len(missing)} missing {' '.join(missing)}")
     return 1 if missing or not ours else 0

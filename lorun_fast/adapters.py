@@ -65,7 +65,7 @@ def factor_shapes(
 
 
 def delta(down: Tensor, up: Tensor, weight_shape: Sequence[int], *, transposed: bool = False) -> Tensor:
-    """The weight update dW of these factors, without the scale: (*weight_shape), or (K, *weight_shape) for stacked factors.
+    """The weight update dW of these factors, without the scale: (*weight_shape), or (K, *weight_shape) if stacked.
 
     The form is read off the factors: a ``peft`` convolution's ``down`` has four dimensions (five stacked), a
     ``loralib`` one's has two (three stacked).

@@ -139,12 +139,13 @@ def _text(config: dict) -> str:
     lines.append("ops")
     # One reason usually holds for every op: say it once, below the table.
     reasons: dict[str, int] = {}
+    width = max(map(len, config["ops"])) + 2
     for op, devices in config["ops"].items():
         cells = []
         for device, served in devices.items():
             mark = f" [{reasons.setdefault(served['reason'], len(reasons) + 1)}]" if served["reason"] else ""
             cells.append(f"{device}: {served['backend']}{mark}")
-        lines.append(f"  {op:<20}{'   '.join(cells)}")
+        lines.append(f"  {op:<{width}}{'   '.join(cells)}")
     lines += [f"  [{number}] {reason}" for reason, number in reasons.items()]
     lines.append("environment")
     lines += [f"  {name}={value}" for name, value in config["environment"].items()] or ["  (nothing set)"]

@@ -123,8 +123,8 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
     missing, unexpected = net.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ValueError(
-            f"{path}: expected the tensors of a {spec['type']} network, "
-            f"got {len(missing)} missing ({', '.join(missing[:3])}) and {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
+            f"{path}: expected the tensors of a {spec['type']} network, got {len(missing)} missing "
+            f"({', '.join(missing[:3])}) and {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
         )
     return net.to(device).eval()
 

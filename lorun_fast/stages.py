@@ -249,7 +249,7 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed (a parametrization or weight norm)"
     if getattr(layer, "groups", 1) > 1 and not include:
-        return f"grouped (groups={layer.groups}): an adapter would cost more than the layer; include it by name to adapt it"
+        return f"grouped (groups={layer.groups}): an adapter would cost more than the layer; include it to adapt it"
     return None
 
 

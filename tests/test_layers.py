@@ -1,4 +1,4 @@
-"""LoRA layers: the base at first, every stage its own after, merged or not, with one stage per sample or one for all."""
+"""LoRA layers: the base at first, every stage its own after, merged or not, one for all or per sample."""
 
 from __future__ import annotations
 

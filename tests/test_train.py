@@ -114,7 +114,7 @@ def test_a_second_run_starts_from_the_base_of_the_first(photographs, uninterrupt
 def test_runs_are_not_mixed(photographs, uninterrupted, tmp_path):
     with pytest.raises(ValueError, match="got one that holds a run: add --resume"):
         train.main(arguments(photographs, uninterrupted))
-    with pytest.raises(ValueError, match="lr was 0.001 and is 0.5"):
+    with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.5"):
         train.main(arguments(photographs, uninterrupted, "--resume", "--lr", "0.5"))
     with pytest.raises(ValueError, match="expected a run to resume"):
         train.main(arguments(photographs, tmp_path / "absent", "--resume"))

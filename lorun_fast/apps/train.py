@@ -90,7 +90,9 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 class Run:
-    """One run folder: config.json, log.csv, checkpoint.pt, base.safetensors, model.safetensors, curve.png, summary.json."""
+    """One run folder: config.json, log.csv, checkpoint.pt and base.safetensors while it runs, at its end also
+    model.safetensors, summary.json and curve.png.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -207,7 +209,8 @@ class Run:
                 (phase, step, f"{loss:.6e}", f"{norm:.4e}", f"{lr:.3e}", f"{score:.4f}", f"{seconds:.1f}")
             )
         print(
-            f"{phase:>6} step {step:6d}  loss {loss:.3e}  gradient {norm:.2e}  validation {score:.3f} dB  {seconds:7.0f} s",
+            f"{phase:>6} step {step:6d}  loss {loss:.3e}  gradient {norm:.2e}"
+            f"  validation {score:.3f} dB  {seconds:7.0f} s",
             flush=True,
         )
 

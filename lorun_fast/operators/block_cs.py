@@ -32,7 +32,8 @@ class BlockCS(SensingOperator):
         phi = as_matrix("phi", phi, (2,))
         if phi.shape[1] != block_size * block_size:
             raise ValueError(
-                f"phi: expected (m, {block_size * block_size}) for block_size={block_size}, got shape {tuple(phi.shape)}"
+                f"phi: expected (m, {block_size * block_size}) for block_size={block_size}, "
+                f"got shape {tuple(phi.shape)}"
             )
         self.block_size = block_size
         if learn:

@@ -30,7 +30,8 @@ def unshift_bands(v: Tensor, step: int) -> Tensor:
     width = wide - step * (bands - 1)
     if width < 1:
         raise ValueError(
-            f"v: expected more than step*(L-1) = {step * (bands - 1)} columns for {bands} bands, step {step}, got {wide}"
+            f"v: expected more than step*(L-1) = {step * (bands - 1)} columns for {bands} bands at step {step}, "
+            f"got {wide}"
         )
     v = v.contiguous()
     strides = (bands * height * wide, height * wide + step, wide, 1)

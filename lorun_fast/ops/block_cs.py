@@ -27,7 +27,8 @@ def _check_phi(phi: Tensor, block_size: int, dtype: torch.dtype) -> None:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
     if phi.ndim != 2 or phi.shape[1] != block_size * block_size:
         raise ValueError(
-            f"phi: expected (m, {block_size * block_size}) for {block_size}x{block_size} blocks, got shape {shape_of(phi)}"
+            f"phi: expected (m, {block_size * block_size}) for {block_size}x{block_size} blocks, "
+            f"got shape {shape_of(phi)}"
         )
     if phi.dtype != parameter_dtype(dtype):
         raise TypeError(f"phi: expected {parameter_dtype(dtype)} beside {dtype}, got {phi.dtype}")

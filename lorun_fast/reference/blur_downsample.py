@@ -82,7 +82,7 @@ def blur_downsample_grad_kernel(x: Tensor, y: Tensor, kh: int, kw: int, scale: i
 
     Returns (N, kh, kw) if ``per_sample``, else their sum, (kh, kw).
     """
-    n, c, h, w = y.shape
+    n, c, h, _ = y.shape
     kernel = y.new_zeros((n, kh, kw))
     if n * c > 0:
         extended = extend(x.to(y.dtype), kernel, scale)
