@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import lorun_fast as lf
 from lorun_fast.apps import train
+from lorun_fast.apps.cli import main
 from lorun_fast.apps.sampling import PatchSampler
 
 
@@ -34,7 +35,8 @@ def photographs(tmp_path_factory):
 
 def arguments(photographs, output, *more) -> list[str]:
     return [
-        "cs", "--data", str(photographs), "-o", str(output), "--block-size", "8", "--patch", "16", "--batch", "2",
+        "train", "cs", "--data", str(photographs), "-o", str(output), "--block-size", "8", "--patch", "16",
+        "--batch", "2",
         "--channels", "4", "8", "--stages", "2", "--base-steps", "6", "--steps", "6", "--warm-up", "2",
         "--validate-every", "4", "--checkpoint-every", "1", "--threads", "1", *more,
     ]  # fmt: skip
@@ -56,7 +58,7 @@ def assert_same_run(a, b):
 @pytest.fixture(scope="module")
 def uninterrupted(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main(arguments(photographs, folder)) == 0
+    assert main(arguments(photographs, folder)) == 0
     return folder
 
 
@@ -82,15 +84,15 @@ def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):
 
 @pytest.mark.parametrize("stop", [3, 9])
 def test_stopping_and_resuming_changes_nothing(photographs, uninterrupted, tmp_path, stop):
-    assert train.main(arguments(photographs, tmp_path / "run", "--stop-after", str(stop))) == 0
+    assert main(arguments(photographs, tmp_path / "run", "--stop-after", str(stop))) == 0
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    assert train.main(arguments(photographs, tmp_path / "run", "--resume")) == 0
+    assert main(arguments(photographs, tmp_path / "run", "--resume")) == 0
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def test_kill_9_and_resume_changes_nothing(photographs, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "lorun_fast.apps.train", *arguments(photographs, folder)]
+    command = [sys.executable, "-m", "lorun_fast.apps", *arguments(photographs, folder)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         state = folder / "checkpoint.pt"
@@ -99,25 +101,43 @@ def test_kill_9_and_resume_changes_nothing(photographs, uninterrupted, tmp_path)
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert train.main(arguments(photographs, folder, "--resume")) == 0
+    assert main(arguments(photographs, folder, "--resume")) == 0
     assert_same_run(folder, uninterrupted)
 
 
 def test_a_second_run_starts_from_the_base_of_the_first(photographs, uninterrupted, tmp_path):
     more = ("--sharing", "tied", "--init", str(uninterrupted))
-    assert train.main(arguments(photographs, tmp_path / "tied", *more)) == 0
+    assert main(arguments(photographs, tmp_path / "tied", *more)) == 0
     net = lf.load(tmp_path / "tied" / "model.safetensors")
     assert net.sharing == "tied"
     assert {row["phase"] for row in log_without_time(tmp_path / "tied")} == {"stages"}
 
 
-def test_runs_are_not_mixed(photographs, uninterrupted, tmp_path):
-    with pytest.raises(ValueError, match="got one that holds a run: add --resume"):
-        train.main(arguments(photographs, uninterrupted))
-    with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.5"):
-        train.main(arguments(photographs, uninterrupted, "--resume", "--lr", "0.5"))
-    with pytest.raises(ValueError, match="expected a run to resume"):
-        train.main(arguments(photographs, tmp_path / "absent", "--resume"))
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--output", "{run}"], "expected a new folder, got one that holds a run: add --resume"),
+        (
+            ["--output", "{run}", "--resume", "--lr", "0.5"],
+            "expected the settings of the run, but lr was 0.001 and is 0.5",
+        ),
+        (["--resume"], "expected a run to resume, found no config.json"),
+        (["--data", "{empty}"], "expected a folder with images below it, got {empty}"),
+        (["--patch", "12"], "--patch: expected a multiple of --block-size 8, got 12"),
+        (["--patch", "512"], "expected at least two images of at least 512x512 pixels"),
+        (["--init", "{empty}"], "--init: expected a run folder with base.safetensors, got {empty}"),
+        (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
+    ],
+)
+def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, more, message):
+    (tmp_path / "empty").mkdir()
+    names = {"run": str(uninterrupted), "empty": str(tmp_path / "empty")}
+    before = {p.name: p.read_bytes() for p in uninterrupted.iterdir()}
+    assert main(arguments(photographs, tmp_path / "new", *(m.format(**names) for m in more))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.format(**names) in error
+    assert {p.name: p.read_bytes() for p in uninterrupted.iterdir()} == before
 
 
 def test_batches_are_a_function_of_seed_and_step():

@@ -7,25 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+from lorun_fast.apps import images
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.progress import over
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, in a fixed order."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+def find_images(folders: Sequence[Path]) -> list[Path]:
+    """All image files below these folders, in a fixed order. Raises UserError for a folder without any."""
+    found = []
+    for folder in folders:
+        below = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in images.SUFFIXES)
+        if not below:
+            raise UserError(f"--data: expected a folder with images below it, got {folder}")
+        found += below
+    return found
 
 
 def load_gray(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
     """Luma images as uint8 (H, W); those smaller than ``smallest`` on a side are left out."""
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            if min(image.size) >= smallest:
-                images.append(np.asarray(image.convert("L")))
-    return images
+    gray = [np.rint(images.load(path, "y")[0] * 255).astype(np.uint8) for path in over(paths, "reading images")]
+    return [image for image in gray if min(image.shape) >= smallest]
 
 
 class PatchSampler:
@@ -34,10 +37,10 @@ class PatchSampler:
     Images are drawn with a probability that grows with their area, so that every pixel counts alike.
     """
 
-    def __init__(self, images: Sequence[np.ndarray], patch: int, batch: int, seed: int):
-        if not images:
-            raise ValueError(f"expected training images of at least {patch}x{patch} pixels, got none")
-        self.images, self.patch, self.batch, self.seed = list(images), patch, batch, seed
+    def __init__(self, gray: Sequence[np.ndarray], patch: int, batch: int, seed: int):
+        if not gray:
+            raise UserError(f"--data: expected at least two images of at least {patch}x{patch} pixels, got too few")
+        self.images, self.patch, self.batch, self.seed = list(gray), patch, batch, seed
         area = np.array([image.shape[0] * image.shape[1] for image in self.images], dtype=np.float64)
         self.weight = area / area.sum()
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
-import os
 import resource
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from lorun_fast import io
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.files import make_folder, replacing
+from lorun_fast.apps.progress import bar
+from lorun_fast.apps.runtime import at_least_one, not_negative, seed
 from lorun_fast.apps.tasks import cs_training
+from lorun_fast.io import load, save
 from lorun_fast.network import LoRun
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
@@ -30,33 +35,32 @@ _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "func", "command
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast train``."""
-    parser.add_argument("task", choices=sorted(_RECIPES))
-    parser.add_argument("--data", nargs="+", required=True, help="folders of training images")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
-    parser.add_argument("--init", type=Path, help="a run folder whose phase 1 to start from instead of training one")
-    parser.add_argument("--stages", type=int, default=9, help="K (default 9)")
-    parser.add_argument("--gamma", type=float, default=10, help="rank in percent of min(in, out) (default 10)")
-    parser.add_argument("--form", choices=("loralib", "peft"), default="loralib")
-    parser.add_argument("--sharing", choices=("lora", "tied", "untied"), default="lora")
-    parser.add_argument("--base-steps", type=int, default=3000, help="steps of phase 1 (default 3000)")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of phase 2 (default 4000)")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--operator-lr", type=float, default=3e-4, help="of a learned operator (default 3e-4)")
-    parser.add_argument("--warm-up", type=int, default=100, help="steps of linear warm-up (default 100)")
-    parser.add_argument("--clip", type=float, default=0.1, help="gradient norm above which it is scaled (default 0.1)")
-    parser.add_argument(
-        "--pretrain-unroll", type=int, default=4, help="own passes that phase 1 learns from (default 4)"
-    )
-    parser.add_argument("--checkpoint", action="store_true", help="recompute activations per stage to save memory")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser (autocast)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate-every", type=int, default=250, help="steps between validations (default 250)")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default 100)")
-    parser.add_argument("--stop-after", type=int, help="stop after this many steps of this start, to resume later")
+    add = parser.add_argument
+    add("task", choices=sorted(_RECIPES))
+    add("--data", nargs="+", type=Path, required=True, help="folders of training images")
+    add("-o", "--output", type=Path, required=True, help="folder of the run")
+    add("--resume", action="store_true", help="continue the run in the output folder")
+    add("--init", type=Path, help="a run folder whose phase 1 to start from instead of training one")
+    add("--stages", type=at_least_one, default=9, help="K (default 9)")
+    add("--gamma", type=not_negative, default=10, help="rank in percent of min(in, out) (default 10)")
+    add("--form", choices=("loralib", "peft"), default="loralib")
+    add("--sharing", choices=("lora", "tied", "untied"), default="lora")
+    add("--base-steps", type=at_least_one, default=3000, help="steps of phase 1 (default 3000)")
+    add("--steps", type=at_least_one, default=4000, help="steps of phase 2 (default 4000)")
+    add("--batch", type=at_least_one, default=8)
+    add("--lr", type=not_negative, default=1e-3, help="peak learning rate (default 1e-3)")
+    add("--operator-lr", type=not_negative, default=3e-4, help="of a learned operator (default 3e-4)")
+    add("--warm-up", type=int, default=100, help="steps of linear warm-up (default 100)")
+    add("--clip", type=not_negative, default=0.1, help="gradient norm above which it is scaled (default 0.1)")
+    add("--pretrain-unroll", type=int, default=4, help="own passes that phase 1 learns from (default 4)")
+    add("--checkpoint", action="store_true", help="recompute activations per stage to save memory")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser (autocast)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=at_least_one, help="CPU threads (default: all)")
+    add("--seed", type=seed, default=0)
+    add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
+    add("--checkpoint-every", type=at_least_one, default=100, help="steps between checkpoints (default 100)")
+    add("--stop-after", type=at_least_one, help="stop after this many steps of this start, to resume later")
     cs_training.add_arguments(parser)
 
 
@@ -67,10 +71,9 @@ def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _write_atomically(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as f:
+        f.write(text.encode())
 
 
 def _optimizer(net: LoRun, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -101,24 +104,23 @@ class Run:
         self.settings = {k: _plain(v) for k, v in sorted(vars(args).items()) if k not in _FREE}
         self.recipe = _RECIPES[args.task](args)
         self.taken = 0
-        self.started = time.perf_counter()
 
     def open(self) -> dict | None:
         """Creates the folder, or reads its checkpoint; refuses to mix two runs."""
         config, state = self.folder / "config.json", self.folder / "checkpoint.pt"
         if not self.args.resume:
             if config.exists():
-                raise ValueError(f"{self.folder}: expected a new folder, got one that holds a run: add --resume")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(config, lambda p: p.write_text(json.dumps(self.settings, indent=1)))
+                raise UserError(f"{self.folder}: expected a new folder, got one that holds a run: add --resume")
+            make_folder(self.folder)
+            _write(config, json.dumps(self.settings, indent=1))
             return None
         if not config.exists():
-            raise ValueError(f"{self.folder}: expected a run to resume, found no config.json")
+            raise UserError(f"{self.folder}: expected a run to resume, found no config.json")
         before = json.loads(config.read_text())
         changed = [k for k in self.settings if before.get(k) != self.settings[k]]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
-            raise ValueError(f"{self.folder}: expected the settings of the run, but {what}")
+            raise UserError(f"{self.folder}: expected the settings of the run, but {what}")
         return torch.load(state, map_location=self.device, weights_only=True) if state.exists() else None
 
     def phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
@@ -138,7 +140,7 @@ class Run:
         offset = 0 if name == "base" else 10_000_000  # the two phases draw different batches
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
 
-        def save(step: int) -> None:
+        def keep(step: int) -> None:
             state = {
                 "phase": name,
                 "step": step,
@@ -148,11 +150,15 @@ class Run:
                 "net": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            _write_atomically(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
+            with replacing(self.folder / "checkpoint.pt") as f:
+                torch.save(state, f)
 
+        progress = bar(steps, f"phase {name}", "step")
+        progress.update(first)
         for step in range(first, steps):
             if args.stop_after is not None and self.taken >= args.stop_after:
-                save(step)
+                keep(step)
+                progress.close()
                 return False
             factor = learning_rate_factor(step, steps, args.warm_up)
             for group in optimizer.param_groups:
@@ -167,6 +173,7 @@ class Run:
                 optimizer.step()
             total_loss, counted, self.taken = total_loss + loss.item(), counted + 1, self.taken + 1
             done = step + 1
+            progress.update()
             if done % args.validate_every == 0 or done == steps:
                 net.eval()
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -175,9 +182,10 @@ class Run:
                 row = (name, done, total_loss / counted, norm.item(), args.lr * factor, score)
                 self._log(row, time.perf_counter() - clock)
                 total_loss, counted = 0.0, 0
-                save(done)
+                keep(done)
             elif done % args.checkpoint_every == 0:
-                save(done)
+                keep(done)
+        progress.close()
         return True
 
     def _truncate_log(self, phase: str, step: int) -> None:
@@ -194,13 +202,11 @@ class Run:
             if (r["phase"] == "base") > (phase == "base") or (r["phase"] == phase and int(r["step"]) <= step)
         ]
 
-        def write(p: Path) -> None:
-            with p.open("w", newline="") as f:
-                writer = csv.DictWriter(f, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(keep)
-
-        _write_atomically(path, write)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(keep)
+        _write(path, text.getvalue())
 
     def _log(self, row: tuple, seconds: float) -> None:
         phase, step, loss, norm, lr, score = row
@@ -208,10 +214,9 @@ class Run:
             csv.writer(f).writerow(
                 (phase, step, f"{loss:.6e}", f"{norm:.4e}", f"{lr:.3e}", f"{score:.4f}", f"{seconds:.1f}")
             )
-        print(
+        tqdm.write(
             f"{phase:>6} step {step:6d}  loss {loss:.3e}  gradient {norm:.2e}"
             f"  validation {score:.3f} dB  {seconds:7.0f} s",
-            flush=True,
         )
 
     def finish(self, net: LoRun, seconds: dict[str, float]) -> None:
@@ -224,8 +229,8 @@ class Run:
             "step_size": net.step_size.tolist(),
             "settings": self.settings,
         }
-        io.save(net, self.folder / "model.safetensors", notes={"training": {**summary, "parameters": None}})
-        _write_atomically(self.folder / "summary.json", lambda p: p.write_text(json.dumps(summary, indent=1)))
+        save(net, self.folder / "model.safetensors", notes={"training": {**summary, "parameters": None}})
+        _write(self.folder / "summary.json", json.dumps(summary, indent=1))
         _plot(self.folder / "log.csv", self.folder / "curve.png")
 
 
@@ -252,7 +257,8 @@ def _plot(log: Path, picture: Path) -> None:
     axes[0].set(xlabel="minutes", ylabel="training loss (MSE)")
     axes[1].set(xlabel="minutes", ylabel="validation PSNR (dB)")
     axes[1].legend()
-    _write_atomically(picture, lambda p: figure.savefig(p, dpi=120, format="png"))
+    with replacing(picture) as f:
+        figure.savefig(f, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -260,20 +266,23 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``lorun-fast train``; the exit status is 0 also when --stop-after ended it."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    if args.init and not (args.init / "base.safetensors").is_file():
+        raise UserError(f"--init: expected a run folder with base.safetensors, got {args.init}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a CUDA device that torch can use, got none")
     training = Run(args)
     state = training.open()
     seconds: dict[str, float] = {}
     torch.manual_seed(args.seed)
     base = training.recipe.base()
-    base_file = args.init / "base.safetensors" if args.init else training.folder / "base.safetensors"
+    base_file = (args.init or training.folder) / "base.safetensors"
     if state is None or state["phase"] == "base":
         if args.init is None:
             if not training.phase("base", base, args.base_steps, state):
                 return 0
-            io.save(base, base_file)
+            save(base, base_file)
         state = None
-    base.load_state_dict(io.load(base_file).state_dict())
+    base.load_state_dict(load(base_file).state_dict())
     torch.manual_seed(args.seed + 1)
     net = training.recipe.staged(base)
     if not training.phase("stages", net, args.steps, state):
@@ -283,13 +292,3 @@ def run(args: argparse.Namespace) -> int:
             seconds[row["phase"]] = float(row["seconds"])
     training.finish(net, seconds)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="lorun-fast train", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.runtime import at_least_one
 from lorun_fast.apps.sampling import PatchSampler, find_images, load_gray
+from lorun_fast.apps.tasks.cs import percentage
 from lorun_fast.denoisers import ResUNet
 from lorun_fast.network import LoRun
 from lorun_fast.operators import BlockCS
@@ -17,13 +20,18 @@ _VALIDATION_IMAGES = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratio", type=float, default=25, help="percent of measurements, 100 m / B^2 (default 25)")
-    parser.add_argument("--block-size", type=int, default=32, help="B (default 32)")
-    parser.add_argument("--fixed-phi", action="store_true", help="keep the Gaussian Phi instead of learning it")
-    parser.add_argument(
-        "--channels", type=int, nargs="+", default=[16, 32, 64, 64], help="ResUNet widths (default 16 32 64 64)"
+    add = parser.add_argument
+    add("--ratio", type=percentage, default=25.0, help="percent of measurements, 100 m / B^2 (default 25)")
+    add("--block-size", type=at_least_one, default=32, help="B (default 32)")
+    add("--fixed-phi", action="store_true", help="keep the Gaussian Phi instead of learning it")
+    add(
+        "--channels",
+        type=at_least_one,
+        nargs="+",
+        default=[16, 32, 64, 64],
+        help="ResUNet widths (default 16 32 64 64)",
     )
-    parser.add_argument("--patch", type=int, default=96, help="training patch in pixels (default 96)")
+    add("--patch", type=at_least_one, default=96, help="training patch in pixels (default 96)")
 
 
 class CSTraining:
@@ -31,7 +39,9 @@ class CSTraining:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        paths = [path for folder in args.data for path in find_images(folder)]
+        if args.patch % args.block_size:
+            raise UserError(f"--patch: expected a multiple of --block-size {args.block_size}, got {args.patch}")
+        paths = find_images(args.data)
         # The held-out images only draw the curve; no checkpoint is chosen by them.
         count = max(1, min(_VALIDATION_IMAGES, len(paths) // 10))
         held_out = set(paths[:: max(1, len(paths) // count)][:count])
