@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Threads that spin while they wait slow tests down many times over beside other work; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

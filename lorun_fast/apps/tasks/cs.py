@@ -85,11 +85,10 @@ def operator(args: argparse.Namespace) -> BlockCS:
 
 def _block_size(source: str, shape: tuple[int, ...], asked: int | None) -> int:
     block_size = math.isqrt(shape[1]) if asked is None else asked
-    if block_size**2 != shape[1]:
-        want = "a square number" if asked is None else f"{asked**2}"
-        transposed = shape[1] < shape[0] and math.isqrt(shape[0]) ** 2 == shape[0]
-        hint = " (is it transposed?)" if transposed else ""
-        raise UserError(f"{source}: expected Phi of shape (m, B*B) with B*B = {want}, got {shape}{hint}")
+    if block_size**2 != shape[1] or shape[0] > shape[1]:
+        want = "B*B a square number" if asked is None else f"B*B = {asked**2}"
+        hint = " (is it transposed?)" if shape[0] > shape[1] else ""
+        raise UserError(f"{source}: expected Phi of shape (m, B*B), {want} and m at most that, got {shape}{hint}")
     return block_size
 
 

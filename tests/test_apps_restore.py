@@ -1,0 +1,462 @@
+"""measure and restore: what the files hold, and everything that must be refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from apps_help import BLOCK, accepted, contents, picture, refused, tiny_network
+from PIL import Image
+from scipy.io import savemat
+
+import lorun_fast as lf
+from lorun_fast.apps import images, models
+
+M = 16  # 25 % of 8 x 8
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny_network(tmp_path / "net.safetensors")
+
+
+@pytest.fixture
+def phi(model):
+    return lf.load(model).op.phi.numpy()
+
+
+def _y(path):
+    with np.load(path, allow_pickle=False) as f:
+        return {key: f[key] for key in f.files}
+
+
+def _restored(model, y, size):
+    net = lf.load(model)
+    with torch.inference_mode():
+        return net(torch.from_numpy(np.atleast_1d(y)), size=size).clamp(0, 1).numpy()
+
+
+def test_measure_writes_phi_x(tmp_path, model, capsys):
+    pixels = picture(tmp_path / "a.png", 24, 32)
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    arrays = _y(tmp_path / "y.npz")
+    op = lf.load(model).op
+    x = torch.from_numpy(pixels[None, None, ..., 0].astype(np.float32) / 255)
+    assert arrays["y"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["y"], op(x).numpy())
+    np.testing.assert_array_equal(arrays["phi"], op.phi.numpy())
+    assert arrays["block_size"] == BLOCK
+    assert arrays["size"].tolist() == [[24, 32]]
+    assert arrays["name"].tolist() == ["a"]
+    assert arrays["task"] == "cs" and arrays["noise"] == 0
+
+
+def test_sizes_that_no_block_divides(tmp_path, model, capsys):
+    shapes = {"a": (24, 32), "b": (19, 30), "c": (24, 32), "d": (7, 9)}
+    for i, (name, shape) in enumerate(shapes.items()):
+        picture(tmp_path / "photos" / f"{name}.png", *shape, seed=i)
+    accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", tmp_path / "y.npz")
+    arrays = _y(tmp_path / "y.npz")
+    assert [arrays[f"y_{i}"].shape for i in range(4)] == [(M, 3, 4), (M, 3, 4), (M, 3, 4), (M, 1, 2)]
+    for batch in (1, 3):
+        out = tmp_path / f"out{batch}"
+        accepted(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model, "--batch", batch, "--bits", "16")
+        assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+        for i, (name, shape) in enumerate(shapes.items()):
+            got = images.load(out / f"{name}.png", "y")
+            want = _restored(model, arrays[f"y_{i}"][None], shape)[0]
+            assert got.shape == (1, *shape)
+            np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_seed_decides_noise_and_phi(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", seed=1)
+    files = {}
+    for run, seed in (("first", 3), ("again", 3), ("other", 4)):
+        path = tmp_path / f"{run}.npz"
+        accepted(
+            capsys, "measure", tmp_path / "a.png", tmp_path / "b.png", "--ratio", "25", "--gaussian",
+            "--block-size", BLOCK, "--noise", "0.1", "--seed", seed, "-o", path,
+        )  # fmt: skip
+        files[run] = _y(path)
+    for key in files["first"]:
+        np.testing.assert_array_equal(files["first"][key], files["again"][key])
+    assert (files["first"]["phi"] != files["other"]["phi"]).mean() > 0.9
+    clean = lf.BlockCS.gaussian(0.25, BLOCK, seed=3)(
+        torch.from_numpy(np.stack([images.load(tmp_path / f"{n}.png", "y") for n in "ab"]))
+    ).numpy()
+    noise = files["first"]["y"] - clean
+    assert 0.08 < noise.std() < 0.12
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.3
+
+
+def test_colour(tmp_path, model, capsys):
+    picture(tmp_path / "photos" / "colour.png", 20, 28, mode="RGB")
+    picture(tmp_path / "photos" / "gray.png", 20, 28, seed=1)
+    for colour, rows in (("y", 2), ("channels", 4)):
+        y, out = tmp_path / f"{colour}.npz", tmp_path / colour
+        accepted(capsys, "measure", tmp_path / "photos", "--colour", colour, "--model", model, "-o", y)
+        arrays = _y(y)
+        assert arrays["y"].shape == (rows, M, 3, 4)
+        for bits in (8, 16):
+            accepted(capsys, "restore", y, "-o", out, "--model", model, "--bits", bits, "--batch", 2)
+            assert sorted(p.name for p in out.iterdir()) == ["colour.png", "gray.png"]
+            with Image.open(out / "gray.png") as image:
+                assert image.mode == ("L" if bits == 8 else "I;16")
+            with Image.open(out / "colour.png") as image:
+                got = np.asarray(image)
+                if colour == "y":
+                    assert got.shape == (20, 28)
+                    continue
+            assert arrays["channel"].tolist() == ["R", "G", "B", ""]
+            want = _restored(model, arrays["y"][:3], (20, 28))[:, 0].transpose(1, 2, 0)
+            # Pillow reads the upper byte of 16-bit colour, which truncates.
+            np.testing.assert_allclose(got / 255, want, atol=0.51 / 255 if bits == 8 else 1.01 / 255)
+
+
+def test_channels_come_together_in_any_order(tmp_path, model, phi, capsys):
+    y = np.random.default_rng(0).random((3, M, 2, 2), dtype=np.float32)
+    np.savez(tmp_path / "y.npz", y=y, name=["p"] * 3, channel=["B", "R", "G"], size=[10, 16])
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
+    with Image.open(tmp_path / "out" / "p.png") as image:
+        got = np.asarray(image) / 255
+    want = _restored(model, y[[1, 2, 0]], (10, 16))[:, 0].transpose(1, 2, 0)
+    np.testing.assert_allclose(got, want, atol=0.51 / 255)
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "stack", "with phi"])
+def test_a_hand_written_file_needs_only_y(form, tmp_path, model, phi, capsys):
+    y = np.random.default_rng(0).random((2, M, 2, 3))
+    path = tmp_path / ("scan.npy" if form == "npy" else "scan.npz")
+    if form == "npy":
+        np.save(path, y[0])
+    elif form == "npz":
+        np.savez(path, y=y[0])
+    elif form == "stack":
+        np.savez(path, y=(y * 1000).astype(np.int32))
+    else:
+        np.savez(path, y=y, phi=phi.astype(np.float16), block_size=BLOCK, size=[16, 21], name=["left", "right"])
+    accepted(capsys, "restore", path, "-o", tmp_path / "out", "--model", model)
+    sizes = {}
+    for p in (tmp_path / "out").iterdir():
+        with Image.open(p) as image:
+            sizes[p.name] = image.size
+    assert (
+        sizes
+        == {
+            "npz": {"scan.png": (24, 16)},
+            "npy": {"scan.png": (24, 16)},
+            "stack": {"scan_0.png": (24, 16), "scan_1.png": (24, 16)},
+            "with phi": {"left.png": (21, 16), "right.png": (21, 16)},
+        }[form]
+    )
+
+
+def test_a_key_that_is_not_known_is_told(tmp_path, model, capsys):
+    np.savez(tmp_path / "y.npz", y=np.zeros((M, 1, 1), np.float32), sizes=[8, 8])
+    from lorun_fast.apps.cli import main
+
+    assert main(["restore", str(tmp_path / "y.npz"), "-o", str(tmp_path / "out"), "--model", str(model)]) == 0
+    assert "ignored keys sizes" in capsys.readouterr().err
+
+
+def test_equal_names_do_not_overwrite_each_other(tmp_path, model, capsys):
+    photos = tmp_path / "photos"
+    picture(photos / "a.png", seed=0)
+    picture(photos / "a.jpg", seed=1)
+    picture(photos / "A.bmp", seed=2)
+    picture(photos / "a_png.png", seed=3)
+    picture(tmp_path / "more" / "a.png", seed=4)
+    accepted(capsys, "measure", photos, tmp_path / "more", "--model", model, "-o", tmp_path / "y.npz")
+    names = _y(tmp_path / "y.npz")["name"].tolist()
+    assert names == ["A_bmp", "a_jpg", "a_png_2", "a_png", "a_png_3"]
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
+    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == sorted(names)
+    np.savez(tmp_path / "same.npz", y=np.zeros((3, M, 1, 1), np.float32), name=["x", "x", "x.png"])
+    accepted(capsys, "restore", tmp_path / "same.npz", "-o", tmp_path / "same", "--model", model)
+    assert len(list((tmp_path / "same").iterdir())) == 3
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".mat", "v7.3"])
+def test_phi_from_a_file(suffix, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    phi = np.random.default_rng(0).standard_normal((10, 36))
+    path = tmp_path / f"phi{'.mat' if suffix == 'v7.3' else suffix}"
+    if suffix == ".npy":
+        np.save(path, phi)
+    elif suffix == ".npz":
+        np.savez(path, A=phi)
+    elif suffix == ".mat":
+        savemat(path, {"A": phi, "other": 1})
+    else:
+        import h5py
+
+        with h5py.File(path, "w", userblock_size=512) as f:
+            f["A"] = phi.T  # as MATLAB stores it
+        # scipy tells the two formats apart by the text header.
+        header = b"MATLAB 7.3 MAT-file".ljust(124, b" ") + b"\x00\x02IM"
+        path.write_bytes(header + path.read_bytes()[len(header) :])
+    accepted(capsys, "measure", tmp_path / "a.png", "--phi", path, "--key", "A", "-o", tmp_path / "y.npz")
+    arrays = _y(tmp_path / "y.npz")
+    assert arrays["block_size"] == 6
+    np.testing.assert_array_equal(arrays["phi"], phi.astype(np.float32))
+    assert arrays["y"].shape == (1, 10, 4, 6)
+
+
+def test_the_ratio_names_a_shipped_network(tmp_path, capsys, monkeypatch):
+    weights = tiny_network(tmp_path / "weights" / "cs-25.safetensors", seed=5)
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path / "weights")
+    picture(tmp_path / "a.png")
+    accepted(capsys, "measure", tmp_path / "a.png", "--ratio", "25", "-o", tmp_path / "y.npz")
+    np.testing.assert_array_equal(_y(tmp_path / "y.npz")["phi"], lf.load(weights).op.phi.numpy())
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "a.png").exists()
+    assert "(25)" in refused(capsys, "measure", tmp_path / "a.png", "--ratio", "10", "-o", tmp_path / "z.npz")
+    line = refused(
+        capsys, "measure", tmp_path / "a.png", "--ratio", "25", "--block-size", "33", "-o", tmp_path / "z.npz"
+    )
+    assert "--block-size: expected 8" in line
+    assert "cs-25" in accepted(capsys, "info")
+
+
+def test_bf16_and_threads(tmp_path, model, capsys):
+    picture(tmp_path / "a.png")
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    restored = {}
+    threads = torch.get_num_threads()
+    for dtype in ("fp32", "bf16"):
+        text = accepted(
+            capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / dtype, "--model", model, "--dtype", dtype,
+            "--threads", "1", "--device", "cpu", "--bits", "16",
+        )  # fmt: skip
+        assert f"1 threads, {dtype}" in text and "images/s" in text and "MiB" in text
+        restored[dtype] = images.load(tmp_path / dtype / "a.png", "y")
+    assert torch.get_num_threads() == threads
+    difference = np.abs(restored["fp32"] - restored["bf16"]).max()
+    assert 0 < difference < 0.05
+
+
+def test_another_phi_of_the_same_shape(tmp_path, model, capsys):
+    """Refused, and restored with the file's own Phi when told so."""
+    picture(tmp_path / "a.png")
+    other = tiny_network(tmp_path / "other.safetensors", seed=9)
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", other, "-o", tmp_path / "y.npz")
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
+    assert "expected the Phi that" in line and "--use-file-phi" in line
+    assert not (tmp_path / "out").exists()
+    accepted(
+        capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--use-file-phi",
+        "--bits", "16",
+    )  # fmt: skip
+    net, own = lf.load(model), lf.load(other).op
+    with torch.inference_mode():
+        want = net(torch.from_numpy(_y(tmp_path / "y.npz")["y"]), op=own, size=(24, 32)).clamp(0, 1).numpy()
+    np.testing.assert_allclose(images.load(tmp_path / "out" / "a.png", "y"), want[0], atol=1e-4)
+
+
+def _zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+BAD_FILES = {
+    "no y": ({"phi": _zeros(M, 64)}, "expected the measurements as y"),
+    "y twice": ({"y": _zeros(M, 1, 1), "y_0": _zeros(M, 1, 1)}, "got both"),
+    "a gap": ({"y_0": _zeros(M, 1, 1), "y_2": _zeros(M, 1, 1)}, "without a gap"),
+    "ratio": ({"y": _zeros(M + 1, 2, 2)}, "m = 16"),
+    "axes swapped": ({"y": _zeros(2, 2, M)}, "m = 16"),
+    "dimensions": ({"y": _zeros(M, 4)}, "expected shape (m, rows, columns)"),
+    "empty": ({"y": _zeros(M, 0, 4)}, "expected shape (m, rows, columns)"),
+    "NaN": ({"y": np.full((M, 1, 1), np.nan, np.float32)}, "got 16 NaN or infinite of 16"),
+    "infinity": ({"y": np.array([np.inf] + [0] * (M - 1)).reshape(M, 1, 1)}, "got 1 NaN or infinite"),
+    "beyond float32": ({"y": np.full((M, 1, 1), 1e300)}, "NaN or infinite"),
+    "complex": ({"y": _zeros(M, 1, 1) * 1j}, "expected real numbers"),
+    "text": ({"y": np.full((M, 1, 1), "a")}, "expected real numbers"),
+    "objects": ({"y": np.full((M, 1, 1), None)}, "Python objects"),
+    "block size": ({"y": _zeros(M, 1, 1), "block_size": 33}, "expected block_size 8"),
+    "block size of another kind": ({"y": _zeros(M, 1, 1), "block_size": [8, 8]}, "expected block_size 8"),
+    "ratio of Phi": ({"y": _zeros(M, 1, 1), "phi": _zeros(M + 1, 64)}, "expected Phi of shape (16, 64)"),
+    "block size of Phi": ({"y": _zeros(M, 1, 1), "phi": _zeros(M, 81)}, "expected Phi of shape (16, 64)"),
+    "NaN in Phi": ({"y": _zeros(M, 1, 1), "phi": np.full((M, 64), np.nan)}, "phi: expected finite"),
+    "size": ({"y": _zeros(M, 2, 2), "size": [17, 16]}, "expected 3 x 2 blocks"),
+    "size below zero": ({"y": _zeros(M, 1, 1), "size": [-8, 8]}, "expected positive integers"),
+    "sizes": ({"y": _zeros(M, 1, 1), "size": _zeros(3, 2).astype(int)}, "shape (2,) or (1, 2)"),
+    "float size": ({"y": _zeros(M, 1, 1), "size": [8.0, 8.0]}, "expected positive integers"),
+    "path as a name": ({"y": _zeros(M, 1, 1), "name": "../escaped"}, "expected a plain file name"),
+    "empty name": ({"y": _zeros(M, 1, 1), "name": ""}, "expected a plain file name"),
+    "number of names": ({"y": _zeros(2, M, 1, 1), "name": "one"}, "expected 2 strings"),
+    "name of another kind": ({"y": _zeros(M, 1, 1), "name": 5}, "expected 1 string"),
+    "channel": ({"y": _zeros(M, 1, 1), "channel": "X"}, "expected R, G, B or an empty string"),
+    "half a colour image": ({"y": _zeros(2, M, 1, 1), "channel": ["R", "G"], "name": ["a", "a"]}, "channels R, G"),
+    "two reds": ({"y": _zeros(3, M, 1, 1), "channel": ["R", "R", "B"], "name": ["a"] * 3}, "channels R, G and B"),
+    "channels of different sizes": (
+        {"y": _zeros(3, M, 1, 1), "channel": ["R", "G", "B"], "name": ["a"] * 3, "size": [[8, 8], [8, 8], [8, 7]]},
+        "expected one size",
+    ),
+    "task": ({"y": _zeros(M, 1, 1), "task": "cassi"}, "expected task 'cs'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_does_not_fit_is_refused(case, tmp_path, model, capsys):
+    arrays, message = BAD_FILES[case]
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "y.npz").touch()
+    np.savez(work / "y.npz", **arrays)
+    before = contents(work)
+    line = refused(capsys, "restore", work / "y.npz", "-o", work / "out", "--model", model)
+    assert message in line, line
+    assert contents(work) == before and not (work / "out").exists()
+
+
+def test_use_file_phi_without_phi(tmp_path, model, capsys):
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--use-file-phi")
+    assert "key phi" in line
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "folder", "pickle"])
+def test_a_damaged_measurement_file(damage, tmp_path, model, capsys):
+    path = tmp_path / "y.npz"
+    if damage == "empty":
+        path.touch()
+    elif damage == "text":
+        path.write_text("y = 1\n")
+    elif damage == "truncated":
+        np.savez(path, y=_zeros(4, M, 3, 3))
+        path.write_bytes(path.read_bytes()[:900])
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "pickle":
+        np.save(tmp_path / "o.npy", np.array([{"y": 1}]), allow_pickle=True)
+        (tmp_path / "o.npy").rename(path)
+    line = refused(capsys, "restore", path, "-o", tmp_path / "out", "--model", model)
+    assert "y.npz" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["unknown", "truncated", "empty", "text", "foreign", "noise level"])
+def test_a_damaged_network(damage, tmp_path, model, capsys):
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
+    path = tmp_path / "weights.safetensors"
+    if damage == "truncated":
+        path.write_bytes(model.read_bytes()[:-100])
+    elif damage == "empty":
+        path.touch()
+    elif damage == "text":
+        path.write_text("weights\n")
+    elif damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"w": torch.zeros(2)}, path)
+    elif damage == "noise level":
+        denoiser = lf.ResUNet(channels=(4, 8), blocks=1, noise_level=True)
+        lf.save(lf.LoRun(lf.BlockCS.gaussian(0.25, BLOCK), denoiser, stages=2), path)
+    name = "cs-99" if damage == "unknown" else path
+    for command in (
+        ["restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", name],
+        ["evaluate", name, tmp_path],
+        ["measure", tmp_path, "-o", tmp_path / "z.npz", "--model", name],
+        ["info", name],
+        ["demo", "--model", name, "-o", tmp_path / "out"],
+    ):
+        assert str(name) in refused(capsys, *command)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "z.npz").exists()
+
+
+def test_outputs_that_cannot_be_written(tmp_path, model, capsys):
+    picture(tmp_path / "a.png")
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.npz").mkdir()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model)
+    for out in ("file/y.npz", "missing/y.npz", "folder.npz", "y.png"):
+        refused(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, model, capsys, monkeypatch):
+    picture(tmp_path / "a.png")
+    out = tmp_path / "out"
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model)
+    before = contents(tmp_path)
+
+    def full(_self, f, _format=None, **_options):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "no space left" in refused(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model)
+
+    def full_too(f, **_arrays):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_too)
+    line = refused(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    assert "no space left" in line
+    assert contents(tmp_path) == before
+
+
+BAD_PHI = {
+    "missing file": (None, [], "no such file"),
+    "suffix": (b"1 2 3", [], "expected a matrix file"),
+    "transposed": (_zeros(64, 16), [], "transposed"),
+    "not square": (_zeros(16, 60), [], "B*B a square number"),
+    "another block size": (_zeros(16, 64), ["--block-size", "9"], "B*B = 81"),
+    "a vector": (_zeros(64), [], "expected a matrix"),
+    "NaN": (np.full((16, 64), np.nan), [], "NaN"),
+    "objects": (np.full((16, 64), None), [], "expected"),
+    "block size of zero": (_zeros(16, 64), ["--block-size", "0"], "at least 1"),
+    "gaussian": (_zeros(16, 64), ["--gaussian"], "--ratio beside --gaussian"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PHI)
+def test_a_phi_that_cannot_be_used(case, tmp_path, capsys):
+    values, options, message = BAD_PHI[case]
+    picture(tmp_path / "a.png")
+    path = tmp_path / ("phi.txt" if isinstance(values, bytes) else "phi.npy")
+    if isinstance(values, bytes):
+        path.write_bytes(values)
+    elif values is not None:
+        np.save(path, values, allow_pickle=True)
+    line = refused(capsys, "measure", tmp_path / "a.png", "--phi", path, *options, "-o", tmp_path / "y.npz")
+    assert message in line, line
+    assert not (tmp_path / "y.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"MATLAB 5.0 MAT-file, broken", b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"]
+)
+def test_a_damaged_mat_file(content, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    (tmp_path / "phi.mat").write_bytes(content)
+    line = refused(capsys, "measure", tmp_path / "a.png", "--phi", tmp_path / "phi.mat", "-o", tmp_path / "y.npz")
+    assert "expected a complete .mat file" in line
+    savemat(tmp_path / "phi.mat", {"A": _zeros(16, 64)})
+    line = refused(capsys, "measure", tmp_path / "a.png", "--phi", tmp_path / "phi.mat", "-o", tmp_path / "y.npz")
+    assert "variable 'phi'" in line and "got A" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells a machine without a GPU apart")
+def test_cuda_without_a_gpu(tmp_path, model, capsys):
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--device", "cuda")
+    assert "CUDA" in line
+
+
+def test_out_of_memory_is_told(tmp_path, model, capsys, monkeypatch):
+    from lorun_fast.apps import restoring
+
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
+
+    def exhausted(*_args, **_kwargs):
+        return torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(restoring, "restore", exhausted)
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
+    assert "--batch" in line

@@ -1,0 +1,144 @@
+"""The lorun-fast command: finding subcommands, exit status, interrupts, missing packages, a real process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from apps_help import accepted, contents, picture, refused, tiny_network
+
+from lorun_fast.apps import restoring
+from lorun_fast.apps.cli import main
+
+
+@pytest.mark.parametrize("command", ["demo", "measure", "restore", "evaluate", "train", "info"])
+def test_every_command_has_help(command, capsys):
+    text = accepted(capsys, command, "--help")
+    assert text.startswith(f"usage: lorun-fast {command}")
+    assert command in accepted(capsys, "--help")
+
+
+def test_version(capsys):
+    from lorun_fast._version import __version__
+
+    assert accepted(capsys, "--version") == f"lorun-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bogus"],
+        ["measure"],
+        ["measure", "a.png", "-o", "y.npz"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "0"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "quarter"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "25", "--phi", "p.npy"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "25", "--noise", "-1"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "25", "--noise", "nan"],
+        ["measure", "a.png", "-o", "y.npz", "--ratio", "25", "--seed", "-1"],
+        ["restore", "y.npz", "-o", "out", "--dtype", "fp8"],
+        ["restore", "y.npz", "-o", "out", "--batch", "0"],
+        ["restore", "y.npz", "-o", "out", "--threads", "two"],
+        ["demo", "sr3"],
+        ["info", "cs-25", "more"],
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *arguments)
+    assert contents(tmp_path) == {}
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(restoring, "measure", broken)
+    picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a bug"):
+        main(["measure", str(tmp_path / "a.png"), "--ratio", "25", "--gaussian", "-o", str(tmp_path / "y.npz")])
+
+
+def test_a_missing_package_names_the_extra(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lorun_fast.apps.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    line = refused(capsys, "demo")
+    assert "scikit-image" in line and "lorun-fast[apps]" in line
+
+
+def test_an_interrupt_leaves_complete_files_only(tmp_path, capsys, monkeypatch):
+    model = tiny_network(tmp_path / "net.safetensors")
+    for name in "abc":
+        picture(tmp_path / "photos" / f"{name}.png", seed=ord(name))
+    y, out = tmp_path / "y.npz", tmp_path / "out"
+    accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", y)
+    out.mkdir()
+    (out / "b.png").write_bytes(b"before")
+    calls = []
+    real = restoring.restore
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(restoring, "restore", interrupted)
+    assert main(["restore", str(y), "-o", str(out), "--model", str(model)]) == 130
+    captured = capsys.readouterr()
+    assert captured.err.strip() == "lorun-fast: interrupted"
+    after = contents(out)
+    assert sorted(after) == ["a.png", "b.png"]
+    assert after["b.png"] == b"before"
+    assert after["a.png"].endswith(b"IEND\xaeB`\x82")
+
+
+def test_an_interrupt_while_writing_leaves_no_file(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "photos" / "a.png")
+    (tmp_path / "out").mkdir()
+
+    def interrupted(f, **_arrays):
+        f.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    command = [
+        "measure",
+        str(tmp_path / "photos"),
+        "--ratio",
+        "25",
+        "--gaussian",
+        "-o",
+        str(tmp_path / "out" / "y.npz"),
+    ]
+    assert main(command) == 130
+    assert contents(tmp_path / "out") == {}
+
+
+def test_info_describes_a_network(tmp_path, capsys):
+    model = tiny_network(tmp_path / "net.safetensors")
+    text = accepted(capsys, "info", model)
+    assert "block_cs_step" in text
+    assert "25 % (16 of 64), 8x8 blocks, fixed Phi" in text
+    assert "1, 0.7" in text
+    assert "ResUNet" in text
+
+
+def test_as_a_process(tmp_path):
+    """The allocator setting, the true streams and the true exit status."""
+    model = tiny_network(tmp_path / "net.safetensors")
+    picture(tmp_path / "photos" / "a.png", 20, 28)
+    command = [sys.executable, "-m", "lorun_fast.apps", "evaluate", str(model), str(tmp_path / "photos")]
+    done = subprocess.run([*command, "--json", "s.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a.png" in done.stdout
+    assert len(json.loads((tmp_path / "s.json").read_text())["images"]) == 1
+    wrong = subprocess.run([*command, "--json", "no/s.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stdout == ""
+    assert wrong.stderr.splitlines()[-1] == "lorun-fast: error: expected an existing folder for s.json, got no"
+    assert "Traceback" not in wrong.stderr
