@@ -1,52 +1,103 @@
 // Block compressive sensing on the CPU (formulas in block_cs.h).
 //
-// The work is two matrix products, so it is torch's matrix product that does it; this file sees to it that nothing
-// else costs much. Blocks are packed once into P (blocks, B*B), widened to the accumulation type. Then
-//   T = P Phi^T,   T <- rho (y - T)   (y is read transposed, tile by tile),   P <- P + T Phi,
-// and P is cropped and narrowed into z: the second product adds onto the packed image, so that neither the gradient
-// nor a second copy of x exists.
+// Blocks are packed once, widened to the accumulation type, a batch at a time into P (blocks, B*B). Two matrix products
+// (products.inl) do the work: the first hands each value straight to the measurement or, in a step, to
+// A = rho (y - Phi x), laid out as the second wants it; the second adds onto P. P is then cropped and narrowed into the
+// result. So neither the gradient nor a second copy of x exists, and the work space does not grow with the image.
+// Every output value is one sum in one fixed order: results do not depend on threads or batch mates.
 
 #include "block_cs/block_cs.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
 #include "common/convert.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "common/tensor.h"
 
 namespace lorun::block_cs {
+
+// Longest sum that one visit of a tile takes, and room for a panel of that depth, whatever the variant.
+inline constexpr int64_t kDepth = 256;
+inline constexpr int64_t kPanelBytes = 32768;
+
+}  // namespace lorun::block_cs
+
+#define LORUN_KERNELS "block_cs/products.inl"
+#include "common/for_each_variant.h"
+
+namespace lorun::block_cs {
 namespace {
 
-// Called directly, not through the dispatcher: autocast must not turn the accumulation into bf16.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+// A batch of packed blocks, and a slice of it that one thread works on, in bytes: to stay in L3 and in L2.
+constexpr int64_t kBatchBytes = 2 << 20;
+constexpr int64_t kSliceBytes = 512 << 10;
+
+// Where a block's part of a measurement (n, m, rows, cols) starts, and its step size.
+template <class Y, class W>
+struct Beside {
+  Y* y;
+  W rho;
+};
+
+// Work space for batches of blocks of one call.
+template <class W, class Y>
+struct Work {
+  int64_t pixels, m, rows_of_tile, batch;
+  W* packed;  // P (batch, B*B)
+  W* tiles;   // A, in tiles of rows_of_tile
+  Beside<Y, W>* beside;
+
+  Work(const Grid& grid, int64_t m)
+      : pixels(grid.pixels()),
+        m(m),
+        rows_of_tile(LORUN_PICK(spread_rows<W>)()),
+        batch(std::clamp<int64_t>(kBatchBytes / (pixels * sizeof(W)) / 8 * 8, 8, std::max<int64_t>(8, grid.blocks()))) {
+    struct Slot;
+    const int64_t packed_bytes = bytes_of(batch * pixels);
+    // A holds a value per (block, measurement); either may be the dimension that comes in tiles.
+    const int64_t tile_bytes = bytes_of((batch + rows_of_tile) * (m + rows_of_tile));
+    char* memory = static_cast<char*>(scratch<Slot>(packed_bytes + tile_bytes + batch * sizeof(Beside<Y, W>)));
+    packed = reinterpret_cast<W*>(memory);
+    tiles = reinterpret_cast<W*>(memory + packed_bytes);
+    beside = reinterpret_cast<Beside<Y, W>*>(memory + packed_bytes + tile_bytes);
+  }
+
+  static int64_t bytes_of(int64_t values) {
+    return (values * sizeof(W) + 63) / 64 * 64;
+  }
+
+  // Block slices that fit L2, as many as there are threads if there are blocks for it.
+  Slices block_slices(int64_t blocks, int64_t threads) const {
+    const int64_t fitting = (blocks * pixels * static_cast<int64_t>(sizeof(W)) + kSliceBytes - 1) / kSliceBytes;
+    const int64_t rounds = std::max<int64_t>(1, (fitting + threads - 1) / threads);
+    const int64_t wanted = std::min(rounds * threads, (blocks + 15) / 16);
+    return Slices(blocks, wanted, 8);
+  }
+
+  int64_t tile_index(int64_t row, int64_t depth, int64_t k) const {
+    return row / rows_of_tile * rows_of_tile * depth + k * rows_of_tile + row % rows_of_tile;
+  }
+};
+
+int64_t threads() {
+  return torch::stable::get_num_threads();
 }
 
-void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
-Tensor transposed(const Tensor& t) {
-  return torch::stable::transpose(t, 0, 1);
-}
-
-// x (N, 1, H, W), any strides -> P (blocks, B*B) in the accumulation type, zero outside the image.
+// x (N, 1, H, W), any strides -> P in the accumulation type, zero outside the image.
 template <class T>
-Tensor pack(const Tensor& x, const Grid& grid) {
-  const Tensor packed = empty_beside(x, {grid.blocks(), grid.pixels()}, wide_type(x.scalar_type()));
+void pack(const Tensor& x, const Grid& grid, int64_t first, int64_t blocks, Wide<T>* packed) {
   const T* from = x.const_data_ptr<T>();
-  Wide<T>* to = packed.mutable_data_ptr<Wide<T>>();
   const int64_t by_sample = x.stride(0), by_row = x.stride(2), by_col = x.stride(3);
-  parallel(grid.blocks(), grid.pixels(), [&](int64_t begin, int64_t end) {
+  parallel(blocks, grid.pixels(), [&](int64_t begin, int64_t end) {
     multiversion([&](auto) LORUN_INLINE {
       for (int64_t b = begin; b < end; ++b) {
-        const Place at = grid.place(b);
+        const Place at = grid.place(first + b);
         const int64_t inside = std::min(grid.block, grid.width - at.left);
-        Wide<T>* out = to + b * grid.pixels();
+        Wide<T>* out = packed + b * grid.pixels();
         for (int64_t i = 0; i < grid.block; ++i, out += grid.block) {
           const int64_t filled = at.top + i < grid.height ? inside : 0;
           const T* in = from + at.sample * by_sample + (at.top + i) * by_row + at.left * by_col;
@@ -66,24 +117,20 @@ Tensor pack(const Tensor& x, const Grid& grid) {
       }
     });
   });
-  return packed;
 }
 
-// P (blocks, B*B) -> a contiguous (N, 1, H, W) image.
+// P -> a contiguous (N, 1, H, W) image.
 template <class T>
-Tensor unpack(const Tensor& packed, const Grid& grid, ScalarType type) {
-  const Tensor x = empty_beside(packed, {grid.samples, 1, grid.height, grid.width}, type);
-  const Wide<T>* from = packed.const_data_ptr<Wide<T>>();
-  T* to = x.mutable_data_ptr<T>();
-  parallel(grid.blocks(), grid.pixels(), [&](int64_t begin, int64_t end) {
+void unpack(const Wide<T>* packed, const Grid& grid, int64_t first, int64_t blocks, T* x) {
+  parallel(blocks, grid.pixels(), [&](int64_t begin, int64_t end) {
     multiversion([&](auto) LORUN_INLINE {
       for (int64_t b = begin; b < end; ++b) {
-        const Place at = grid.place(b);
+        const Place at = grid.place(first + b);
         const int64_t inside = std::min(grid.block, grid.width - at.left);
         const int64_t filled = std::min(grid.block, grid.height - at.top);
         for (int64_t i = 0; i < filled; ++i) {
-          const Wide<T>* in = from + b * grid.pixels() + i * grid.block;
-          T* out = to + (at.sample * grid.height + at.top + i) * grid.width + at.left;
+          const Wide<T>* in = packed + b * grid.pixels() + i * grid.block;
+          T* out = x + (at.sample * grid.height + at.top + i) * grid.width + at.left;
           for (int64_t j = 0; j < inside; ++j) {
             out[j] = narrow<T>(in[j]);
           }
@@ -91,47 +138,48 @@ Tensor unpack(const Tensor& packed, const Grid& grid, ScalarType type) {
       }
     });
   });
-  return x;
 }
 
-// Visits t = T[block, k] beside y[n, k, row, col] for all blocks and k, as f(t, y, n), in parallel and in tiles that
-// keep the transposed side in cache. T and y are contiguous.
-template <class Tall, class Wise, class F>
-void beside_measurements(Tall* tall, Wise* y, const Grid& grid, int64_t m, const F& f) {
-  constexpr int64_t kTile = 16;
-  const int64_t each = grid.per_sample(), tiles = (each + kTile - 1) / kTile;
-  parallel(grid.samples * tiles, kTile * m, [&](int64_t begin, int64_t end) {
-    multiversion([&](auto) LORUN_INLINE {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t n = tile / tiles, first = tile % tiles * kTile, last = std::min(first + kTile, each);
-        for (int64_t k0 = 0; k0 < m; k0 += kTile) {
-          const int64_t k1 = std::min(k0 + kTile, m);
-          for (int64_t l = first; l < last; ++l) {
-            Tall* row = tall + (n * each + l) * m;
-            Wise* column = y + n * m * each + l;
-            for (int64_t k = k0; k < k1; ++k) {
-              f(row[k], column[k * each], n);
-            }
-          }
-        }
-      }
-    });
+// Finds each block's measurements in a contiguous y, and its step size.
+template <class Y, class W>
+void locate(Y* y, const W* rho, int64_t rho_by_sample, const Grid& grid, int64_t m, int64_t first, int64_t blocks,
+            Beside<Y, W>* beside) {
+  const int64_t each = grid.per_sample();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t n = (first + b) / each;
+    beside[b] = {y + n * m * each + (first + b) % each, rho == nullptr ? W(0) : rho[n * rho_by_sample]};
+  }
+}
+
+// P Phi^T, each value handed to store(block, k, value).
+template <class W, class Y, class Store>
+void measure_all(const Work<W, Y>& work, const W* phi, int64_t blocks, const Store& store) {
+  const Slices by_block = work.block_slices(blocks, threads());
+  const Slices by_row(work.m, (threads() + by_block.count - 1) / by_block.count, 12);
+  const auto kernel = LORUN_PICK(measure<W, Store>);
+  parallel_pairs(by_block, by_row, [&](int64_t i, int64_t j) {
+    kernel(work.packed, phi, work.pixels, by_block.begin(i), by_block.end(i), by_row.begin(j), by_row.end(j), store);
   });
 }
 
-// y (N, m, rows, cols) -> T (blocks, m) in the accumulation type.
-template <class T>
-Tensor tall(const Tensor& y, const Grid& grid, int64_t m) {
-  const Tensor out = empty_beside(y, {grid.blocks(), m}, wide_type(y.scalar_type()));
-  const Tensor plain = dense(y);
-  beside_measurements(out.mutable_data_ptr<Wide<T>>(), plain.const_data_ptr<T>(), grid, m,
-                      [](Wide<T>& t, const T& v, int64_t) LORUN_INLINE { t = widen(v); });
-  return out;
+// c (rows, cols) (+)= A (rows, depth) b (depth, cols), with A in the work space's tiles.
+template <class W, class Y>
+void spread_all(const Work<W, Y>& work, const Slices& by_row, const W* b, int64_t depth, int64_t cols, bool add, W* c) {
+  const Slices by_col(cols, (threads() + by_row.count - 1) / by_row.count, 96);
+  const auto kernel = LORUN_PICK(spread<W>);
+  parallel_pairs(by_row, by_col, [&](int64_t i, int64_t j) {
+    alignas(64) W panel[kPanelBytes / sizeof(W)];
+    const int64_t row = by_row.begin(i);
+    kernel(work.tiles + row * depth, b, cols, depth, by_row.end(i) - row, by_col.begin(j), by_col.end(j), add,
+           c + row * cols, cols, panel);
+  });
 }
 
-void check_phi(const Tensor& phi, const Grid& grid, ScalarType image) {
-  check_type("phi", phi, wide_type(image));
-  check_shape("phi", phi, {phi.size(0), grid.pixels()});
+template <class F>
+void for_each_batch(int64_t total, int64_t batch, const F& f) {
+  for (int64_t first = 0; first < total; first += batch) {
+    f(first, std::min(batch, total - first));
+  }
 }
 
 Grid grid_of(const Tensor& x, int64_t block_size) {
@@ -140,58 +188,94 @@ Grid grid_of(const Tensor& x, int64_t block_size) {
   return Grid(x.size(0), x.size(2), x.size(3), block_size);
 }
 
+Grid grid_of_measurements(const Tensor& y, int64_t block_size, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
+  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
+  return Grid(y.size(0), height, width, block_size);
+}
+
+void check_phi(const Tensor& phi, const Grid& grid, ScalarType image) {
+  check_type("phi", phi, wide_type(image));
+  STD_TORCH_CHECK(phi.dim() == 2 && phi.size(1) == grid.pixels(), "phi: expected (m, ", grid.pixels(), "), got ",
+                  shape_of(phi));
+}
+
 Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
   check_phi(phi, grid, x.scalar_type());
-  const int64_t m = phi.size(0);
+  const int64_t m = phi.size(0), each = grid.per_sample();
+  const Tensor dense_phi = dense(phi);
   const Tensor y = empty_beside(x, {grid.samples, m, grid.rows, grid.cols}, x.scalar_type());
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor packed = pack<T>(x, grid);
-    const Tensor product = empty_beside(packed, {grid.blocks(), m}, packed.scalar_type());
-    multiply(product, packed, transposed(phi));
-    beside_measurements(product.const_data_ptr<Wide<T>>(), y.mutable_data_ptr<T>(), grid, m,
-                        [](const Wide<T>& t, T& v, int64_t) LORUN_INLINE { v = narrow<T>(t); });
+    using W = Wide<T>;
+    const Work<W, T> work(grid, m);
+    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+      pack<T>(x, grid, first, blocks, work.packed);
+      locate<T, W>(y.mutable_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      measure_all(work, dense_phi.const_data_ptr<W>(), blocks,
+                  [&](int64_t b, int64_t k, W value) LORUN_INLINE { work.beside[b].y[k * each] = narrow<T>(value); });
+    });
   });
   return y;
 }
 
 Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
-  const Grid grid(y.size(0), height, width, block_size);
+  const Grid grid = grid_of_measurements(y, block_size, height, width);
   check_phi(phi, grid, y.scalar_type());
-  check_shape("y", y, {grid.samples, phi.size(0), grid.rows, grid.cols});
-  return dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
+  const int64_t m = phi.size(0), each = grid.per_sample();
+  check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
+  const Tensor dense_y = dense(y), dense_phi = dense(phi);
+  const Tensor x = empty_beside(y, {grid.samples, 1, height, width}, y.scalar_type());
+  dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor measured = tall<T>(y, grid, phi.size(0));
-    const Tensor packed = empty_beside(measured, {grid.blocks(), grid.pixels()}, measured.scalar_type());
-    multiply(packed, measured, phi);
-    return unpack<T>(packed, grid, y.scalar_type());
+    using W = Wide<T>;
+    const Work<W, const T> work(grid, m);
+    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+      locate<const T, W>(dense_y.const_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      const Slices tiles(blocks, blocks, work.rows_of_tile);
+      parallel(tiles.count, tiles.size * m, [&](int64_t begin, int64_t end) {
+        for (int64_t b = tiles.begin(begin); b < tiles.end(end - 1); ++b) {
+          for (int64_t k = 0; k < m; ++k) {
+            work.tiles[work.tile_index(b, m, k)] = widen(work.beside[b].y[k * each]);
+          }
+        }
+      });
+      spread_all(work, work.block_slices(blocks, threads()), dense_phi.const_data_ptr<W>(), m, grid.pixels(), false,
+                 work.packed);
+      unpack<T>(work.packed, grid, first, blocks, x.mutable_data_ptr<T>());
+    });
   });
+  return x;
 }
 
 Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
   check_phi(phi, grid, x.scalar_type());
-  const int64_t m = phi.size(0);
+  const int64_t m = phi.size(0), each = grid.per_sample();
   check_type("y", y, wide_type(x.scalar_type()));
   check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
   check_step_size(rho, grid.samples, 1, wide_type(x.scalar_type()));
-  const Tensor dense_y = dense(y), dense_rho = dense(rho);
-  return dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
+  const Tensor dense_y = dense(y), dense_phi = dense(phi), dense_rho = dense(rho);
+  const Tensor z = empty_beside(x, {grid.samples, 1, grid.height, grid.width}, x.scalar_type());
+  dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const Tensor packed = pack<T>(x, grid);
-    const Tensor residual = empty_beside(packed, {grid.blocks(), m}, packed.scalar_type());
-    multiply(residual, packed, transposed(phi));
-    const W* rhos = dense_rho.const_data_ptr<W>();
-    const int64_t by_sample = rho.dim() == 1 ? 0 : 1;
-    beside_measurements(residual.mutable_data_ptr<W>(), dense_y.const_data_ptr<W>(), grid, m,
-                        [=](W& t, const W& v, int64_t n) LORUN_INLINE { t = rhos[n * by_sample] * (v - t); });
-    multiply_add(packed, residual, phi);
-    return unpack<T>(packed, grid, x.scalar_type());
+    const Work<W, const W> work(grid, m);
+    const W* phis = dense_phi.const_data_ptr<W>();
+    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+      pack<T>(x, grid, first, blocks, work.packed);
+      locate<const W, W>(dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, m,
+                         first, blocks, work.beside);
+      measure_all(work, phis, blocks, [&](int64_t b, int64_t k, W value) LORUN_INLINE {
+        const auto& at = work.beside[b];
+        work.tiles[work.tile_index(b, m, k)] = at.rho * (at.y[k * each] - value);
+      });
+      spread_all(work, work.block_slices(blocks, threads()), phis, m, grid.pixels(), true, work.packed);
+      unpack<T>(work.packed, grid, first, blocks, z.mutable_data_ptr<T>());
+    });
   });
+  return z;
 }
 
 Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
@@ -199,12 +283,30 @@ Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
   const ScalarType wide = wide_type(x.scalar_type());
   check_type("y", y, wide);
   STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
-  const int64_t m = y.size(1);
+  const int64_t m = y.size(1), each = grid.per_sample();
   check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
-  const Tensor out = empty_beside(y, {m, grid.pixels()}, wide);
+  const Tensor dense_y = dense(y);
+  Tensor out = empty_beside(y, {m, grid.pixels()}, wide);
+  if (grid.blocks() == 0) {
+    return torch::stable::zero_(out);
+  }
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    multiply(out, transposed(tall<Wide<T>>(y, grid, m)), pack<T>(x, grid));
+    using W = Wide<T>;
+    const Work<W, const W> work(grid, m);
+    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+      pack<T>(x, grid, first, blocks, work.packed);
+      locate<const W, W>(dense_y.const_data_ptr<W>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      parallel(m, blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          for (int64_t b = 0; b < blocks; ++b) {
+            work.tiles[work.tile_index(k, blocks, b)] = work.beside[b].y[k * each];
+          }
+        }
+      });
+      spread_all(work, Slices(m, threads(), work.rows_of_tile), work.packed, blocks, grid.pixels(), first > 0,
+                 out.mutable_data_ptr<W>());
+    });
   });
   return out;
 }

@@ -17,4 +17,35 @@ void parallel(int64_t count, int64_t work, const F& f) {
   }
 }
 
+// [0, total) cut into `count` ranges whose bounds are multiples of `step`.
+struct Slices {
+  int64_t total, size, count;
+
+  Slices(int64_t total, int64_t wanted, int64_t step) : total(total) {
+    const int64_t steps = (total + step - 1) / step;
+    size = std::max<int64_t>(1, (steps + wanted - 1) / std::max<int64_t>(1, wanted)) * step;
+    count = (total + size - 1) / size;
+  }
+
+  int64_t begin(int64_t i) const {
+    return i * size;
+  }
+
+  int64_t end(int64_t i) const {
+    return std::min(total, (i + 1) * size);
+  }
+};
+
+// f(i, j) over all pairs of a slice of each: enough pieces for all threads where one dimension alone has too few.
+template <class F>
+void parallel_pairs(const Slices& outer, const Slices& inner, const F& f) {
+  if (outer.count * inner.count > 0) {
+    torch::stable::parallel_for(0, outer.count * inner.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        f(i / inner.count, i % inner.count);
+      }
+    });
+  }
+}
+
 }  // namespace lorun

@@ -1,0 +1,49 @@
+// Compiles a file of explicitly vectorised kernels once per instruction set.
+//
+//   #define LORUN_KERNELS "my_op/kernels.inl"
+//   #include "common/for_each_variant.h"
+//   LORUN_PICK(my_kernel<float>)(arguments);        // the best variant that this machine runs
+//
+// The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width. It
+// includes nothing: shared declarations come before. (Vector types do not survive inlining from a function of a lesser
+// target, so multiversion() of simd.h, enough for plain loops, is not enough here.)
+// No include guard: each inclusion is for another file of kernels.
+
+#include "common/simd.h"
+
+#define LORUN_VARIANT baseline
+#define LORUN_TARGET
+#define LORUN_VECTOR_BYTES 16
+#include LORUN_KERNELS
+#undef LORUN_VARIANT
+#undef LORUN_TARGET
+#undef LORUN_VECTOR_BYTES
+
+#ifdef LORUN_X86
+#define LORUN_VARIANT avx2
+#define LORUN_TARGET LORUN_TARGET_AVX2
+#define LORUN_VECTOR_BYTES 32
+#include LORUN_KERNELS
+#undef LORUN_VARIANT
+#undef LORUN_TARGET
+#undef LORUN_VECTOR_BYTES
+
+#define LORUN_VARIANT avx512
+#define LORUN_TARGET LORUN_TARGET_AVX512
+#define LORUN_VECTOR_BYTES 64
+#include LORUN_KERNELS
+#undef LORUN_VARIANT
+#undef LORUN_TARGET
+#undef LORUN_VECTOR_BYTES
+
+#ifndef LORUN_PICK
+#define LORUN_PICK(...)                                                             \
+  (::lorun::active_variant() == ::lorun::CpuVariant::kAvx512 ? &avx512::__VA_ARGS__ \
+   : ::lorun::active_variant() == ::lorun::CpuVariant::kAvx2 ? &avx2::__VA_ARGS__   \
+                                                             : &baseline::__VA_ARGS__)
+#endif
+#elif !defined(LORUN_PICK)
+#define LORUN_PICK(...) (&baseline::__VA_ARGS__)
+#endif
+
+#undef LORUN_KERNELS
