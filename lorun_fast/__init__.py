@@ -1,6 +1,6 @@
 """Fast layers, sensing operators and networks for deep unfolding with low-rank stages (arXiv 2602.18697)."""
 
-from lorun_fast import adapters, denoisers, functional
+from lorun_fast import adapters, denoisers, functional, interop
 from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResUNet
 from lorun_fast.io import load, load_pretrained, save
@@ -24,6 +24,7 @@ __all__ = [
     "adapters",
     "denoisers",
     "functional",
+    "interop",
     "load",
     "load_pretrained",
     "save",
