@@ -12,7 +12,10 @@ from importlib.util import find_spec
 
 import torch
 
-HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler; LORUN_FORCE_BUILD=1 shows why it fails)"
+HOW_TO_BUILD = (
+    "build it with `pip install --no-build-isolation -e .` "
+    "(needs a C++20 compiler; LORUN_FORCE_BUILD=1 shows why it fails)"
+)
 _TARGET_TORCH = "2.11"
 
 
@@ -30,8 +33,8 @@ def _load():
             return importlib.import_module("lorun_fast._C"), ""
         except ImportError as error:
             reason = (
-                f"lorun_fast._C does not load with torch {torch.__version__} (expected torch >= {_TARGET_TORCH}, with CUDA "
-                f"if it was built with CUDA): {error}; {HOW_TO_BUILD}"
+                f"lorun_fast._C does not load with torch {torch.__version__} (expected torch >= {_TARGET_TORCH}, "
+                f"with CUDA if it was built with CUDA): {error}; {HOW_TO_BUILD}"
             )
     warnings.warn(
         f"lorun_fast runs on its slower reference implementations. {reason}. LORUN_BACKEND=reference silences this.",
