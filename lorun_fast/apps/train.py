@@ -229,7 +229,11 @@ class Run:
             "step_size": net.step_size.tolist(),
             "settings": self.settings,
         }
-        save(net, self.folder / "model.safetensors", notes={"training": {**summary, "parameters": None}})
+        # The weights travel; the paths of the machine they were trained on do not.
+        public = {k: v for k, v in self.settings.items() if k not in ("data", "init")}
+        public["data"] = [folder.name for folder in self.args.data]
+        facts = {k: summary[k] for k in ("seconds", "peak_memory_gib", "threads", "torch")}
+        save(net, self.folder / "model.safetensors", notes={"training": {**facts, "settings": public}})
         _write(self.folder / "summary.json", json.dumps(summary, indent=1))
         _plot(self.folder / "log.csv", self.folder / "curve.png")
 
