@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "block_cs/checks.h"
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -196,24 +197,6 @@ void spread_all(const Work<W, Y>& work, const Slices& by_row, const W* b, int64_
   });
 }
 
-Grid grid_of(const Tensor& x, int64_t block_size) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == 1, "x: expected (N, 1, H, W), got ", shape_of(x));
-  return Grid(x.size(0), x.size(2), x.size(3), block_size);
-}
-
-Grid grid_of_measurements(const Tensor& y, int64_t block_size, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
-  return Grid(y.size(0), height, width, block_size);
-}
-
-void check_phi(const Tensor& phi, const Grid& grid, ScalarType image) {
-  check_type("phi", phi, wide_type(image));
-  STD_TORCH_CHECK(phi.dim() == 2 && phi.size(1) == grid.pixels(), "phi: expected (m, ", grid.pixels(), "), got ",
-                  shape_of(phi));
-}
-
 Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
   check_phi(phi, grid, x.scalar_type());
@@ -262,11 +245,8 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
 
 Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
-  check_phi(phi, grid, x.scalar_type());
+  check_step(x, y, phi, rho, grid);
   const int64_t m = phi.size(0), each = grid.per_sample();
-  check_type("y", y, wide_type(x.scalar_type()));
-  check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
-  check_step_size(rho, grid.samples, 1, wide_type(x.scalar_type()));
   const Tensor dense_y = dense(y), dense_phi = dense(phi), dense_rho = dense(rho);
   const Tensor z = empty_beside(x, {grid.samples, 1, grid.height, grid.width}, x.scalar_type());
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
@@ -290,13 +270,10 @@ Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
 
 Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
-  const ScalarType wide = wide_type(x.scalar_type());
-  check_type("y", y, wide);
-  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
+  check_measurements(x, y, grid);
   const int64_t m = y.size(1), each = grid.per_sample();
-  check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
   const Tensor dense_y = dense(y);
-  Tensor out = empty_beside(y, {m, grid.pixels()}, wide);
+  Tensor out = empty_beside(y, {m, grid.pixels()}, y.scalar_type());
   if (grid.blocks() == 0) {
     return torch::stable::zero_(out);
   }
