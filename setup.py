@@ -175,6 +175,14 @@ def builder(torch_build: type[build_ext]) -> type[build_ext]:
                 targets += [ROOT / "lorun_fast" / path.name for path in targets]
             for path in targets:
                 path.unlink(missing_ok=True)  # a failed build must not leave the last one's binary behind
+            name_objects = self.compiler.object_filenames
+
+            def object_filenames(sources, *args, **kwargs):
+                # An op's .cpp and .cu share their stem; their objects must not.
+                objects = name_objects(sources, *args, **kwargs)
+                return [o[:-2] + ".cu.o" if s.endswith(".cu") else o for s, o in zip(sources, objects, strict=True)]
+
+            self.compiler.object_filenames = object_filenames
             try:
                 super().build_extensions()
             except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "block_cs/checks.h"
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -32,9 +33,10 @@ inline constexpr int64_t kPanelBytes = 32768;
 namespace lorun::block_cs {
 namespace {
 
-// A batch of packed blocks, and a slice of it that one thread works on, in bytes: to stay in L3 and in L2.
-constexpr int64_t kBatchBytes = 2 << 20;
-constexpr int64_t kSliceBytes = 512 << 10;
+// Packed blocks that one thread works on at a time, in bytes: to stay in L2 beside a part of Phi.
+constexpr int64_t kSliceBytes = 256 << 10;
+// Packed blocks of a batch that all threads share, where the number of batches must not depend on theirs.
+constexpr int64_t kSumBytes = 2 << 20;
 
 // Where a block's part of a measurement (n, m, rows, cols) starts, and its step size.
 template <class Y, class W>
@@ -43,24 +45,26 @@ struct Beside {
   W rho;
 };
 
-// Work space for batches of blocks of one call.
+struct Slot;
+
+// Work space for a batch of at most `batch` blocks, which `threads` threads share.
 template <class W, class Y>
 struct Work {
-  int64_t pixels, m, rows_of_tile, batch;
+  int64_t pixels, m, batch, threads, rows_of_tile;
   W* packed;  // P (batch, B*B)
   W* tiles;   // A, in tiles of rows_of_tile
   Beside<Y, W>* beside;
 
-  Work(const Grid& grid, int64_t m)
+  Work(const Grid& grid, int64_t m, int64_t batch, int64_t threads)
       : pixels(grid.pixels()),
         m(m),
-        rows_of_tile(LORUN_PICK(spread_rows<W>)()),
-        batch(std::clamp<int64_t>(kBatchBytes / (pixels * sizeof(W)) / 8 * 8, 8, std::max<int64_t>(8, grid.blocks()))) {
-    struct Slot;
-    const int64_t packed_bytes = bytes_of(batch * pixels);
+        batch(std::min(batch, grid.blocks())),
+        threads(threads),
+        rows_of_tile(LORUN_PICK(spread_rows<W>)()) {
+    const int64_t packed_bytes = bytes_of(this->batch * pixels);
     // A holds a value per (block, measurement); either may be the dimension that comes in tiles.
-    const int64_t tile_bytes = bytes_of((batch + rows_of_tile) * (m + rows_of_tile));
-    char* memory = static_cast<char*>(scratch<Slot>(packed_bytes + tile_bytes + batch * sizeof(Beside<Y, W>)));
+    const int64_t tile_bytes = bytes_of((this->batch + rows_of_tile) * (m + rows_of_tile));
+    char* memory = static_cast<char*>(scratch<Slot>(packed_bytes + tile_bytes + this->batch * sizeof(Beside<Y, W>)));
     packed = reinterpret_cast<W*>(memory);
     tiles = reinterpret_cast<W*>(memory + packed_bytes);
     beside = reinterpret_cast<Beside<Y, W>*>(memory + packed_bytes + tile_bytes);
@@ -70,12 +74,8 @@ struct Work {
     return (values * sizeof(W) + 63) / 64 * 64;
   }
 
-  // Block slices that fit L2, as many as there are threads if there are blocks for it.
-  Slices block_slices(int64_t blocks, int64_t threads) const {
-    const int64_t fitting = (blocks * pixels * static_cast<int64_t>(sizeof(W)) + kSliceBytes - 1) / kSliceBytes;
-    const int64_t rounds = std::max<int64_t>(1, (fitting + threads - 1) / threads);
-    const int64_t wanted = std::min(rounds * threads, (blocks + 15) / 16);
-    return Slices(blocks, wanted, 8);
+  Slices block_slices(int64_t blocks) const {
+    return Slices(blocks, std::min(threads, (blocks + 15) / 16), 8);
   }
 
   int64_t tile_index(int64_t row, int64_t depth, int64_t k) const {
@@ -85,6 +85,28 @@ struct Work {
 
 int64_t threads() {
   return torch::stable::get_num_threads();
+}
+
+// f(work, first, blocks) for batches that cover all blocks. With blocks enough for every thread, each takes batches
+// through all stages alone and P never leaves its L2; with few, the threads share a batch and split each stage.
+// (torch runs a parallel loop within a parallel loop serially, so that the stages need not know.)
+template <class W, class Y, class F>
+void for_each_batch(const Grid& grid, int64_t m, const F& f) {
+  const int64_t total = grid.blocks(), crew = threads();
+  const int64_t fitting = kSliceBytes / (grid.pixels() * static_cast<int64_t>(sizeof(W)));
+  const int64_t batch = std::max<int64_t>(16, fitting / 8 * 8);
+  if (crew > 1 && total < 16 * crew) {
+    const Work<W, Y> work(grid, m, batch * crew, crew);
+    for (int64_t first = 0; first < total; first += work.batch) {
+      f(work, first, std::min(work.batch, total - first));
+    }
+    return;
+  }
+  const int64_t rounds = (total + batch * crew - 1) / (batch * crew);
+  const Slices slices(total, rounds * crew, 8);
+  parallel_pairs(slices, Slices(1, 1, 1), [&](int64_t i, int64_t) {
+    f(Work<W, Y>(grid, m, slices.size, 1), slices.begin(i), slices.end(i) - slices.begin(i));
+  });
 }
 
 // x (N, 1, H, W), any strides -> P in the accumulation type, zero outside the image.
@@ -154,8 +176,8 @@ void locate(Y* y, const W* rho, int64_t rho_by_sample, const Grid& grid, int64_t
 // P Phi^T, each value handed to store(block, k, value).
 template <class W, class Y, class Store>
 void measure_all(const Work<W, Y>& work, const W* phi, int64_t blocks, const Store& store) {
-  const Slices by_block = work.block_slices(blocks, threads());
-  const Slices by_row(work.m, (threads() + by_block.count - 1) / by_block.count, 12);
+  const Slices by_block = work.block_slices(blocks);
+  const Slices by_row(work.m, (work.threads + by_block.count - 1) / by_block.count, 12);
   const auto kernel = LORUN_PICK(measure<W, Store>);
   parallel_pairs(by_block, by_row, [&](int64_t i, int64_t j) {
     kernel(work.packed, phi, work.pixels, by_block.begin(i), by_block.end(i), by_row.begin(j), by_row.end(j), store);
@@ -165,7 +187,7 @@ void measure_all(const Work<W, Y>& work, const W* phi, int64_t blocks, const Sto
 // c (rows, cols) (+)= A (rows, depth) b (depth, cols), with A in the work space's tiles.
 template <class W, class Y>
 void spread_all(const Work<W, Y>& work, const Slices& by_row, const W* b, int64_t depth, int64_t cols, bool add, W* c) {
-  const Slices by_col(cols, (threads() + by_row.count - 1) / by_row.count, 96);
+  const Slices by_col(cols, (work.threads + by_row.count - 1) / by_row.count, 96);
   const auto kernel = LORUN_PICK(spread<W>);
   parallel_pairs(by_row, by_col, [&](int64_t i, int64_t j) {
     alignas(64) W panel[kPanelBytes / sizeof(W)];
@@ -173,31 +195,6 @@ void spread_all(const Work<W, Y>& work, const Slices& by_row, const W* b, int64_
     kernel(work.tiles + row * depth, b, cols, depth, by_row.end(i) - row, by_col.begin(j), by_col.end(j), add,
            c + row * cols, cols, panel);
   });
-}
-
-template <class F>
-void for_each_batch(int64_t total, int64_t batch, const F& f) {
-  for (int64_t first = 0; first < total; first += batch) {
-    f(first, std::min(batch, total - first));
-  }
-}
-
-Grid grid_of(const Tensor& x, int64_t block_size) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == 1, "x: expected (N, 1, H, W), got ", shape_of(x));
-  return Grid(x.size(0), x.size(2), x.size(3), block_size);
-}
-
-Grid grid_of_measurements(const Tensor& y, int64_t block_size, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
-  return Grid(y.size(0), height, width, block_size);
-}
-
-void check_phi(const Tensor& phi, const Grid& grid, ScalarType image) {
-  check_type("phi", phi, wide_type(image));
-  STD_TORCH_CHECK(phi.dim() == 2 && phi.size(1) == grid.pixels(), "phi: expected (m, ", grid.pixels(), "), got ",
-                  shape_of(phi));
 }
 
 Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
@@ -209,8 +206,7 @@ Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const Work<W, T> work(grid, m);
-    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+    for_each_batch<W, T>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
       locate<T, W>(y.mutable_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
       measure_all(work, dense_phi.const_data_ptr<W>(), blocks,
@@ -230,8 +226,7 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
   dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const Work<W, const T> work(grid, m);
-    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+    for_each_batch<W, const T>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       locate<const T, W>(dense_y.const_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
       const Slices tiles(blocks, blocks, work.rows_of_tile);
       parallel(tiles.count, tiles.size * m, [&](int64_t begin, int64_t end) {
@@ -241,8 +236,7 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
           }
         }
       });
-      spread_all(work, work.block_slices(blocks, threads()), dense_phi.const_data_ptr<W>(), m, grid.pixels(), false,
-                 work.packed);
+      spread_all(work, work.block_slices(blocks), dense_phi.const_data_ptr<W>(), m, grid.pixels(), false, work.packed);
       unpack<T>(work.packed, grid, first, blocks, x.mutable_data_ptr<T>());
     });
   });
@@ -251,19 +245,15 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
 
 Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
-  check_phi(phi, grid, x.scalar_type());
+  check_step(x, y, phi, rho, grid);
   const int64_t m = phi.size(0), each = grid.per_sample();
-  check_type("y", y, wide_type(x.scalar_type()));
-  check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
-  check_step_size(rho, grid.samples, 1, wide_type(x.scalar_type()));
   const Tensor dense_y = dense(y), dense_phi = dense(phi), dense_rho = dense(rho);
   const Tensor z = empty_beside(x, {grid.samples, 1, grid.height, grid.width}, x.scalar_type());
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const Work<W, const W> work(grid, m);
     const W* phis = dense_phi.const_data_ptr<W>();
-    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+    for_each_batch<W, const W>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
       locate<const W, W>(dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, m,
                          first, blocks, work.beside);
@@ -271,7 +261,7 @@ Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
         const auto& at = work.beside[b];
         work.tiles[work.tile_index(b, m, k)] = at.rho * (at.y[k * each] - value);
       });
-      spread_all(work, work.block_slices(blocks, threads()), phis, m, grid.pixels(), true, work.packed);
+      spread_all(work, work.block_slices(blocks), phis, m, grid.pixels(), true, work.packed);
       unpack<T>(work.packed, grid, first, blocks, z.mutable_data_ptr<T>());
     });
   });
@@ -280,21 +270,21 @@ Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
 
 Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
   const Grid grid = grid_of(x, block_size);
-  const ScalarType wide = wide_type(x.scalar_type());
-  check_type("y", y, wide);
-  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
+  check_measurements(x, y, grid);
   const int64_t m = y.size(1), each = grid.per_sample();
-  check_shape("y", y, {grid.samples, m, grid.rows, grid.cols});
   const Tensor dense_y = dense(y);
-  Tensor out = empty_beside(y, {m, grid.pixels()}, wide);
+  Tensor out = empty_beside(y, {m, grid.pixels()}, y.scalar_type());
   if (grid.blocks() == 0) {
     return torch::stable::zero_(out);
   }
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const Work<W, const W> work(grid, m);
-    for_each_batch(grid.blocks(), work.batch, [&](int64_t first, int64_t blocks) {
+    // All threads share every batch: batches add onto the one result, in order.
+    const int64_t fitting = kSumBytes / (grid.pixels() * static_cast<int64_t>(sizeof(W)));
+    const Work<W, const W> work(grid, m, std::max<int64_t>(16, fitting / 8 * 8), threads());
+    for (int64_t first = 0; first < grid.blocks(); first += work.batch) {
+      const int64_t blocks = std::min(work.batch, grid.blocks() - first);
       pack<T>(x, grid, first, blocks, work.packed);
       locate<const W, W>(dense_y.const_data_ptr<W>(), nullptr, 0, grid, m, first, blocks, work.beside);
       parallel(m, blocks, [&](int64_t begin, int64_t end) {
@@ -304,9 +294,9 @@ Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
           }
         }
       });
-      spread_all(work, Slices(m, threads(), work.rows_of_tile), work.packed, blocks, grid.pixels(), first > 0,
+      spread_all(work, Slices(m, work.threads, work.rows_of_tile), work.packed, blocks, grid.pixels(), first > 0,
                  out.mutable_data_ptr<W>());
-    });
+    }
   });
   return out;
 }
