@@ -85,7 +85,8 @@ def _what_it_is(path: Path) -> str:
 def _warn_of_losses(path: Path, image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
         note(f"{path}: only the first of {image.n_frames} frames is read")
-    if image.mode in ("RGB", "RGBA") and image.tile and "16" in str(image.tile[0][-1]):
+    # Raw modes of 16 bits a channel begin so ("RGB;16B"); "BGR;16" is 16 bits a pixel, which loses nothing.
+    if image.mode in ("RGB", "RGBA") and image.tile and "RGB" in (raw := str(image.tile[0][-1])) and ";16" in raw:
         note(f"{path}: 16-bit colour is read at 8 bits")
 
 
