@@ -157,5 +157,5 @@ def test_saving_clips_and_rounds(tmp_path):
 def test_finding_names_each_file_once(tmp_path):
     for name in ("b.png", "a.tif", "c.JPG"):
         (tmp_path / name).touch()
-    found = images.find([tmp_path / "b.png", tmp_path, tmp_path / "." / "a.tif"])
+    found = images.find([tmp_path / "b.png", tmp_path, tmp_path / ".." / tmp_path.name / "a.tif"])
     assert [p.name for p in found] == ["b.png", "a.tif", "c.JPG"]
