@@ -7,10 +7,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from apps_help import accepted, contents, picture, refused, tiny_network
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import lorun_fast as lf
 from lorun_fast.apps import images, models
 
 
@@ -68,10 +70,6 @@ def test_batches_do_not_change_the_scores(tmp_path, model, capsys):
 
 
 def test_the_start_is_the_adjoint(tmp_path, model, capsys):
-    import torch
-
-    import lorun_fast as lf
-
     picture(tmp_path / "photos" / "a.png", 20, 28)
     report, _ = _evaluate(capsys, model, tmp_path / "photos")
     op = lf.load(model).op
@@ -147,7 +145,7 @@ def test_an_unreadable_image_in_a_folder(damage, tmp_path, model, capsys):
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
-    tiny_network(tmp_path / "weights" / "cs-25.safetensors")
+    net = lf.load(tiny_network(tmp_path / "weights" / "cs-25.safetensors"))
     monkeypatch.setattr(models, "WEIGHTS", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     text = accepted(capsys, "demo", "cs", "--batch", "2")
@@ -161,6 +159,10 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for name in _PHOTOGRAPHS:
         line = next(line for line in text.splitlines() if line.startswith(name))
         original, start, restored = (images.load(tmp_path / f"demo-output/{name}_{k}.png", "channels") for k in kinds)
+        x = torch.from_numpy(original)[:, None]
+        with torch.inference_mode():
+            want = net(net.op(x), size=x.shape[-2:])[:, 0].clamp(0, 1).numpy()
+        np.testing.assert_allclose(restored, want, atol=0.51 / 255)
         assert original.shape == restored.shape and f"{original.shape[2]}x{original.shape[1]}" in line
         for image in (start, restored):
             psnr = peak_signal_noise_ratio(original, image, data_range=1)

@@ -154,8 +154,16 @@ def test_saving_clips_and_rounds(tmp_path):
         assert np.asarray(image).tolist() == [[0, 0, 0, 1, 255, 255]]
 
 
+def test_eight_bit_colour_gets_no_note(tmp_path, capsys):
+    """Also where a decoder's arguments hold a 16, such as the 2160 bytes of this row."""
+    for suffix in ("bmp", "png", "tif", "jpg"):
+        Image.new("RGB", (720, 2)).save(tmp_path / f"a.{suffix}")
+        images.load(tmp_path / f"a.{suffix}", "channels")
+    assert capsys.readouterr().err == ""
+
+
 def test_finding_names_each_file_once(tmp_path):
     for name in ("b.png", "a.tif", "c.JPG"):
         (tmp_path / name).touch()
-    found = images.find([tmp_path / "b.png", tmp_path, tmp_path / "." / "a.tif"])
+    found = images.find([tmp_path / "b.png", tmp_path, tmp_path / ".." / tmp_path.name / "a.tif"])
     assert [p.name for p in found] == ["b.png", "a.tif", "c.JPG"]

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ def test_batches_hold_equal_keys():
     keys = ["a", "b", "a", "a", "b", "c"]
     assert list(restoring.batches(keys, 2)) == [[0, 2], [3], [1, 4], [5]]
     assert list(restoring.batches([], 2)) == []
+
+
+def test_names_differ_also_where_case_does_not_count():
+    paths = [Path(name) for name in ("a.png", "A.PNG", "b.png", "x/b.png", "b_png.tif", "c", "y/c", "d.e.png")]
+    names = files.unique_names(paths)
+    assert names == ["a_png", "A_PNG_2", "b_png_2", "b_png_3", "b_png", "c", "c_2", "d.e"]
 
 
 def test_a_file_appears_only_when_complete(tmp_path):
@@ -94,7 +101,7 @@ def test_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, env=environment)
     before, answer, after = done.stdout.split()
     assert answer == "True"
-    assert int(after) < 100 < 1000 < int(before)
+    assert 5 * int(after) < int(before), (before, after)
 
 
 @pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "LD_PRELOAD", "GLIBC_TUNABLES"])
