@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorun_fast as lf
+from lorun_fast import _native
 from lorun_fast.functional import (
     blur_downsample,
     blur_downsample_adjoint,
@@ -19,6 +24,7 @@ from lorun_fast.functional import (
     blur_downsample_step,
 )
 from lorun_fast.operators.blur_downsample import _peak_power
+from lorun_fast.ops._blur_downsample_cost import prefer_fft
 from lorun_fast.reference import blur_downsample as reference
 
 METHODS = ("direct", "fft")
@@ -319,6 +325,61 @@ def test_direct_method_is_bitwise_independent_of_batch_mates_and_threads():
         torch.ops.lorun_fast.blur_downsample_grad_kernel(x[1:2], y[1:2], 9, 8, s, True),
     )
     assert all(torch.equal(a[1:2], b) for a, b in zip(seen[0], alone, strict=True))
+
+
+VARIANT_SCRIPT = """
+import torch
+from lorun_fast import _native
+from lorun_fast.reference import blur_downsample as reference
+assert _native.build_info()["cpu_active"] == "{variant}"
+ops = torch.ops.lorun_fast
+for h, w, kh, kw, s in {cases}:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x, y = torch.randn(2, 2, h, w).to(dtype), torch.randn(2, 2, h // s, w // s, dtype=wide)
+        k, rho = torch.randn(2, kh, kw, dtype=wide) / (kh * kw) ** 0.5, torch.tensor([0.5], dtype=wide)
+        close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+        if dtype in (torch.bfloat16, torch.float16):
+            close = dict(rtol=1e-2, atol=1e-2)
+        for name, args in (
+            ("", (x, k, s)),
+            ("_adjoint", (y.to(dtype), k, s)),
+            ("_descend", (x, y, k, rho, s)),
+            ("_step", (x, y, k, rho, s)),
+            ("_grad_kernel", (x, y, kh, kw, s, True)),
+        ):
+            name = "blur_downsample" + name
+            torch.testing.assert_close(getattr(ops, name)(*args), getattr(reference, name)(*args), **close)
+print("checked")
+"""
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one variant on this architecture")
+@pytest.mark.parametrize("variant", ["baseline", "avx2"])
+def test_lesser_cpu_variants(variant):
+    script = VARIANT_SCRIPT.format(variant=variant, cases=[(12, 54, 5, 8, 3), (8, 10, 9, 20, 2), (15, 5, 1, 2, 5)])
+    env = {**os.environ, "LORUN_CPU": variant, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout == "checked\n", done.stderr
+
+
+def test_auto_takes_the_cheaper_method():
+    def method(size, k, s, planes=3, kernels=1):
+        fft = prefer_fft(planes, kernels, size, size, k, k, s, "cpu")
+        return "fft" if fft else "direct"
+
+    if _native.available():
+        assert [method(240, k, 1) for k in (5, 15, 67)] == ["direct", "direct", "fft"]
+        assert [method(240, 25, s) for s in (2, 3, 4)] == ["direct"] * 3
+        assert method(24, 67, 3) == "direct"
+    else:
+        assert method(240, 15, 1) == "fft"
+    x, kernel = draw(1, 1, 64, 64), draw(67, 67, seed=1)
+    assert prefer_fft(1, 1, 64, 64, 67, 67, 1, "cpu")
+    auto = blur_downsample(x, kernel, scale=1)
+    assert torch.equal(auto, blur_downsample(x, kernel, scale=1, method="fft"))
+    torch.testing.assert_close(auto, blur_downsample(x, kernel, scale=1, method="direct"))
 
 
 @pytest.mark.parametrize("method", METHODS)

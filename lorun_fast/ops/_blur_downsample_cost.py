@@ -1,10 +1,35 @@
-"""Which method of the blur ops is faster here: the direct sum costs kh*kw/s^2 per pixel, the FFT a constant."""
+"""Which method of the blur ops is expected to be faster: a cost model; nothing is tuned at run time.
+
+The unit is one multiply-add of the direct method for one measurement. On a CPU the constants are fitted to measured
+times (docs/operators/blur_downsample.md); on CUDA they follow from bytes and operations, unmeasured.
+"""
 
 from __future__ import annotations
 
-TAPS_PER_PIXEL = {"cpu": 100.0, "cuda": 100.0}
+import torch
+
+# One pixel of one plane or kernel through the FFTs, forward and back, in direct multiply-adds.
+FFT_PER_PIXEL = 330
+# What the FFT method costs whatever the size: some fifteen calls of PyTorch's operators.
+FFT_PER_CALL = {"cpu": 8_000_000, "cuda": 1_000_000_000}
+# Where the direct method is not compiled, PyTorch's convolutions of planes take about so much longer.
+UNCOMPILED = 100
+# Measurements that the direct method computes at once.
+LANES = 16
+
+_COMPILED: dict[str, bool] = {}
 
 
-def prefer_fft(height: int, width: int, kh: int, kw: int, scale: int, device: str) -> bool:
-    taps = kh * kw / (scale * scale)
-    return taps > TAPS_PER_PIXEL.get(device, 100.0)
+def note_compiled(op: str) -> None:
+    """Records, once, for which devices ``op`` has a compiled implementation."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    _COMPILED.update(cpu=has(op, "CPU"), cuda=has(op, "CUDA"))
+
+
+def prefer_fft(planes: int, kernels: int, height: int, width: int, kh: int, kw: int, scale: int, device: str) -> bool:
+    """Whether the FFT method is expected to be faster for (planes, height, width) images and that many kernels."""
+    columns = (width // scale + LANES - 1) // LANES * LANES
+    direct = planes * (height // scale) * columns * kh * kw
+    if not _COMPILED.get(device, False):
+        direct = direct * UNCOMPILED
+    return direct > FFT_PER_PIXEL * (planes + kernels) * height * width + FFT_PER_CALL.get(device, FFT_PER_CALL["cpu"])

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._blur_downsample_cost import prefer_fft
+from lorun_fast.ops._blur_downsample_cost import note_compiled, prefer_fft
 from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
@@ -230,12 +230,15 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
 
 _DIRECT = _define_family("blur_downsample", direct_reference)
 _FFT = _define_family("blur_downsample_fft", fft_reference)
+note_compiled("lorun_fast::blur_downsample")
 
 
-def _family(method: str, height: int, width: int, kernel: Tensor, scale: int) -> _Family:
+def _family(method: str, image: tuple[int, ...], kernel: Tensor, scale: int) -> _Family:
     check_method(method)
     if method == "auto":
-        fft = prefer_fft(height, width, kernel.shape[-2], kernel.shape[-1], scale, kernel.device.type)
+        n, c, h, w = image
+        kernels = n if kernel.ndim == 3 else 1
+        fft = prefer_fft(n * c, kernels, h, w, kernel.shape[-2], kernel.shape[-1], scale, kernel.device.type)
     else:
         fft = method == "fft"
     return _FFT if fft else _DIRECT
@@ -250,7 +253,7 @@ def blur_downsample(x: Tensor, kernel: Tensor, *, scale: int, method: str = "aut
     Raises ValueError for a shape, scale, method or device that does not fit, TypeError for a dtype.
     """
     _check_forward(x, kernel, scale)
-    return _family(method, x.shape[2], x.shape[3], kernel, scale).forward(x, kernel, scale)
+    return _family(method, x.shape, kernel, scale).forward(x, kernel, scale)
 
 
 def blur_downsample_adjoint(y: Tensor, kernel: Tensor, *, scale: int, method: str = "auto") -> Tensor:
@@ -259,7 +262,8 @@ def blur_downsample_adjoint(y: Tensor, kernel: Tensor, *, scale: int, method: st
     y: (N, C, h, w). Returns (N, C, h*s, w*s) in y's dtype. Differentiable in y and kernel.
     """
     _check_adjoint(y, kernel, scale)
-    return _family(method, y.shape[2] * scale, y.shape[3] * scale, kernel, scale).adjoint(y, kernel, scale)
+    n, c, h, w = y.shape
+    return _family(method, (n, c, h * scale, w * scale), kernel, scale).adjoint(y, kernel, scale)
 
 
 def blur_downsample_step(
@@ -272,7 +276,7 @@ def blur_downsample_step(
     """
     _check_forward(x, kernel, scale)
     _check_measurement(x, y, scale)
-    family = _family(method, x.shape[2], x.shape[3], kernel, scale)
+    family = _family(method, x.shape, kernel, scale)
     return family.step(x, y.to(kernel.dtype), kernel, step_size(rho, x), scale)
 
 

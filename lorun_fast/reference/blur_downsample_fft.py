@@ -25,12 +25,14 @@ from lorun_fast.reference.blur_downsample import wrap
 
 def _split(x: Tensor, scale: int) -> Tensor:
     """(N, C, H, W) -> (N, C, s*s, H/s, W/s), the phases."""
+    if scale == 1:
+        return x[:, :, None]
     return F.pixel_unshuffle(x, scale).unflatten(1, (x.shape[1], scale * scale))
 
 
 def _join(phases: Tensor, scale: int) -> Tensor:
     """The inverse of :func:`_split`."""
-    return F.pixel_shuffle(phases.flatten(1, 2), scale)
+    return F.pixel_shuffle(phases.flatten(1, 2), scale) if scale > 1 else phases[:, :, 0]
 
 
 def transfer(kernel: Tensor, scale: int, size: tuple[int, int]) -> Tensor:
