@@ -60,7 +60,14 @@ def cxx_flags() -> list[str]:
 
 
 def nvcc_flags() -> list[str]:
-    return ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-diag-suppress=177"]
+    return [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-lineinfo",
+        "-Xcompiler=-fvisibility=hidden",
+        "-diag-suppress=177",
+    ]
 
 
 def gencode_flags(archs: str) -> list[str]:

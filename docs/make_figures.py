@@ -1,7 +1,7 @@
 """Makes the pictures of the README and of docs/ from the shipped weights.
 
-    make figures                                          # docs/figures/demo.jpg
-    python docs/make_figures.py --runs LORA_RUN TIED_RUN  # also docs/figures/training-cs-25.png, from two run folders
+make figures                                          # docs/figures/demo.jpg
+python docs/make_figures.py --runs LORA_RUN TIED_RUN  # also docs/figures/training-cs-25.png, from two run folders
 """
 
 from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Imports every file that registers cases; the order is the order of the tables."""
+
+from benchmarks import block_cs, blur_downsample, cassi, lora_conv2d, network  # noqa: F401

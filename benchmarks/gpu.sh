@@ -1,0 +1,170 @@
+#!/usr/bin/env bash
+# Build, test and benchmark on one machine without network, in ten minutes: make gpu, or
+#   bash benchmarks/gpu.sh [--device cuda|cpu] [--fresh] [FOLDER]
+#
+# FOLDER (default benchmarks/results) receives summary.txt, a log per part, and the CSV rows. A part that fails
+# or runs out of time is recorded and the next one starts. A second run repeats only what did not succeed on
+# the same sources; --fresh repeats everything. --device cpu runs the same steps on a CPU with tiny sizes.
+# PYTHON names the interpreter (default: .venv/bin/python, else python3); TOTAL the seconds for everything.
+# Nothing on the device is configured or reset. Exit status: 0 when every part succeeded.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+root=$PWD
+device=cuda
+fresh=0
+out=
+usage="usage: gpu.sh [--device cuda|cpu] [--fresh] [FOLDER]"
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) device=${2:-}; shift 2 || { echo "$usage" >&2; exit 2; } ;;
+        --fresh) fresh=1; shift ;;
+        -h | --help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
+        -*) echo "$usage" >&2; exit 2 ;;
+        *) out=$1; shift ;;
+    esac
+done
+case $device in cuda | cpu) ;; *) echo "--device: expected cuda or cpu, got '$device'" >&2; exit 2 ;; esac
+out=${out:-benchmarks/results}
+mkdir -p "$out/parts" || exit 2
+out=$(cd "$out" && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=$root/.venv/bin/python
+fi
+total=${TOTAL:-590}
+begin=$SECONDS
+export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# What the results depend on: a part counts as done only for the same sources and device.
+sources() { find setup.py pyproject.toml csrc kernels lorun_fast benchmarks tests -type f \
+    \( -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.toml' -o -name '*.sh' \) \
+    -print0 | sort -z | xargs -0 cat | cksum | tr -d ' '; }
+stamp="$device $(sources)"
+
+failed=0
+summary=$out/summary.txt
+record() { printf '%-10s %-22s %5ss  %s\n' "$1" "$2" "$3" "$4" | tee -a "$summary"; }
+
+# part NAME SECONDS COMMAND...: runs it under a time limit, its output in NAME.log, its end in the summary.
+part() {
+    local name=$1 limit=$2 left status start
+    shift 2
+    if [ $fresh = 0 ] && [ "$(cat "$out/parts/$name" 2>/dev/null)" = "$stamp" ]; then
+        record "$name" "done before" 0 "parts/$name"
+        return 0
+    fi
+    left=$((total - (SECONDS - begin)))
+    if [ $left -lt 5 ]; then
+        record "$name" "not run: no time left" 0 ""
+        failed=1
+        return 1
+    fi
+    [ "$limit" -gt $left ] && limit=$left
+    start=$SECONDS
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    case $status in
+        0) record "$name" ok $((SECONDS - start)) "$name.log"; printf '%s' "$stamp" >"$out/parts/$name"; return 0 ;;
+        124 | 137) record "$name" "stopped at ${limit} s" $((SECONDS - start)) "$name.log" ;;
+        *) record "$name" "failed, status $status" $((SECONDS - start)) "$name.log: $(tail -n 1 "$out/$name.log")" ;;
+    esac
+    rm -f "$out/parts/$name"
+    failed=1
+    return 1
+}
+
+environment() {
+    uname -srm
+    command -v nvidia-smi && nvidia-smi
+    command -v nvcc && nvcc --version | tail -n 2
+    "$PYTHON" - "$device" <<'PYTHON'
+import sys
+import torch
+
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+if sys.argv[1] == "cuda":
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device")
+    p = torch.cuda.get_device_properties(0)
+    print(f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory >> 20} MiB")
+try:
+    import triton
+
+    print(f"Triton {triton.__version__}")
+except ImportError:
+    print("Triton: none")
+PYTHON
+}
+
+# Where pip cannot install, build into a folder and put that first on the path; safe_path keeps the working
+# directory, whose lorun_fast has no extension and no kernels, from shadowing it.
+site=$out/site
+build() {
+    export LORUN_FORCE_BUILD=1
+    [ "$device" = cuda ] && export LORUN_BUILD_CUDA=${LORUN_BUILD_CUDA:-1}
+    rm -rf "$site"
+    if [ "${NO_PIP:-0}" != 1 ] && "$PYTHON" -m pip install --no-build-isolation --no-deps -e .; then
+        echo "installed editable with pip"
+    else
+        echo "pip could not install: building into $site"
+        "$PYTHON" setup.py build --build-base "$out/build" --build-lib "$site" || return 1
+    fi
+}
+use_site() {
+    if [ -d "$site/lorun_fast" ]; then
+        export PYTHONSAFEPATH=1 PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+}
+
+backends() {
+    use_site
+    "$PYTHON" - "$device" <<'PYTHON'
+import sys
+import torch
+import lorun_fast as lf
+
+print(lf.__file__)
+lf.show_config()
+op = lf.BlockCS.gaussian(0.25, 8).to(sys.argv[1])
+x = torch.rand(1, 1, 16, 16, device=sys.argv[1])
+print("one step:", tuple(op.gradient_step(x, op(x), 1.0).shape))
+PYTHON
+}
+
+tests() {
+    use_site
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+    local status=$?
+    # 5: nothing selected. On a CPU that is as it should be; with a GPU it would mean that nothing was tested.
+    [ $status = 5 ] && [ "$device" = cpu ] && return 0
+    return $status
+}
+
+suite() {
+    use_site
+    local name=$1 seconds=$2
+    shift 2
+    "$PYTHON" -m benchmarks "$name" --device "$device" --out "$out" --limit "$seconds" "$@"
+}
+
+# Functions do not pass through timeout: each part calls this script's own functions in a fresh shell.
+export -f environment build use_site backends tests suite
+export PYTHON device out root site
+run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' part "$@"; }
+
+printf '\n%s, device %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$device" >>"$summary"
+quick=
+[ "$device" = cpu ] && quick="--quick --threads 1"
+run environment 60 environment
+run build 170 build
+run backends 60 backends
+run tests 130 tests
+# The soft limit (--limit) ends a suite between tables and keeps its rows; timeout is for what hangs.
+# shellcheck disable=SC2086
+{
+    run ops 150 suite ops 100 $quick
+    run layers 120 suite layers 80 $quick
+    run network 120 suite network 70 $quick
+}
+record total "$([ $failed = 0 ] && echo ok || echo 'with failures')" $((SECONDS - begin)) "$out"
+exit $failed

@@ -1,0 +1,1 @@
+"""The machinery of the benchmarks: registry, checks, timing, ceilings, memory, report, plots."""
