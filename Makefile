@@ -12,9 +12,10 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(READY): .ci/requirements.txt
+$(READY): .ci/requirements.txt .ci/interop-requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -r .ci/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r .ci/interop-requirements.txt
 	@touch $@
 
 $(BUILT): $(READY) setup.py pyproject.toml $(NATIVE)
