@@ -76,7 +76,9 @@ struct Image {
   }
 
   __device__ Wide<T> at(const Corner& corner, int64_t p) const {
-    const int i = static_cast<int>(p / grid.block), j = static_cast<int>(p % grid.block);
+    // 32-bit on purpose: a 64-bit division in the loop costs registers to the point of spilling.
+    const int i = static_cast<int>(p) / static_cast<int>(grid.block),
+              j = static_cast<int>(p) % static_cast<int>(grid.block);
     if (i >= corner.rows || j >= corner.cols) {
       return 0;
     }
@@ -195,7 +197,8 @@ struct StoreImage {  // rows: blocks, columns: pixels; out = value, or x + value
     return {x.corner(b), (place.sample * x.grid.height + place.top) * x.grid.width + place.left};
   }
   __device__ Pixel col(int64_t p) const {
-    return {static_cast<int>(p / x.grid.block), static_cast<int>(p % x.grid.block)};
+    const int pixel = static_cast<int>(p), block = static_cast<int>(x.grid.block);
+    return {pixel / block, pixel % block};
   }
   __device__ void store(const Row& row, const Pixel& at, Wide<T> value) const {
     if (at.i >= row.from.rows || at.j >= row.from.cols) {
@@ -235,14 +238,14 @@ struct Fetch {
   typename Factor::Line lines[kLines];
   W values[kEach];
   const Factor& factor;
-  const int64_t first, outers, depth;
+  const int64_t depth;
+  const int valid;  // outer indices from `first` on that exist
 
   __device__ Fetch(const Factor& factor, int64_t first, int64_t outers, int64_t depth)
-      : factor(factor), first(first), outers(outers), depth(depth) {
+      : factor(factor), depth(depth), valid(static_cast<int>(min(outers - first, static_cast<int64_t>(kTile)))) {
 #pragma unroll
     for (int q = 0; q < kLines; ++q) {
-      const int64_t o = first + outer(q);
-      lines[q] = factor.line(o < outers ? o : 0);
+      lines[q] = factor.line(first + min(outer(q), valid - 1));
     }
   }
 
@@ -258,14 +261,14 @@ struct Fetch {
 #pragma unroll
     for (int q = 0; q < kEach; ++q) {
       const int64_t d = from + within(q);
-      const bool inside = d < depth && first + outer(q) < outers;
+      const bool inside = d < depth && outer(q) < valid;
       values[q] = inside ? factor.load(lines[kByDepth ? q : 0], d) : W(0);
     }
   }
 };
 
 template <class W, class A, class B, class End>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     simt_product(const A a, const B b, const End end, int64_t rows, int64_t cols, int64_t depth) {
   __shared__ W a_tile[kSimtDepth][kTile + 4];
   __shared__ W b_tile[kSimtDepth][kTile + 4];
@@ -332,7 +335,7 @@ __device__ inline __nv_bfloat16 low_part(float v) {
 }
 
 template <class A, class B, class End>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     tensor_product(const A a, const B b, const End end, int64_t rows, int64_t cols, int64_t depth) {
   using namespace nvcuda;
   constexpr int kStride = kTensorDepth + 8;  // keeps 16-byte rows off each other's banks
@@ -433,6 +436,7 @@ void product(const OnDeviceOf& device, const A& a, const B& b, const End& end, i
 
 template <class T>
 Image<T> image_of(const Tensor& x, const Grid& grid) {
+  STD_TORCH_CHECK(grid.block <= 46340, "block_size: expected at most 46340 on CUDA, got ", grid.block);
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(2), x.stride(3), grid};
 }
 
