@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-fast lint format bench gpu kernels-check figures wheel-test clean help
+.PHONY: demo test lint format bench gpu figures wheel-test clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets

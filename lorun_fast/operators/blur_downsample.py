@@ -21,7 +21,7 @@ class BlurDownsample(SensingOperator):
     scale: s, 1 or more; the sample that is kept is the upper left of each s x s cell.
     learn: make the kernel a trainable parameter instead of a buffer.
     method: "direct" (a sum over the kernel at the kept positions), "fft", or "auto", the faster by a shipped rule
-        (docs/operators/blur_downsample.md). They agree to rounding.
+        (docs/operators.md). They agree to rounding.
 
     Images are (N, C, H, W), H and W divisible by s; measurements (N, C, H/s, W/s). As
     scipy.ndimage.convolve(x, kernel, mode="wrap")[::s, ::s] of every plane; the usual forward model of

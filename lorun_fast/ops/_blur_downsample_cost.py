@@ -1,7 +1,7 @@
 """Which method of the blur ops is expected to be faster: a cost model; nothing is tuned at run time.
 
 The unit is one multiply-add of the direct method for one measurement. On a CPU the constants are fitted to measured
-times (docs/operators/blur_downsample.md); on CUDA they follow from bytes and operations, unmeasured.
+times (docs/operators.md); on CUDA they follow from bytes and operations, unmeasured.
 """
 
 from __future__ import annotations
