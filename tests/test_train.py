@@ -113,6 +113,39 @@ def test_a_second_run_starts_from_the_base_of_the_first(photographs, uninterrupt
     assert {row["phase"] for row in log_without_time(tmp_path / "tied")} == {"stages"}
 
 
+def test_stages_start_from_a_saved_tied_network(photographs, uninterrupted, tmp_path):
+    tied = tmp_path / "tied"
+    assert main(arguments(photographs, tied, "--sharing", "tied", "--init", str(uninterrupted))) == 0
+    more = ("--init", str(tied / "model.safetensors"), "--lr", "0", "--operator-lr", "0")
+    assert main(arguments(photographs, tmp_path / "lora", *more)) == 0
+    before, after = load_file(tied / "model.safetensors"), load_file(tmp_path / "lora" / "model.safetensors")
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_a_warm_start_takes_the_base_and_leaves_the_rest(photographs, uninterrupted, tmp_path):
+    source = uninterrupted / "model.safetensors"
+    more = ("--warm-start", str(source), "--lr", "0", "--operator-lr", "0", "--ratio", "10")
+    assert main(arguments(photographs, tmp_path / "warm", *more)) == 0
+    before, after = load_file(source), load_file(tmp_path / "warm" / "base.safetensors")
+    shared = [name for name in after if name.startswith("denoiser.base.")]
+    assert shared and all(torch.equal(before[name], after[name]) for name in shared)
+    assert after["op.phi"].shape != before["op.phi"].shape
+
+
+def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp_path):
+    errors = {}
+    for start in ("pca", "gaussian"):
+        more = ("--phi-start", start, "--lr", "0", "--operator-lr", "0")
+        assert main(arguments(photographs, tmp_path / start, *more)) == 0
+        op = lf.load(tmp_path / start / "base.safetensors").op
+        gram = op.phi.detach().double() @ op.phi.detach().double().mT
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+        pixels = np.asarray(Image.open(photographs / "camera.png"), dtype=np.float32) / 255
+        x = torch.from_numpy(pixels)[None, None]
+        errors[start] = (op.adjoint(op(x)) - x).square().mean().item()
+    assert errors["pca"] < errors["gaussian"] / 4
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -125,7 +158,8 @@ def test_a_second_run_starts_from_the_base_of_the_first(photographs, uninterrupt
         (["--data", "{empty}"], "expected a folder with images below it, got {empty}"),
         (["--patch", "12"], "--patch: expected a multiple of --block-size 8, got 12"),
         (["--patch", "512"], "expected at least two images of at least 512x512 pixels"),
-        (["--init", "{empty}"], "--init: expected a run folder with base.safetensors, got {empty}"),
+        (["--init", "{empty}"], "--init: expected a run folder with base.safetensors or a saved network, got {empty}"),
+        (["--init", "{run}/model.safetensors"], "expected a tied network with the operator and denoiser"),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
     ],

@@ -44,6 +44,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def fastest_dtype() -> str:
+    """ "bf16" on a GPU or a CPU with matrix or vector instructions for it, else "fp32" (there bf16 is slower)."""
+    if torch.cuda.is_available():
+        return "bf16"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--batch, --dtype, --device, --threads."""
     group = parser.add_argument_group("running")

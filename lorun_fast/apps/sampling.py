@@ -25,6 +25,16 @@ def find_images(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
+def held_out(paths: Sequence[Path], most: int) -> tuple[list[Path], list[Path]]:
+    """(validation, training): at most ``most`` and a tenth of the files, spread evenly, and the others.
+
+    The held-out images only draw the curve; no checkpoint is chosen by them.
+    """
+    count = max(1, min(most, len(paths) // 10))
+    chosen = set(paths[:: max(1, len(paths) // count)][:count])
+    return [p for p in paths if p in chosen], [p for p in paths if p not in chosen]
+
+
 def load_gray(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
     """Luma images as uint8 (H, W); those smaller than ``smallest`` on a side are left out."""
     gray = [np.rint(images.load(path, "y")[0] * 255).astype(np.uint8) for path in over(paths, "reading images")]

@@ -19,28 +19,46 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lorun_fast.apps import models, runtime, tasks
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.files import make_folder, replacing
 from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, not_negative, seed
-from lorun_fast.apps.tasks import cs_training
 from lorun_fast.io import load, save
 from lorun_fast.network import LoRun
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
-_RECIPES = {"cs": cs_training.CSTraining}
 # What may change between two starts of one run: nothing that the numbers depend on.
 _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "func", "command", "output")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``lorun-fast train``."""
+    """``lorun-fast train TASK``, with the options of all runs and those of the task."""
+    choices = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for task in tasks.NAMES:
+        line = f"train a network for {tasks.TITLES[task]}"
+        one = choices.add_parser(task, help=line, description=line)
+        _add_common_arguments(one)
+        tasks.recipe(task).add_arguments(one)
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("task", choices=sorted(_RECIPES))
-    add("--data", nargs="+", type=Path, required=True, help="folders of training images")
-    add("-o", "--output", type=Path, required=True, help="folder of the run")
+    add("--data", nargs="+", type=Path, required=True, metavar="DIR", help="folders of training data")
+    add("-o", "--output", type=Path, required=True, metavar="RUN", help="folder of the run")
     add("--resume", action="store_true", help="continue the run in the output folder")
-    add("--init", type=Path, help="a run folder whose phase 1 to start from instead of training one")
+    add(
+        "--init",
+        type=Path,
+        metavar="RUN|FILE",
+        help="what phase 2 starts from instead of a phase 1 of its own: the base of another run, or a saved network "
+        "with one denoiser (tied)",
+    )
+    add(
+        "--warm-start",
+        metavar="NAME|FILE",
+        help="a network, of any task, from whose base phase 1 takes every tensor of the same name and shape",
+    )
     add("--stages", type=at_least_one, default=9, help="K (default 9)")
     add("--gamma", type=not_negative, default=10, help="rank in percent of min(in, out) (default 10)")
     add("--form", choices=("loralib", "peft"), default="loralib")
@@ -54,14 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=not_negative, default=0.1, help="gradient norm above which it is scaled (default 0.1)")
     add("--pretrain-unroll", type=int, default=4, help="own passes that phase 1 learns from (default 4)")
     add("--checkpoint", action="store_true", help="recompute activations per stage to save memory")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the denoiser (autocast)")
+    add(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default=runtime.fastest_dtype(),
+        help="of the denoiser (autocast); default: bf16 where the machine multiplies in it, fp32 elsewhere",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=at_least_one, help="CPU threads (default: all)")
     add("--seed", type=seed, default=0)
     add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
     add("--checkpoint-every", type=at_least_one, default=100, help="steps between checkpoints (default 100)")
     add("--stop-after", type=at_least_one, help="stop after this many steps of this start, to resume later")
-    cs_training.add_arguments(parser)
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
@@ -102,7 +124,7 @@ class Run:
         self.folder: Path = args.output
         self.device = torch.device(args.device)
         self.settings = {k: _plain(v) for k, v in sorted(vars(args).items()) if k not in _FREE}
-        self.recipe = _RECIPES[args.task](args)
+        self.recipe = tasks.recipe(args.task).Recipe(args)
         self.taken = 0
 
     def open(self) -> dict | None:
@@ -230,7 +252,7 @@ class Run:
             "settings": self.settings,
         }
         # The weights travel; the paths of the machine they were trained on do not.
-        public = {k: v for k, v in self.settings.items() if k not in ("data", "init")}
+        public = {k: v for k, v in self.settings.items() if k not in ("data", "init", "warm_start")}
         public["data"] = [folder.name for folder in self.args.data]
         facts = {k: summary[k] for k in ("seconds", "peak_memory_gib", "threads", "torch")}
         save(net, self.folder / "model.safetensors", notes={"training": {**facts, "settings": public}})
@@ -266,12 +288,53 @@ def _plot(log: Path, picture: Path) -> None:
     plt.close(figure)
 
 
+def _init_file(init: Path) -> Path:
+    path = init / "base.safetensors" if init.is_dir() else init
+    if not path.is_file():
+        raise UserError(f"--init: expected a run folder with base.safetensors or a saved network, got {init}")
+    return path
+
+
+def _loaded_base(path: Path, like: LoRun) -> LoRun:
+    """The network in the file, if it can stand for the recipe's own base ``like``."""
+    net = load(path)
+    shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
+    want = {k: v.shape for k, v in like.state_dict().items() if k != "step_size"}
+    if net.sharing != "tied" or shapes != want:
+        differ = [k for k in {**want, **shapes} if want.get(k) != shapes.get(k)]
+        raise UserError(
+            f"--init: expected a tied network with the operator and denoiser that the options name, got {path}, "
+            f"{net.sharing}, {len(differ)} tensors of which differ ({', '.join(differ[:3])})"
+        )
+    return net
+
+
+def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
+    """Phase 2: K stages that start as the base's, or as K times its single block."""
+    net = LoRun(
+        base.op, base.denoiser.base, args.stages, args.gamma, args.form, args.sharing, checkpoint=args.checkpoint
+    )
+    with torch.no_grad():
+        net.step_size.copy_(base.step_size if base.stages == args.stages else base.step_size.mean())
+    return net
+
+
+def _copy_what_fits(source: LoRun, target: LoRun) -> None:
+    """Base tensors of the same name and shape; the adapters, steps and operator of the source stay behind."""
+    known = (source.denoiser.copies[0] if source.sharing == "untied" else source.denoiser.base).state_dict()
+    own = target.denoiser.base.state_dict()
+    fitting = {name: known[name] for name, t in own.items() if name in known and known[name].shape == t.shape}
+    if not fitting:
+        raise UserError("--warm-start: expected a network with a base of the same kind, got one that shares no tensor")
+    target.denoiser.base.load_state_dict(fitting, strict=False)
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``lorun-fast train``; the exit status is 0 also when --stop-after ended it."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.init and not (args.init / "base.safetensors").is_file():
-        raise UserError(f"--init: expected a run folder with base.safetensors, got {args.init}")
+    init = _init_file(args.init) if args.init else None
+    warm = load(models.locate(args.warm_start)) if args.warm_start else None
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a CUDA device that torch can use, got none")
     training = Run(args)
@@ -279,16 +342,18 @@ def run(args: argparse.Namespace) -> int:
     seconds: dict[str, float] = {}
     torch.manual_seed(args.seed)
     base = training.recipe.base()
-    base_file = (args.init or training.folder) / "base.safetensors"
+    if warm is not None:
+        _copy_what_fits(warm, base)
+    base_file = init or training.folder / "base.safetensors"
     if state is None or state["phase"] == "base":
-        if args.init is None:
+        if init is None:
             if not training.phase("base", base, args.base_steps, state):
                 return 0
             save(base, base_file)
         state = None
-    base.load_state_dict(load(base_file).state_dict())
+    base = _loaded_base(base_file, base)
     torch.manual_seed(args.seed + 1)
-    net = training.recipe.staged(base)
+    net = _staged(base, args)
     if not training.phase("stages", net, args.steps, state):
         return 0
     with (training.folder / "log.csv").open() as f:

@@ -18,7 +18,10 @@ from types import ModuleType
 
 from lorun_fast.apps.errors import UserError
 
-NAMES = ("cs",)
+TITLES = {
+    "cs": "block compressive sensing",
+}
+NAMES = tuple(TITLES)
 
 
 def get(name: str) -> ModuleType:
@@ -26,3 +29,12 @@ def get(name: str) -> ModuleType:
     if name not in NAMES:
         raise UserError(f"expected one of the tasks {', '.join(NAMES)}, got {name!r}")
     return importlib.import_module(f"lorun_fast.apps.tasks.{name}")
+
+
+def recipe(name: str) -> ModuleType:
+    """The training module of a task: ``add_arguments(parser)`` and ``Recipe(args)``, which apps/train.py drives.
+
+    A recipe has base(), the single-block LoRun of phase 1; loss(net, step, device), of the batch that (seed, step)
+    names; and score(net, device), the validation PSNR in dB.
+    """
+    return importlib.import_module(f"{get(name).__name__}.training")

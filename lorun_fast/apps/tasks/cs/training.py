@@ -10,20 +10,29 @@ from torch import Tensor, nn
 
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one
-from lorun_fast.apps.sampling import PatchSampler, find_images, load_gray
+from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_gray
 from lorun_fast.apps.tasks.cs import percentage
 from lorun_fast.denoisers import ResUNet
 from lorun_fast.network import LoRun
 from lorun_fast.operators import BlockCS
 
 _VALIDATION_IMAGES = 12
+# Enough blocks for the 256 leading components of 32 x 32; drawn from steps that no phase reaches.
+_PCA_BLOCKS = 20_000
+_PCA_FIRST_STEP = 100_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ratio", type=percentage, default=25.0, help="percent of measurements, 100 m / B^2 (default 25)")
     add("--block-size", type=at_least_one, default=32, help="B (default 32)")
-    add("--fixed-phi", action="store_true", help="keep the Gaussian Phi instead of learning it")
+    add("--fixed-phi", action="store_true", help="keep the first Phi instead of learning it")
+    add(
+        "--phi-start",
+        choices=("gaussian", "pca"),
+        default="gaussian",
+        help="the first Phi: Gaussian with orthonormal rows (default), or the principal components of training blocks",
+    )
     add(
         "--channels",
         type=at_least_one,
@@ -34,40 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patch", type=at_least_one, default=96, help="training patch in pixels (default 96)")
 
 
-class CSTraining:
-    """The recipe of one run; the engine in apps/train.py drives it."""
+class Recipe:
+    """Patches of gray images, their measurements, and the mean squared error."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         if args.patch % args.block_size:
             raise UserError(f"--patch: expected a multiple of --block-size {args.block_size}, got {args.patch}")
         paths = find_images(args.data)
-        # The held-out images only draw the curve; no checkpoint is chosen by them.
-        count = max(1, min(_VALIDATION_IMAGES, len(paths) // 10))
-        held_out = set(paths[:: max(1, len(paths) // count)][:count])
+        validation, training = held_out(paths, _VALIDATION_IMAGES)
         crop = 256
-        self.validation = [
-            image[:crop, :crop] for image in load_gray([p for p in paths if p in held_out], args.block_size)
-        ]
-        self.sampler = PatchSampler(
-            load_gray([p for p in paths if p not in held_out], args.patch), args.patch, args.batch, args.seed
-        )
+        self.validation = [image[:crop, :crop] for image in load_gray(validation, args.block_size)]
+        self.sampler = PatchSampler(load_gray(training, args.patch), args.patch, args.batch, args.seed)
 
     def base(self) -> LoRun:
         """Phase 1: a single block and the sensing matrix."""
         args = self.args
         op = BlockCS.gaussian(args.ratio / 100, args.block_size, seed=args.seed, learn=not args.fixed_phi)
+        if args.phi_start == "pca":
+            with torch.no_grad():
+                op.phi.copy_(self._principal_components(len(op.phi)))
         return LoRun(op, ResUNet(channels=tuple(args.channels)), stages=1, sharing="tied")
 
-    def staged(self, base: LoRun) -> LoRun:
-        """Phase 2: K stages that start as K times the single block."""
-        args = self.args
-        net = LoRun(
-            base.op, base.denoiser.base, args.stages, args.gamma, args.form, args.sharing, checkpoint=args.checkpoint
-        )
-        with torch.no_grad():
-            net.step_size.fill_(base.step_size.item())
-        return net
+    def _principal_components(self, m: int) -> Tensor:
+        """(m, B*B): the first eigenvectors of the blocks' second moments, the mean block among what they span."""
+        b, side = self.args.block_size, self.args.patch
+        moments = torch.zeros(b * b, b * b, dtype=torch.float64)
+        for step in range(-(-_PCA_BLOCKS // (self.args.batch * (side // b) ** 2))):
+            x = self.sampler(_PCA_FIRST_STEP + step).double()
+            blocks = x.unfold(2, b, b).unfold(3, b, b).reshape(-1, b * b)
+            moments += blocks.mT @ blocks
+        return torch.linalg.eigh(moments).eigenvectors[:, -m:].flip(1).mT.float()
 
     def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
         """Mean squared error of one batch. In phase 1 the block also learns from its own output.
