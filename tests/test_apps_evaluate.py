@@ -149,7 +149,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "WEIGHTS", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     text = accepted(capsys, "demo", "cs", "--batch", "2")
-    from lorun_fast.apps.demo import _PHOTOGRAPHS
+    from lorun_fast.apps.tasks.cs.demo import _PHOTOGRAPHS
 
     kinds = ("original", "start", "restored")
     written = {p.name for p in (tmp_path / "demo-output").iterdir()}

@@ -64,7 +64,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_names_the_extra(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lorun_fast.apps.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "lorun_fast.apps.tasks.cs.demo", raising=False)
     monkeypatch.setitem(sys.modules, "skimage", None)
     line = refused(capsys, "demo")
     assert "scikit-image" in line and "lorun-fast[apps]" in line
@@ -126,6 +126,18 @@ def test_info_describes_a_network(tmp_path, capsys):
     assert "25 % (16 of 64), 8x8 blocks, fixed Phi" in text
     assert "1, 0.7" in text
     assert "ResUNet" in text
+
+
+def test_a_task_stands_for_its_shipped_network_and_before_its_options(tmp_path, capsys):
+    picture(tmp_path / "photos" / "a.png", 20, 28)
+    by_task = accepted(capsys, "evaluate", "cs", tmp_path / "photos")
+    by_name = accepted(capsys, "evaluate", "cs-25", tmp_path / "photos")
+    assert by_task.split("seconds")[0] == by_name.split("seconds")[0]
+    accepted(capsys, "measure", "cs", tmp_path / "photos", "--ratio", "25", "-o", tmp_path / "a.npz")
+    accepted(capsys, "measure", tmp_path / "photos", "--ratio", "25", "-o", tmp_path / "b.npz")
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert a.files == b.files and all(np.array_equal(a[key], b[key]) for key in a.files)
+    assert accepted(capsys, "restore", tmp_path / "a.npz", "-o", tmp_path / "out").count("cs-25") == 1
 
 
 def test_as_a_process(tmp_path):

@@ -10,20 +10,24 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from lorun_fast._version import __version__
+from lorun_fast.apps import models, tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.runtime import keep_freed_memory
 
-# Each is a module of this package with add_arguments(parser) and run(args), imported only when it is asked for.
+# Each is a module with add_arguments(parser) and run(args), imported only when it is asked for: of this package, or,
+# for those in _OF_A_TASK, of the task's.
 _COMMANDS = {
-    "demo": "restore bundled photographs with a shipped network; pictures, scores, time",
+    "demo": "restore bundled pictures with a shipped network; pictures, scores, time",
     "measure": "images to simulated measurements (.npz)",
     "restore": "measurements (.npz) to images",
     "evaluate": "measure, restore and score images; PSNR, SSIM, seconds, JSON",
     "train": "train a network",
     "info": "this installation, and what a network's file holds",
 }
+_OF_A_TASK = ("demo", "measure", "evaluate")
 # Import name of what the extra "apps" installs, by the name that people know it by.
 _EXTRA = {
     "PIL": "Pillow",
@@ -49,8 +53,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser, with the options of ``command`` only: the others' modules are not imported."""
+def build_parser(command: str | None = None, task: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the options of ``command`` (for this task) only: the others' modules are not imported."""
     parser = _Parser(
         prog="lorun-fast",
         description="Deep unfolding image restoration with one shared denoiser and low-rank stages.",
@@ -60,12 +64,42 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, line in _COMMANDS.items():
         if name == command:
-            module = importlib.import_module(f"lorun_fast.apps.{name}")
+            module = _module(command, task)
             epilog = getattr(module, "EPILOG", None)
-            module.add_arguments(commands.add_parser(name, help=line, description=line, epilog=epilog))
+            description, prog = line, f"lorun-fast {name}"
+            if name in _OF_A_TASK:
+                description = f"{tasks.TITLES[task]}: {line}\n{_how_to_choose_a_task(name)}"
+                prog += "" if name == "evaluate" or task == tasks.NAMES[0] else f" {task}"
+            module.add_arguments(
+                commands.add_parser(name, help=line, description=description, epilog=epilog, prog=prog)
+            )
         else:
             commands.add_parser(name, help=line)
     return parser
+
+
+def _how_to_choose_a_task(command: str) -> str:
+    if command == "evaluate":
+        return "The task is MODEL's: lorun-fast evaluate MODEL --help lists its options."
+    others = ", ".join(f"lorun-fast {command} {name}" for name in tasks.NAMES[1:])
+    return f"Other tasks: {others}; --help behind each lists its options."
+
+
+def _module(command: str, task: str | None) -> ModuleType:
+    if command in _OF_A_TASK:
+        return tasks.command(task, command)
+    return importlib.import_module(f"lorun_fast.apps.{command}")
+
+
+def _task_of(command: str, words: list[str]) -> tuple[str, list[str]]:
+    """The task that a command line is about, and what is left of it for the parser."""
+    if command == "evaluate":
+        return models.task_of(words), words
+    if words and words[0] in tasks.NAMES:
+        return words[0], words[1:]
+    if command == "demo" and words and not words[0].startswith("-"):
+        raise UserError(f"demo: expected one of the tasks {', '.join(tasks.NAMES)}, got {words[0]!r}")
+    return tasks.NAMES[0], words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,8 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     command = argv[0] if argv and argv[0] in _COMMANDS else None
+    task, words = None, argv[1:]
+    if command in _OF_A_TASK:
+        # Importing torch for a file's header and the task's module is the price of its own options and help.
+        task, words = _task_of(command, words)
     try:
-        args = build_parser(command).parse_args(argv)
+        args = build_parser(command, task).parse_args([*argv[:1], *words])
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
-    return importlib.import_module(f"lorun_fast.apps.{args.command}").run(args) or 0
+    return _module(args.command, task).run(args) or 0

@@ -7,7 +7,7 @@ Keys (docs/cli.md has the same list for users):
     size         (2,) or (N, 2), height and width of each image; without it images come in whole blocks
     name         one string or (N,), the names of the restored files
     channel      one string or (N,): "R", "G", "B" for the channels of a colour image (same name), "" for a gray one
-    task         "cs"
+    task         "cs" (default), "sr" or "cassi"
     noise        standard deviation of the noise that was added
     ...          the operator, by task: phi and block_size for "cs"
 
@@ -103,6 +103,21 @@ def load_arrays(path: Path, what: str) -> dict[str, np.ndarray]:
         raise UserError(f"expected {what} of plain arrays, got {path}: {text}") from error
 
 
+class Raw:
+    """A file as it was read, whose task is known before its y can be checked. Raises UserError for anything else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        arrays = load_arrays(path, "a measurement file (.npz)")
+        self.arrays = {"y": arrays[""]} if "" in arrays else arrays
+        task = _read_strings(path, self.arrays, "task", 1)
+        self.task: str | None = task[0] if task else None
+
+    def checked(self, layout: Sequence[str], operator_keys: Sequence[str]) -> MeasurementFile:
+        """As :func:`read`."""
+        return _check(self.path, self.arrays, self.task, layout, operator_keys)
+
+
 def read(path: Path, layout: Sequence[str], operator_keys: Sequence[str]) -> MeasurementFile:
     """Reads and checks a file. Keys as in the module's text.
 
@@ -110,9 +125,12 @@ def read(path: Path, layout: Sequence[str], operator_keys: Sequence[str]) -> Mea
     operator_keys: the keys that describe the operator of the task.
     Raises UserError for missing keys, other shapes or types, and NaN or infinite values.
     """
-    arrays = load_arrays(path, "a measurement file (.npz)")
-    if "" in arrays:
-        arrays = {"y": arrays[""]}
+    return Raw(path).checked(layout, operator_keys)
+
+
+def _check(
+    path: Path, arrays: dict[str, np.ndarray], task: str | None, layout: Sequence[str], operator_keys: Sequence[str]
+) -> MeasurementFile:
     ys = _read_y(path, arrays, layout)
     count = len(ys)
     sizes = _read_sizes(path, arrays, count)
@@ -130,12 +148,11 @@ def read(path: Path, layout: Sequence[str], operator_keys: Sequence[str]) -> Mea
     unknown = sorted(key for key in arrays if key not in known and not _is_numbered(key))
     if unknown:
         note(f"{path}: ignored keys {', '.join(unknown)}; known ones are {', '.join(['y', *_KEYS, *operator_keys])}")
-    task = _read_strings(path, arrays, "task", 1)
     noise = np.asarray(arrays.get("noise", 0.0))
     return MeasurementFile(
         items=[Measurement(*parts) for parts in zip(names, ys, sizes, channels, strict=True)],
         operator={key: arrays[key] for key in operator_keys if key in arrays},
-        task=task[0] if task else None,
+        task=task,
         noise=float(noise) if noise.ndim == 0 and noise.dtype.kind in "fiu" else 0.0,
     )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lorun_fast import io
 from lorun_fast.apps import tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.network import LoRun
+from lorun_fast.operators import OPERATORS
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -41,10 +43,23 @@ def locate(name: str) -> Path:
     """The file of a shipped network, or a file itself. Raises UserError for neither."""
     known = shipped()
     path = known.get(name, Path(name))
+    if name in tasks.NAMES and not path.is_file():
+        path = known.get(tasks.get(name).DEMO_MODEL, path)
     if not path.is_file():
         names = ", ".join(known) or "none in this installation"
         raise UserError(f"expected a shipped network ({names}) or a .safetensors file, got {name!r}")
     return path
+
+
+def task_of(words: Sequence[str]) -> str:
+    """The task of the first word that names a network (or a task); the first task where none does."""
+    for word in words:
+        if word in tasks.NAMES:
+            return word
+        if word in shipped() or word.endswith(".safetensors"):
+            operator = read_config(locate(word))["operator"]["type"]
+            return OPERATORS[operator].task if operator in OPERATORS else tasks.NAMES[0]
+    return tasks.NAMES[0]
 
 
 def read_config(path: Path) -> dict:
@@ -52,15 +67,22 @@ def read_config(path: Path) -> dict:
     return _reading(path, io.read_config)
 
 
+def shape_of(name: str, tensor: str) -> tuple[int, ...]:
+    """The shape of one tensor of a network's file, read from its header."""
+    with safe_open(locate(name), framework="pt") as f:
+        return tuple(f.get_slice(tensor).get_shape())
+
+
 def load(name: str, device: str | torch.device = "cpu") -> Model:
-    """Raises UserError for an unknown name, a damaged or foreign file, and a network that needs more than y."""
+    """Raises UserError for an unknown name, a damaged or foreign file, a noise level that the task does not have."""
     path = locate(name)
     net = _reading(path, io.load)
+    task = tasks.get(net.op.task)
     base = net.denoiser.copies[0] if net.sharing == "untied" else net.denoiser.base
-    if getattr(base, "noise_level", False):
+    if getattr(base, "noise_level", False) and not task.NOISE_LEVEL:
         raise UserError(f"expected a network that restores from y alone, got {path}, which also takes a noise level")
     # Convolutions of this size run 1.3 to 1.6 times faster channels-last on a CPU, and no slower on a GPU.
-    return Model(name, path, net.to(device, memory_format=torch.channels_last), tasks.get(net.op.task))
+    return Model(name, path, net.to(device, memory_format=torch.channels_last), task)
 
 
 def _reading(path: Path, reader):

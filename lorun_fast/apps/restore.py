@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import files, images, measurements, models, progress, restoring, runtime, tables
+from lorun_fast.apps import files, measurements, models, progress, restoring, runtime, tables, tasks
 from lorun_fast.apps.errors import UserError
 
 EPILOG = """\
-The measurement file needs only y: (m, rows, columns), or (N, m, rows, columns) for N images, with y = Phi x for
-images in [0, 1] cut into row-major B x B blocks. Optional: phi, block_size, size, name, channel (docs/cli.md).
-A file whose Phi, ratio or block size is not the network's is refused.
+The measurement file needs only y; docs/cli.md describes its shape, for each task, and the optional keys. For block
+compressive sensing: (m, rows, columns), or (N, m, rows, columns) for N images, with y = Phi x for images in [0, 1] cut
+into row-major B x B blocks. A file whose Phi, ratio or block size is not the network's is refused.
 
 examples:
   lorun-fast restore y.npz -o restored/
@@ -26,13 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast restore``."""
     parser.add_argument("measurements", type=Path, metavar="Y.NPZ", help="measurement file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
-    parser.add_argument("--model", default="cs-25", metavar="NAME|FILE", help="the network (default: cs-25)")
-    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the PNGs (default: 8)")
     parser.add_argument(
-        "--use-file-phi",
-        action="store_true",
-        help="restore with the file's Phi although the network was trained with another (the score suffers)",
+        "--model", metavar="NAME|FILE", help="the network (default: the shipped one that fits the measurements)"
     )
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the PNGs (default: 8)")
+    for name in tasks.NAMES:
+        tasks.get(name).add_restore_arguments(parser)
     runtime.add_arguments(parser)
 
 
@@ -42,12 +41,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
-    model = models.load(args.model, how.device)
-    task = model.task
-    file = measurements.read(args.measurements, task.LAYOUT, task.OPERATOR_KEYS)
+    raw = measurements.Raw(args.measurements)
+    if args.model is None:
+        task = tasks.get(raw.task or tasks.NAMES[0])
+    else:
+        model = models.load(args.model, how.device)
+        task = model.task
+    file = raw.checked(task.LAYOUT, task.OPERATOR_KEYS)
     if file.task not in (None, task.NAME):
         raise UserError(f"{args.measurements}: expected task {task.NAME!r} as {args.model}, got {file.task!r}")
-    op = task.operator_for(file, model.net.op, args.measurements, args.model, use_file_phi=args.use_file_phi)
+    if args.model is None:
+        args.model = task.default_model(file)
+        model = models.load(args.model, how.device)
+    op = task.operator_for(file, model.net.op, args.measurements, args.model, args)
+    sigma = task.sigma(file, args)
     op = op.to(how.device) if op is not None else None
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
@@ -59,17 +66,17 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     with progress.bar(len(pictures), "restoring") as bar:
         for members in restoring.batches(keys, how.batch):
             y = np.stack([file.items[i].y for member in members for i in pictures[member]])
-            channels, _, size = keys[members[0]]
-            x, elapsed = restoring.restore(model.net, y, size, how, op=op)
+            size = keys[members[0]][2]
+            x, elapsed = restoring.restore(model.net, y, size, how, op=op, sigma=sigma)
             seconds += elapsed
             for name, image in zip(
-                (names[m] for m in members), x.reshape(len(members), channels, *x.shape[-2:]), strict=True
+                (names[m] for m in members), x.reshape(len(members), -1, *x.shape[-2:]), strict=True
             ):
-                images.save(args.output / f"{name}.png", image, args.bits)
+                task.save(args.output / name, image, args)
             bar.update(len(members))
     total = time.perf_counter() - began
     rows = [
-        ("network", f"{args.model}: {task.describe(model.net.op)}"),
+        ("network", f"{args.model}: {task.describe(model.net.op if op is None else op)}"),
         ("on", how.describe()),
         ("restored", f"{len(pictures)} images into {args.output}"),
         ("time", f"{seconds:.2f} s in the network, {total:.2f} s in all"),

@@ -56,11 +56,15 @@ def restore(
     runtime: Runtime,
     *,
     op: SensingOperator | None = None,
+    sigma: float | None = None,
 ) -> tuple[np.ndarray, float]:
-    """x_K as (N, C, H, W) fp32, and the seconds from y in host memory to x_K in host memory."""
+    """x_K as (N, C, H, W) fp32, and the seconds from y in host memory to x_K in host memory.
+
+    op: another operator than the network's. sigma: noise level, for a network that takes one.
+    """
     runtime.synchronize()
     began = time.perf_counter()
     with torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.dtype != torch.float32):
-        x: Tensor = net(torch.from_numpy(y).to(runtime.device), op=op, size=size)
+        x: Tensor = net(torch.from_numpy(y).to(runtime.device), op=op, size=size, sigma=sigma)
     image = x.float().cpu().numpy()
     return image, time.perf_counter() - began

@@ -1,14 +1,20 @@
 """What differs between the tasks.
 
-A task's module is named as its operators' ``task`` and offers
+A task's package is named as its operators' ``task``. Its modules demo, measure, evaluate (``add_arguments(parser)``,
+``run(args)``, ``EPILOG``) are the commands of those names, and training is the recipe of ``train``. The package
+itself offers
 
-    NAME, DEMO_MODEL                    of the task, as here below; of the shipped network that shows it
-    LAYOUT, OPERATOR_KEYS               axes of one image's y; keys of a measurement file that describe Phi
-    add_operator_arguments(parser)      options of ``measure`` that choose Phi
-    operator(args)                      the operator that they name
-    operator_arrays(op)                 Phi as arrays under OPERATOR_KEYS
-    describe(op), facts(op)             one line for people; plain values for JSON
-    operator_for(file, op, path, ...)   checks that measurements fit a network, and the operator to restore them with
+    NAME, DEMO_MODEL, NOISE_LEVEL           of the task; of the shipped network that shows it; whether its networks may
+                                            take a noise level beside y
+    LAYOUT, OPERATOR_KEYS                   axes of one image's y; keys of a measurement file that describe Phi
+    describe(op), facts(op)                 one line for people; plain values for JSON
+    operator_arrays(op)                     Phi as arrays under OPERATOR_KEYS
+    default_model(file)                     the shipped network for a measurement file
+    add_restore_arguments(parser)           options of ``restore`` of its own
+    operator_for(file, op, path, model, args)   checks that measurements fit a network whose operator is ``op``; the
+                                            operator to restore them with, or None for the network's own
+    sigma(file, args)                       the noise level to give a network that takes one
+    save(path, x, args)                     writes a restored (C, H, W) under this name without suffix
 """
 
 from __future__ import annotations
@@ -38,3 +44,8 @@ def recipe(name: str) -> ModuleType:
     names; and score(net, device), the validation PSNR in dB.
     """
     return importlib.import_module(f"{get(name).__name__}.training")
+
+
+def command(task: str, name: str) -> ModuleType:
+    """The module of one of the task's own commands."""
+    return importlib.import_module(f"{get(task).__name__}.{name}")

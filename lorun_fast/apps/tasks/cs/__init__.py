@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorun_fast.apps import matrices, models
+from lorun_fast.apps import images, matrices, models
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.measurements import MeasurementFile, numbers
 from lorun_fast.operators import BlockCS
 
 NAME = "cs"
 DEMO_MODEL = "cs-25"
+NOISE_LEVEL = False
 LAYOUT = ("m", "rows", "columns")
 OPERATOR_KEYS = ("phi", "block_size")
 
@@ -112,12 +113,40 @@ def facts(op: BlockCS) -> dict:
     return {"phi": _kind(op), "m": op.phi.shape[0], "block_size": op.block_size, "ratio": op.ratio}
 
 
+def default_model(file: MeasurementFile) -> str:
+    """The shipped network with as many measurements a block as the file has; else the demo's."""
+    m = file.items[0].y.shape[0]
+    for name in models.shipped():
+        if name.startswith(f"{NAME}-") and models.shape_of(name, "op.phi")[0] == m:
+            return name
+    return DEMO_MODEL
+
+
+def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``restore`` for block compressive sensing."""
+    group = parser.add_argument_group("block compressive sensing")
+    group.add_argument(
+        "--use-file-phi",
+        action="store_true",
+        help="restore with the file's Phi although the network was trained with another (the score suffers)",
+    )
+
+
+def sigma(file: MeasurementFile, args: argparse.Namespace) -> None:
+    """These networks take no noise level."""
+
+
+def save(path: Path, x: np.ndarray, args: argparse.Namespace) -> None:
+    """One PNG."""
+    images.save(path.with_name(f"{path.name}.png"), x, args.bits)
+
+
 def operator_for(
-    file: MeasurementFile, op: BlockCS, path: Path, model: str, *, use_file_phi: bool = False
+    file: MeasurementFile, op: BlockCS, path: Path, model: str, args: argparse.Namespace
 ) -> BlockCS | None:
     """Checks the measurements against a network's operator ``op``.
 
-    Returns None to restore with the network's own Phi, or with ``use_file_phi`` the operator of the file.
+    Returns None to restore with the network's own Phi, or with --use-file-phi the operator of the file.
     Raises UserError when block size, ratio, Phi, the shape of y or an image size do not fit.
     """
     m, b = op.phi.shape[0], op.block_size
@@ -145,7 +174,7 @@ def operator_for(
                 f"{path}: expected {-(-item.size[0] // b)} x {-(-item.size[1] // b)} blocks of {b}x{b} for the "
                 f"{item.size[0]} x {item.size[1]} image {item.name!r} (height x width), got y with {rows} x {columns}"
             )
-    if use_file_phi:
+    if args.use_file_phi:
         if own is None:
             raise UserError(f"{path}: expected the key phi for --use-file-phi, got none")
         return BlockCS(own, b)

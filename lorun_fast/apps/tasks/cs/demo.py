@@ -1,4 +1,4 @@
-"""``lorun-fast demo``: photographs that scikit-image carries, restored by a shipped network."""
+"""``lorun-fast demo cs``: photographs that scikit-image carries, restored by a shipped network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from skimage import data
 
-from lorun_fast.apps import figures, files, images, metrics, models, progress, restoring, runtime, tables, tasks
+from lorun_fast.apps import figures, files, images, metrics, models, progress, restoring, runtime, tables
+from lorun_fast.apps.tasks import cs
 
 EPILOG = """\
 Writes NAME_original.png, NAME_start.png (x_0, what the stages start from) and NAME_restored.png for each photograph,
@@ -31,7 +32,6 @@ _PHOTOGRAPHS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo``."""
-    parser.add_argument("task", nargs="?", choices=tasks.NAMES, default=tasks.NAMES[0], help="default: cs")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
     )
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with runtime.chosen(args) as how:
-        name = args.model or tasks.get(args.task).DEMO_MODEL
+        name = args.model or cs.DEMO_MODEL
         model = models.load(name, how.device)
         files.make_folder(args.output)
         print(f"{name}: {model.task.describe(model.net.op)}, {model.net.stages} stages; {how.describe()}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorun_fast.apps import files, images, measurements, progress, restoring, tasks
+from lorun_fast.apps import files, images, measurements, progress, restoring
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import not_negative, seed
+from lorun_fast.apps.tasks import cs
 
 EPILOG = """\
 The .npz holds plain arrays (no pickles): y, size, name, task, noise, phi and block_size, for colour also channel.
@@ -18,8 +19,6 @@ examples:
   lorun-fast measure a.png b.tif --phi phi_0_25_1089.mat --block-size 33 --noise 0.01 -o y.npz
   lorun-fast measure photos/ --model runs/cs/model.safetensors --colour channels -o y.npz
 """
-
-_TASK = "cs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="standard deviation of Gaussian noise on y, for images in [0, 1] (default: 0)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise and of --gaussian (default: 0)")
-    tasks.get(_TASK).add_operator_arguments(parser)
+    cs.add_operator_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    task = tasks.get(_TASK)
     if args.output.suffix != ".npz":
         raise UserError(f"-o: expected a name that ends in .npz, got {args.output}")
-    op = task.operator(args)
+    op = cs.operator(args)
     paths = images.find(args.images)
     files.check_file(args.output)
     items = []
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 for y, channel in zip(ys, channels, strict=True)
             ]
             bar.update()
-    file = measurements.MeasurementFile(items, task.operator_arrays(op), task.NAME, args.noise)
+    file = measurements.MeasurementFile(items, cs.operator_arrays(op), cs.NAME, args.noise)
     measurements.write(args.output, file)
-    print(f"{args.output}: {len(paths)} images, {task.describe(op)}")
+    print(f"{args.output}: {len(paths)} images, {cs.describe(op)}")
     return 0

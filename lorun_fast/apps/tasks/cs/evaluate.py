@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lorun_fast._version import __version__
-from lorun_fast.apps import files, images, metrics, models, progress, restoring, runtime, tables
+from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import not_negative, seed
 
@@ -85,9 +80,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
             bar.update(len(members))
     report = _report(args, model, how, rows)
     if args.json is not None:
-        text = json.dumps(_without_infinities(report), indent=1, allow_nan=False, ensure_ascii=False)
-        with files.replacing(args.json) as f:
-            f.write(f"{text}\n".encode())
+        reports.write(args.json, report)
     print(_table(report))
     print(f"{args.model}: {model.task.describe(model.net.op)}; {how.describe()}")
     return 0
@@ -121,35 +114,16 @@ def _row(name: str, original: np.ndarray, image: np.ndarray, start: np.ndarray, 
 def _report(args: argparse.Namespace, model: models.Model, how: runtime.Runtime, rows: list[dict]) -> dict:
     scores = ("psnr", "ssim", "seconds", "start_psnr", "start_ssim")
     return {
-        "model": args.model,
-        "model_sha256": model.sha256(),
-        "parameters": model.net.parameter_report().total,
-        "stages": model.net.stages,
-        "sharing": model.net.sharing,
-        "task": model.task.NAME,
+        **reports.network(model),
         **model.task.facts(model.net.op),
         "colour": args.colour,
         "noise": args.noise,
         "seed": args.seed,
         "metrics": metrics.DESCRIPTION,
-        "device": how.device.type,
-        "dtype": how.dtype_name,
-        "batch": how.batch,
-        "threads": torch.get_num_threads(),
-        "versions": {"lorun_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "peak_memory_bytes": how.peak_memory(),
+        **reports.machine(how),
         "mean": {key: metrics.mean([row[key] for row in rows]) for key in scores},
         "images": rows,
     }
-
-
-def _without_infinities(value):
-    # JSON has no infinity: the PSNR of an exact restoration becomes null.
-    if isinstance(value, dict):
-        return {k: _without_infinities(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(report: dict) -> str:

@@ -1,0 +1,55 @@
+"""What an evaluation writes down, whatever the task: the network, the machine, and JSON without infinities."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+
+import torch
+
+from lorun_fast._version import __version__
+from lorun_fast.apps import files
+from lorun_fast.apps.models import Model
+from lorun_fast.apps.runtime import Runtime
+
+
+def network(model: Model) -> dict:
+    """Name, hash, size and kind of the network."""
+    return {
+        "model": model.name,
+        "model_sha256": model.sha256(),
+        "parameters": model.net.parameter_report().total,
+        "stages": model.net.stages,
+        "sharing": model.net.sharing,
+        "task": model.task.NAME,
+    }
+
+
+def machine(how: Runtime) -> dict:
+    """Device, dtype, batch, threads, versions, and the peak memory so far."""
+    return {
+        "device": how.device.type,
+        "dtype": how.dtype_name,
+        "batch": how.batch,
+        "threads": torch.get_num_threads(),
+        "versions": {"lorun_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "peak_memory_bytes": how.peak_memory(),
+    }
+
+
+def write(path: Path, report: dict) -> None:
+    """The report as JSON, complete or not at all. A number that is not finite becomes null."""
+    text = json.dumps(_without_infinities(report), indent=1, allow_nan=False, ensure_ascii=False)
+    with files.replacing(path) as f:
+        f.write(f"{text}\n".encode())
+
+
+def _without_infinities(value):
+    # JSON has no infinity: the PSNR of an exact restoration becomes null.
+    if isinstance(value, dict):
+        return {k: _without_infinities(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
