@@ -9,7 +9,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <unistd.h>
-#include <cstdlib>
 
 #include <algorithm>
 #include <numeric>
@@ -103,10 +102,9 @@ struct Coded {
 
   Line<T> line() const {
     static constexpr W kOne = 1;
-    static const int64_t kk = getenv("KK") ? atoi(getenv("KK")) : 1;
     Line<T> l{};
     l.bands = g.bands, l.width = g.width, l.step = g.step;
-    l.z_band = g.height * g.width, l.x_band = strides.band, l.x_row = strides.row * kk, l.m_band = m_band;
+    l.z_band = g.height * g.width, l.x_band = strides.band, l.x_row = strides.row, l.m_band = m_band;
     l.k = &kOne;
     return l;
   }
