@@ -427,11 +427,10 @@ void product(const OnDeviceOf& device, const A& a, const B& b, const End& end, i
     return;
   }
   if constexpr (std::is_same_v<T, Wide<T>>) {
-    simt_product<T><<<grid_size(tiles), kThreads, 0, device.stream()>>>(a, b, end, rows, cols, depth);
+    launch(device, &simt_product<T, A, B, End>, tiles, kThreads, 0, a, b, end, rows, cols, depth);
   } else {
-    tensor_product<<<grid_size(tiles), kThreads, 0, device.stream()>>>(a, b, end, rows, cols, depth);
+    launch(device, &tensor_product<A, B, End>, tiles, kThreads, 0, a, b, end, rows, cols, depth);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class T>

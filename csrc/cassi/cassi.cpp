@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cassi/checks.h"
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -118,37 +119,6 @@ struct Coded {
   }
 };
 
-struct OperatorTensors {
-  Geometry g;
-  Tensor mask;
-  int64_t m_band;
-};
-
-OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step, ScalarType image) {
-  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
-  STD_TORCH_CHECK(bands >= 1, "bands: expected at least 1, got ", bands);
-  check_type("mask", mask, wide_type(image));
-  STD_TORCH_CHECK(mask.dim() == 2 || (mask.dim() == 3 && mask.size(0) == bands), "mask: expected (H, W) or (", bands,
-                  ", H, W), got ", shape_of(mask));
-  const int64_t height = mask.size(mask.dim() - 2), width = mask.size(mask.dim() - 1);
-  return {{samples, bands, height, width, step}, dense(mask), mask.dim() == 3 ? height * width : 0};
-}
-
-OperatorTensors operator_of(const Tensor& x, const Tensor& mask, int64_t step) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));
-  OperatorTensors op = operator_of(mask, x.size(0), x.size(1), step, x.scalar_type());
-  check_shape("x", x, {op.g.samples, op.g.bands, op.g.height, op.g.width});
-  return op;
-}
-
-Tensor with_unit_columns(const Tensor& x) {
-  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
-ImageStrides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
 template <class T>
 Coded<T> coded(const Tensor& x, const OperatorTensors& op) {
   return {op.g, strides_of(x), x.const_data_ptr<T>(), op.mask.const_data_ptr<Wide<T>>(), op.m_band};
@@ -180,7 +150,7 @@ void finish_streaming() {
 }
 
 Tensor forward(Tensor x, Tensor mask, int64_t step) {
-  const OperatorTensors op = operator_of(x, mask, step);
+  const OperatorTensors op = operator_of_image(x, mask, step);
   const Geometry g = op.g;
   const Tensor in = with_unit_columns(x);
   const Tensor y = empty_beside(x, {g.samples, g.height, g.measured()}, x.scalar_type());
@@ -201,10 +171,8 @@ Tensor forward(Tensor x, Tensor mask, int64_t step) {
 }
 
 Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
-  STD_TORCH_CHECK(y.dim() == 3, "y: expected (N, H, W + step*(L-1)), got ", shape_of(y));
-  const OperatorTensors op = operator_of(mask, y.size(0), bands, step, y.scalar_type());
+  const OperatorTensors op = operator_of_measurement(y, mask, bands, step);
   const Geometry g = op.g;
-  check_shape("y", y, {g.samples, g.height, g.measured()});
   const Tensor in = dense(y);
   const Tensor x = empty_beside(y, {g.samples, g.bands, g.height, g.width}, y.scalar_type());
   dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
@@ -230,27 +198,11 @@ Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
 
 std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, Tensor rho,
                                 std::optional<Tensor> weight, int64_t step, bool keep_residual) {
-  const OperatorTensors op = operator_of(x, mask, step);
+  const OperatorTensors op = operator_of_image(x, mask, step);
   const Geometry g = op.g;
   const ScalarType wide = wide_type(x.scalar_type());
-  check_type("rho", rho, wide);
-  const bool per_sample = rho.dim() == 2 && rho.size(0) == g.samples;
-  STD_TORCH_CHECK((rho.dim() == 1 && rho.size(0) == 1) || (per_sample && (rho.size(1) == 1 || rho.size(1) == g.bands)),
-                  "rho: expected shape (1), (", g.samples, ", 1) or (", g.samples, ", ", g.bands, "), got ",
-                  shape_of(rho));
-  if (y) {
-    check_type("y", *y, wide);
-    check_shape("y", *y, {g.samples, g.height, g.measured()});
-  }
-  if (weight) {
-    check_type("weight", *weight, wide);
-    STD_TORCH_CHECK(weight->dim() == 3 && (weight->size(0) == 1 || weight->size(0) == g.samples) &&
-                        weight->size(1) == g.height && weight->size(2) == g.measured(),
-                    "weight: expected (1 or ", g.samples, ", ", g.height, ", ", g.measured(), "), got ",
-                    shape_of(*weight));
-  }
-  const Tensor in = with_unit_columns(x), rhos = dense(rho);
-  const Tensor measurement = y ? dense(*y) : Tensor(), weights = weight ? dense(*weight) : Tensor();
+  const StepTensors tensors(g, wide, y, rho, weight);
+  const Tensor in = with_unit_columns(x);
   const Tensor z = empty_beside(x, {g.samples, g.bands, g.height, g.width}, x.scalar_type());
   const Tensor residual =
       keep_residual ? empty_beside(mask, {g.samples, g.height, g.measured()}, wide) : empty_beside(mask, {0}, wide);
@@ -259,11 +211,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
     using W = Wide<T>;
     const Coded<T> image = coded<T>(in, op);
     T* out = z.mutable_data_ptr<T>();
-    const W* k = rhos.const_data_ptr<W>();
-    const int64_t k_band = rho.dim() == 2 && rho.size(1) > 1, k_sample = rho.dim() == 2 ? rho.size(1) : 0;
-    const W* subtract = y ? measurement.const_data_ptr<W>() : nullptr;
-    const W* factor = weight ? weights.const_data_ptr<W>() : nullptr;
-    const int64_t factor_rows = weight ? weight->size(0) * g.height : 1;
+    const StepArguments<W> with = tensors.arguments<W>(g);
     W* keep = keep_residual ? residual.mutable_data_ptr<W>() : nullptr;
     const bool stream = past_caches(z.numel() * sizeof(T));
     parallel_rows(g, [&](int64_t begin, int64_t end) {
@@ -273,12 +221,12 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
       image.gather(begin, a);
       for (int64_t row = begin; row < end; ++row) {
         std::swap(r, a);
-        LORUN_PICK(weigh_row<W>)(r, subtract ? subtract + row * g.measured() : nullptr,
+        LORUN_PICK(weigh_row<W>)(r, with.y ? with.y + row * g.measured() : nullptr,
                                  keep ? keep + row * g.measured() : nullptr,
-                                 factor ? factor + row % factor_rows * g.measured() : nullptr, g.measured());
+                                 with.weight ? with.weight + row % with.weight_rows * g.measured() : nullptr, g.measured());
         Line<T> l = image.line();
         l.z = out + image.row_of_z(row), l.x = image.row_of_x(row), l.m = image.row_of_mask(row), l.r = r;
-        l.k = k + row / g.height * k_sample, l.k_band = k_band;
+        l.k = with.rho + row / g.height * with.rho_sample, l.k_band = with.rho_band;
         if (row + 1 < end) {
           std::fill_n(a, g.measured(), W(0));
           l.next_x = image.row_of_x(row + 1), l.next_m = image.row_of_mask(row + 1), l.a = a;
@@ -295,12 +243,8 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
 
 // Samples and, for a mask (H, W), bands are added up in order, whatever the number of threads.
 Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));
-  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
-  const ScalarType wide = wide_type(x.scalar_type());
-  const Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), step};
-  check_type("y", y, wide);
-  check_shape("y", y, {g.samples, g.height, g.measured()});
+  const Geometry g = geometry_of(x, y, step);
+  const ScalarType wide = y.scalar_type();
   const Tensor in = with_unit_columns(x), measured = dense(y);
   const Tensor out =
       per_band ? empty_beside(y, {g.bands, g.height, g.width}, wide) : empty_beside(y, {g.height, g.width}, wide);

@@ -13,6 +13,10 @@
 
 namespace lorun::cassi {
 
+struct Window {
+  int64_t begin, end;
+};
+
 struct Geometry {
   int64_t samples, bands, height, width, step;
 
@@ -31,13 +35,13 @@ struct Geometry {
     return samples * height;
   }
 
-  // The bands that reach column j of a measurement are first_band(j) to last_band(j).
-  LORUN_HD int64_t first_band(int64_t j) const {
-    return j < width ? 0 : (j - width) / step + 1;
+  // The columns of band c that lie under columns [from, to) of a measurement.
+  LORUN_HD Window window(int64_t c, int64_t from, int64_t to) const {
+    return {clamp(from - c * step), clamp(to - c * step)};
   }
 
-  LORUN_HD int64_t last_band(int64_t j) const {
-    return j >= shift() ? bands - 1 : j / step;
+  LORUN_HD int64_t clamp(int64_t column) const {
+    return column < 0 ? 0 : column > width ? width : column;
   }
 };
 

@@ -1,6 +1,8 @@
-// What every CUDA launcher needs from torch: the tensor's device, the current stream, an error for a bad launch.
+// What every CUDA launcher needs: the tensor's device, torch's current stream, a launch that reports its error; and what
+// kernels need beyond the language. tests/cuda_on_cpu/ holds its counterpart, with which the kernels run on a CPU.
 #pragma once
 
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -25,15 +27,48 @@ class OnDeviceOf {
     return stream_;
   }
 
+  int64_t multiprocessors() const {
+    int device = 0, count = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
 
-// A one-dimensional grid; the limit is the hardware's.
-inline unsigned grid_size(int64_t blocks) {
+// `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory, at most 48 KiB.
+template <class... Parameters, class... Arguments>
+void launch(const OnDeviceOf& device, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared,
+            const Arguments&... arguments) {
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "expected at most 2^31 - 1 thread blocks, got ", blocks);
-  return static_cast<unsigned>(blocks);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, device.stream()>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// 16 aligned bytes at once.
+template <class V>
+__device__ V load16(const void* at) {
+  static_assert(sizeof(V) == 16);
+  const uint4 bits = *static_cast<const uint4*>(at);
+  V out;
+  memcpy(&out, &bits, 16);
+  return out;
+}
+
+template <class V>
+__device__ void store16(void* at, const V& value) {
+  static_assert(sizeof(V) == 16);
+  uint4 bits;
+  memcpy(&bits, &value, 16);
+  *static_cast<uint4*>(at) = bits;
+}
+
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char lorun_dynamic_shared[];
+  return lorun_dynamic_shared;
 }
 
 }  // namespace lorun

@@ -1,0 +1,106 @@
+// What the ops' arguments must look like, for the CPU and the CUDA implementation.
+#pragma once
+
+#include <optional>
+
+#include "cassi/cassi.h"
+#include "common/tensor.h"
+
+namespace lorun::cassi {
+
+struct OperatorTensors {
+  Geometry g;
+  Tensor mask;
+  int64_t m_band;  // from one band's mask to the next one's; 0: all share one
+};
+
+inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step,
+                                   ScalarType image) {
+  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
+  STD_TORCH_CHECK(bands >= 1, "bands: expected at least 1, got ", bands);
+  check_type("mask", mask, wide_type(image));
+  STD_TORCH_CHECK(mask.dim() == 2 || (mask.dim() == 3 && mask.size(0) == bands), "mask: expected (H, W) or (", bands,
+                  ", H, W), got ", shape_of(mask));
+  const int64_t height = mask.size(mask.dim() - 2), width = mask.size(mask.dim() - 1);
+  return {{samples, bands, height, width, step}, dense(mask), mask.dim() == 3 ? height * width : 0};
+}
+
+inline OperatorTensors operator_of_image(const Tensor& x, const Tensor& mask, int64_t step) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));
+  OperatorTensors op = operator_of(mask, x.size(0), x.size(1), step, x.scalar_type());
+  check_shape("x", x, {op.g.samples, op.g.bands, op.g.height, op.g.width});
+  return op;
+}
+
+inline OperatorTensors operator_of_measurement(const Tensor& y, const Tensor& mask, int64_t bands, int64_t step) {
+  STD_TORCH_CHECK(y.dim() == 3, "y: expected (N, H, W + step*(L-1)), got ", shape_of(y));
+  OperatorTensors op = operator_of(mask, y.size(0), bands, step, y.scalar_type());
+  check_shape("y", y, {op.g.samples, op.g.height, op.g.measured()});
+  return op;
+}
+
+// The geometry of an image beside a measurement in the accumulation type.
+inline Geometry geometry_of(const Tensor& x, const Tensor& y, int64_t step) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));
+  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
+  const Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), step};
+  check_type("y", y, wide_type(x.scalar_type()));
+  check_shape("y", y, {g.samples, g.height, g.measured()});
+  return g;
+}
+
+// The further arguments of a step, dense, in the accumulation type W; null pointers for what is absent.
+template <class W>
+struct StepArguments {
+  const W *y, *rho, *weight;
+  int64_t rho_sample, rho_band;  // elements from one to the next
+  int64_t weight_rows;
+};
+
+struct StepTensors {
+  Tensor rho, y, weight;
+
+  StepTensors(const Geometry& g, ScalarType wide, const std::optional<Tensor>& y_, const Tensor& rho_,
+              const std::optional<Tensor>& weight_) {
+    check_type("rho", rho_, wide);
+    const bool per_sample = rho_.dim() == 2 && rho_.size(0) == g.samples;
+    STD_TORCH_CHECK(
+        (rho_.dim() == 1 && rho_.size(0) == 1) || (per_sample && (rho_.size(1) == 1 || rho_.size(1) == g.bands)),
+        "rho: expected shape (1), (", g.samples, ", 1) or (", g.samples, ", ", g.bands, "), got ", shape_of(rho_));
+    if (y_) {
+      check_type("y", *y_, wide);
+      check_shape("y", *y_, {g.samples, g.height, g.measured()});
+      y = dense(*y_);
+    }
+    if (weight_) {
+      check_type("weight", *weight_, wide);
+      STD_TORCH_CHECK(weight_->dim() == 3 && (weight_->size(0) == 1 || weight_->size(0) == g.samples) &&
+                          weight_->size(1) == g.height && weight_->size(2) == g.measured(),
+                      "weight: expected (1 or ", g.samples, ", ", g.height, ", ", g.measured(), "), got ",
+                      shape_of(*weight_));
+      weight = dense(*weight_);
+    }
+    rho = dense(rho_);
+  }
+
+  template <class W>
+  StepArguments<W> arguments(const Geometry& g) const {
+    const bool table = rho.dim() == 2;
+    return {y.defined() ? y.const_data_ptr<W>() : nullptr,
+            rho.const_data_ptr<W>(),
+            weight.defined() ? weight.const_data_ptr<W>() : nullptr,
+            table ? rho.size(1) : 0,
+            table && rho.size(1) > 1,
+            weight.defined() ? weight.size(0) * g.height : 1};
+  }
+};
+
+inline Tensor with_unit_columns(const Tensor& x) {
+  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline ImageStrides strides_of(const Tensor& x) {
+  return {x.stride(0), x.stride(1), x.stride(2)};
+}
+
+}  // namespace lorun::cassi

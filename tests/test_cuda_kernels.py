@@ -1,0 +1,175 @@
+"""The CUDA kernels against the definitions in float64, twice over: marked ``gpu`` on a device, and on every machine with
+the same sources compiled for the CPU, each thread of a block a fiber (cuda_on_cpu/). The second shows that indices,
+barriers and arithmetic are right; that they are fast, and that nvcc agrees, only the first can."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from cuda_on_cpu import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorun_fast as lf
+from lorun_fast.ops._library import SCHEMAS
+from lorun_fast.reference import block_cs as block_reference
+from lorun_fast.reference import blur_downsample as blur_reference
+from lorun_fast.reference import cassi as cassi_reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPS = {
+    "block_cs": ("block_cs", "block_cs_adjoint", "block_cs_step", "block_cs_grad_phi"),
+    "blur_downsample": tuple(
+        f"blur_downsample{suffix}" for suffix in ("", "_adjoint", "_descend", "_step", "_grad_kernel")
+    ),
+    "cassi": ("cassi", "cassi_adjoint", "cassi_step", "cassi_grad_mask"),
+}
+
+
+class Kernels:
+    """Calls an op where its CUDA kernel runs; results come back to the CPU."""
+
+    def __init__(self, device: str, namespace):
+        self.device, self.namespace = device, namespace
+
+    def __call__(self, name: str, *arguments):
+        placed = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        out = getattr(self.namespace, name)(*placed)
+        return [t.cpu() for t in out] if isinstance(out, (tuple, list)) else out.cpu()
+
+
+def gpu_kernels() -> Kernels:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    missing = [
+        op
+        for names in OPS.values()
+        for op in names
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lorun_fast::{op}", "CUDA")
+    ]
+    assert not missing, f"no CUDA kernel is built for {missing}"
+    return Kernels("cuda", torch.ops.lorun_fast)
+
+
+@pytest.fixture(scope="module", params=["on the CPU", pytest.param("on a GPU", marks=pytest.mark.gpu)])
+def kernels(request) -> Kernels:
+    if request.param == "on a GPU":
+        return gpu_kernels()
+    mine = [op for names in OPS.values() for op in names]
+    return Kernels("cpu", build.load({op: SCHEMAS[op] for op in mine}))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fills what torch allocates with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:
+    """One rounding to the storage dtype, after sums of ``terms`` products of unit size in the accumulation dtype."""
+    wide = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+    storage = torch.finfo(got.dtype).eps
+    assert got.shape == want.shape and got.is_contiguous()
+    torch.testing.assert_close(got.double(), want, rtol=storage / 2 + 8 * wide, atol=(8 + terms) * wide)
+
+
+def draw(*shape, dtype=torch.float64, seed=[0]):
+    seed[0] += 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed[0]), dtype=torch.float64).to(dtype)
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_cassi(kernels, n, bands, height, width, step, per_band, dtype, layout=lambda t: t):
+    wide = wide_of(dtype)
+    measured = width + step * (bands - 1)
+    x, y = layout(draw(n, bands, height, width, dtype=dtype)), draw(n, height, measured, dtype=wide)
+    mask = torch.rand((bands, height, width) if per_band else (height, width), dtype=wide)
+    rho, weight = torch.rand(n, bands, dtype=wide), torch.rand(1, height, measured, dtype=wide)
+    x64, y64, m64 = x.double(), y.double(), mask.double()
+    close(kernels("cassi", x, mask, step), cassi_reference.cassi(x64, m64, step), bands)
+    low = y.to(dtype)
+    want = cassi_reference.cassi_adjoint(low.double(), m64, bands, step)
+    close(kernels("cassi_adjoint", low, mask, bands, step), want, 1)
+    for arguments in [
+        (x, y, mask, rho, weight, step, True),
+        (x, None, mask, rho[:, :1], None, step, True),
+        (x, y, mask, torch.rand(1, dtype=wide), draw(n, height, measured, dtype=wide), step, False),
+    ]:
+        got = kernels("cassi_step", *arguments)
+        exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        for a, b in zip(got, cassi_reference.cassi_step(*exact), strict=True):
+            close(a, b, 8 * bands)
+    want = cassi_reference.cassi_grad_mask(x64, y64, step, per_band)
+    close(kernels("cassi_grad_mask", x, y, step, per_band), want, 8 * n * bands)
+
+
+def sliced(t: torch.Tensor) -> torch.Tensor:
+    """The same values one element off 16 bytes, rows apart."""
+    out = t.new_full((*t.shape[:-1], t.shape[-1] + 3), torch.nan)[..., 1:-2]
+    return out.copy_(t)
+
+
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+CASSI_SHAPES = [
+    # n, bands, height, width, step
+    (2, 28, 2, 256, 2),  # whole rows at once
+    (1, 28, 1, 640, 2),  # rows cut into tiles
+    (1, 28, 2, 660, 3),
+    (1, 5, 2, 64, 1),
+    (1, 4, 1, 2048, 5),
+    (1, 3, 1, 16, 0),
+    (1, 1, 1, 1, 2),
+    (2, 7, 3, 1, 1),  # narrower than the shift
+    (1, 2, 1, 8, 1000),  # a gap between the bands
+    (1, 600, 1, 8, 1),  # more bands than shared memory keeps
+    (1, 400, 1, 72, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CASSI_SHAPES)
+def test_cassi(kernels, shape, dtype):
+    check_cassi(kernels, *shape, False, dtype)
+    if shape[1] * shape[3] < 9000:
+        check_cassi(kernels, *shape, True, dtype)
+
+
+@pytest.mark.parametrize("layout", [sliced, channels_last])
+def test_cassi_layouts(kernels, layout):
+    check_cassi(kernels, 2, 6, 3, 32, 2, True, torch.float32, layout)
+    check_cassi(kernels, 2, 6, 3, 32, 2, False, torch.bfloat16, layout)
+
+
+def test_cassi_reads_a_view_of_a_mask(kernels):
+    mask = torch.rand(7, 2, 33)[1:, :, 1:]
+    x = draw(1, 6, 2, 32, dtype=torch.float32)
+    close(kernels("cassi", x, mask, 2), cassi_reference.cassi(x.double(), mask.double(), 2), 6)
+    flat = torch.rand(65)[1:].view(2, 32)  # dense, one element off 16 bytes
+    close(kernels("cassi", x, flat, 2), cassi_reference.cassi(x.double(), flat.double(), 2), 6)
+    low = draw(1, 2, 42, dtype=torch.float32)
+    want = cassi_reference.cassi_adjoint(low.double(), flat.double(), 6, 2)
+    close(kernels("cassi_adjoint", low, flat, 6, 2), want, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 2),
+    bands=st.integers(1, 9),
+    height=st.integers(1, 3),
+    width=st.one_of(st.integers(1, 80), st.sampled_from([16, 24, 32, 64, 400])),
+    step=st.integers(0, 9),
+    per_band=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_cassi_random_shapes(kernels, n, bands, height, width, step, per_band, dtype):
+    check_cassi(kernels, n, bands, height, width, step, per_band, dtype)
