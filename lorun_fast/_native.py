@@ -1,6 +1,7 @@
 """Loads the compiled operators once, and remembers why they are missing when they are.
 
-Without them every op runs on ``lorun_fast.reference``. ``LORUN_BACKEND=reference`` asks for that.
+Without them every op runs on ``lorun_fast.reference``. ``LORUN_BACKEND=reference`` asks for that; its other values
+name a backend of the LoRA ops (ops/_backends.py).
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ HOW_TO_BUILD = (
     "(needs a C++20 compiler; LORUN_FORCE_BUILD=1 shows why it fails)"
 )
 _TARGET_TORCH = "2.11"
+WISH = os.environ.get("LORUN_BACKEND", "auto")
+WISHES = ("auto", "reference", "aten", "triton")
 
 
 def _load():
     """(module, reason): exactly one of them is empty."""
-    wish = os.environ.get("LORUN_BACKEND", "auto")
-    if wish not in ("auto", "reference"):
-        raise ValueError(f"LORUN_BACKEND: expected auto or reference, got {wish!r}")
-    if wish == "reference":
+    if WISH not in WISHES:
+        raise ValueError(f"LORUN_BACKEND: expected one of {', '.join(WISHES)}, got {WISH!r}")
+    if WISH == "reference":
         return None, "disabled by LORUN_BACKEND=reference"
     if find_spec("lorun_fast._C") is None:
         reason = f"lorun_fast._C is not built for this Python: {HOW_TO_BUILD}"

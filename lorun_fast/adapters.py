@@ -82,6 +82,22 @@ def delta(down: Tensor, up: Tensor, weight_shape: Sequence[int], *, transposed: 
     return product.reshape(*lead, *weight_shape)
 
 
+def delta_backward(grad: Tensor, down: Tensor, up: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """The gradients of (down, up) from the gradient of :func:`delta`'s result, (*weight_shape) or (K, *weight_shape).
+
+    All three in one dtype; the results have the factors' shapes.
+    """
+    lead = up.ndim - 2
+    if down.ndim - lead == 4 and transposed:
+        taps = down.flatten(-2)  # (in, r, taps), beside grad (in, out, taps)
+        grad = grad.flatten(-2)
+        grad_down = up.mT.unsqueeze(-3) @ grad
+        return grad_down.reshape(down.shape), (grad @ taps.mT).sum(-3)
+    rows = down.flatten(-3) if down.ndim - lead == 4 else down
+    grad = grad.reshape(*up.shape[:-1], rows.shape[-1])
+    return (up.mT @ grad).reshape(down.shape), grad @ rows.mT
+
+
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0, *, transposed: bool = False) -> Tensor:
     """W0 + scale * dW, computed in fp32 (fp64 for fp64 weights) whatever autocast says, in the weight's dtype."""
     with torch.autocast(weight.device.type, enabled=False):

@@ -11,6 +11,7 @@ import torch
 
 from lorun_fast import _native, functional
 from lorun_fast._version import __version__
+from lorun_fast.ops import _backends
 from lorun_fast.ops._library import NAMESPACE, SCHEMAS
 
 _VARIABLES = (
@@ -75,22 +76,30 @@ def _backend(op: str, device: str) -> tuple[str, str]:
     """(what serves the op on this device, why nothing faster does; empty where the fastest does)."""
     if device == "cuda" and torch.version.cuda is None:
         return "none", "this torch is built without CUDA"
-    if op not in SCHEMAS:
-        return "PyTorch's own operators", ""
     key = device.upper()
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key):
         return ("C++" if device == "cpu" else "CUDA"), ""
+    reason = f"lorun_fast._C has no {key} implementation of it"
     if not _native.available():
-        return _REFERENCE, _native.reason()
-    if device == "cuda" and not _native.build_info().get("cuda"):
-        return _REFERENCE, "lorun_fast._C was built without CUDA sources"
-    return _REFERENCE, f"lorun_fast._C has no {key} implementation of it"
+        reason = _native.reason()
+    elif device == "cuda" and not _native.build_info().get("cuda"):
+        reason = "lorun_fast._C was built without CUDA sources"
+    if op in _backends.BACKENDS:
+        name, reasons = _backends.served(op, device)
+        if name != _backends.REFERENCE:
+            return name, reasons
+        reason = reasons or reason
+    return _REFERENCE, reason
 
 
 def _config() -> dict:
+    # An op's backend serves its backward pass too.
+    names = sorted(
+        op for op in SCHEMAS if op.removesuffix("_backward") not in _backends.BACKENDS or op in functional.__all__
+    )
     backends = {
         op: {device: dict(zip(("backend", "reason"), _backend(op, device), strict=True)) for device in ("cpu", "cuda")}
-        for op in sorted({*SCHEMAS, *functional.__all__})
+        for op in names
     }
     return {
         "versions": {

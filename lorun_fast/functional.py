@@ -8,7 +8,9 @@ from lorun_fast.ops.blur_downsample import (
     blur_downsample_step,
 )
 from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
-from lorun_fast.ops.lora import lora_conv2d, lora_linear
+from lorun_fast.ops.lora_conv2d import lora_conv2d
+from lorun_fast.ops.lora_linear import lora_linear
+from lorun_fast.ops.lora_merge import lora_merge
 
 __all__ = [
     "block_cs",
@@ -24,4 +26,5 @@ __all__ = [
     "cassi_step",
     "lora_conv2d",
     "lora_linear",
+    "lora_merge",
 ]

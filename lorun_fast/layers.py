@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorun_fast import _scope, adapters
-from lorun_fast.ops import lora as ops
+from lorun_fast.ops import lora_conv2d as conv_ops
+from lorun_fast.ops import lora_linear as linear_ops
+from lorun_fast.ops.lora import check_stage
+from lorun_fast.ops.lora_merge import lora_merge
 from lorun_fast.reference import lora as reference
 
 
@@ -58,7 +62,7 @@ class AdaptedLayer:
         Gradients do not reach the factors through merged weights, and later changes to ``weight``, ``down`` or
         ``up`` do not reach the merged ones. train(), loading a state dict and moving the module drop them.
         """
-        self._merged = adapters.merged_weight(self.weight, self.down, self.up, self.scale, transposed=self._transposed)
+        merge_layers([self])
 
     def unmerge(self) -> None:
         """Drops the merged weights."""
@@ -77,7 +81,7 @@ class AdaptedLayer:
             if self.stages != 1:
                 raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass layer(x, stage)")
             return 0
-        ops.check_stage(stage, self.stages, batch)
+        check_stage(stage, self.stages, batch)
         return stage
 
     def train(self, mode: bool = True):
@@ -87,7 +91,12 @@ class AdaptedLayer:
 
     def _apply(self, fn, recurse=True):
         self.unmerge()
-        return super()._apply(fn, recurse)
+
+        def by_stage(t: Tensor) -> Tensor:
+            # A conversion to channels_last takes four axes; stacked factors of the peft form have five.
+            return fn(t.flatten(0, 1)).unflatten(0, t.shape[:2]) if t.ndim == 5 else fn(t)
+
+        return super()._apply(by_stage, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unmerge()
@@ -155,11 +164,14 @@ class LoRAConv2d(AdaptedLayer, nn.Conv2d):
         return {name: getattr(base, name) for name in names} | {"bias": base.bias is not None}
 
     def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        stage = self._resolve(stage, x.shape[0])
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        if self._merged is None:
+            return conv_ops.of_layer(x, self, stage, padding)
+        weight = self._merged[stage]
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
         return conv(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
@@ -200,7 +212,10 @@ class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
         return LoRAConv2d._base_arguments(base) | {"output_padding": base.output_padding}
 
     def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        stage = self._resolve(stage, x.shape[0])
+        if self._merged is None:
+            return conv_ops.of_layer(x, self, stage, self.padding)
+        weight = self._merged[stage]
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
         return conv(x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
@@ -232,9 +247,30 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return {"in_features": base.in_features, "out_features": base.out_features, "bias": base.bias is not None}
 
     def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        weight = self.stage_weight(self._resolve(stage, x.shape[0]))
+        stage = self._resolve(stage, x.shape[0])
+        if self._merged is None:
+            return linear_ops.of_layer(x, self, stage)
+        weight = self._merged[stage]
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
         return linear(x, weight, self.bias)
+
+
+@torch.no_grad()
+def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
+    """merge() of many layers, as one op per device."""
+    by_device: dict[torch.device, list[AdaptedLayer]] = {}
+    for layer in layers:
+        by_device.setdefault(layer.weight.device, []).append(layer)
+    for group in by_device.values():
+        merged = lora_merge(
+            [layer.weight for layer in group],
+            [layer.down for layer in group],
+            [layer.up for layer in group],
+            scales=[layer.scale for layer in group],
+            transposed=[layer._transposed for layer in group],
+        )
+        for layer, weights in zip(group, merged, strict=True):
+            layer._merged = weights
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {

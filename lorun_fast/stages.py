@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lorun_fast import _scope, adapters
-from lorun_fast.layers import LAYERS, AdaptedLayer
+from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers
 from lorun_fast.ops.lora import check_stage
 
 
@@ -165,8 +165,7 @@ class StagedDenoiser(Stages):
         return _scope.call_at(self._resolve(z, stage), _call, self.base, z, sigma)
 
     def merge(self) -> None:
-        for layer in self.adapted.values():
-            layer.merge()
+        merge_layers(list(self.adapted.values()))
 
     def unmerge(self) -> None:
         for layer in self.adapted.values():

@@ -26,7 +26,7 @@ def test_show_config_returns_what_it_prints(capsys, monkeypatch):
 def test_every_slower_backend_has_a_reason():
     for devices in lf.show_config(quiet=True)["ops"].values():
         for served in devices.values():
-            assert bool(served["reason"]) == (served["backend"] in ("none", "reference (PyTorch)")), served
+            assert served["reason"] or served["backend"] not in ("none", "reference (PyTorch)"), served
 
 
 def test_without_the_extension_the_reference_serves(monkeypatch, capsys):

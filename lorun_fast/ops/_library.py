@@ -23,6 +23,7 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    autocast: Callable | None = None,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -31,6 +32,7 @@ def define(
     fake: shapes, strides and dtypes of the result; the argument checks live in it too, so that tracing
         raises what eager raises.
     backward, setup_context: as for ``torch.library.register_autograd``.
+    autocast: autocast(dtype, *args) -> args, how autocast to that dtype changes the arguments; unchanged without it.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,18 +41,29 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device in ("cpu", "cuda"):
-        _LIBRARY.impl(name, _outside_autocast(op, device), f"Autocast{device.upper()}")
+        _LIBRARY.impl(name, _outside_autocast(op, device, autocast), f"Autocast{device.upper()}")
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
     return op
 
 
-def _outside_autocast(op: Callable, device: str) -> Callable:
-    """The sensing ops compute in the dtypes they are given: autocast must not reach the products inside them."""
+def _outside_autocast(op: Callable, device: str, autocast: Callable | None) -> Callable:
+    """Ops compute in the dtypes they are given: autocast must not reach the products inside them."""
 
     def call(*args):
+        if autocast is not None:
+            args = autocast(torch.get_autocast_dtype(device), *args)
         with torch.autocast(device, enabled=False):
             return op(*args)
 
     return call
+
+
+def once(name: str) -> dict[str, Callable]:
+    """define()'s autograd arguments for the backward op of ``name``: differentiating it is an error that says so."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{name}: expected one differentiation, got a second: it is differentiable once")
+
+    return {"backward": backward, "setup_context": lambda ctx, inputs, output: None}

@@ -1,4 +1,4 @@
-"""Public LoRA layers as functions: argument checks, then the fastest way to compute them here."""
+"""What the LoRA ops share: argument checks, and the layout of their results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lorun_fast.adapters import factor_shapes
-from lorun_fast.ops._checks import shape_of
-from lorun_fast.reference import lora as reference
+from lorun_fast.ops._checks import STORAGE_DTYPES, shape_of
+from lorun_fast.reference.lora import ACTIVATIONS
 
 
 def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
@@ -24,21 +24,27 @@ def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {stage}")
 
 
-def _check_factors(
-    weight: Tensor, down: Tensor, up: Tensor, stage: int | Tensor | None, groups: int, batch: int
+def check_stages(stage: Tensor, stages: int) -> None:
+    """Raises unless all entries are stages. Reads the tensor: for the CPU."""
+    low, high = (int(t) for t in stage.aminmax())
+    if low < 0 or high >= stages:
+        raise IndexError(f"stage: expected 0 to {stages - 1}, got {low if low < 0 else high}")
+
+
+def check_factors(
+    weight: Tensor, down: Tensor, up: Tensor, *, stacked: bool, groups: int = 1, transposed: bool = False
 ) -> None:
-    lead = 0 if stage is None else 1
+    """Raises unless down and up are the factors of one form for this weight, with a leading stage axis if stacked."""
+    lead = int(stacked)
     if up.ndim != 2 + lead or down.ndim not in (2 + lead, 4 + lead):
-        axis = "no stage axis (stage is None)" if stage is None else "a leading stage axis (stage is given)"
+        axis = "a leading stage axis (stage is given)" if stacked else "no stage axis (stage is None)"
         raise ValueError(f"down, up: expected {axis}, got shapes {shape_of(down)} and {shape_of(up)}")
-    if lead:
-        if down.shape[0] != up.shape[0]:
-            raise ValueError(f"down, up: expected one number of stages, got {down.shape[0]} and {up.shape[0]}")
-        check_stage(stage, down.shape[0], batch)
+    if lead and down.shape[0] != up.shape[0]:
+        raise ValueError(f"down, up: expected one number of stages, got {down.shape[0]} and {up.shape[0]}")
     form = "peft" if down.ndim - lead == 4 else "loralib"
     cells = weight.shape[2] if weight.ndim == 4 and form == "loralib" else 1
     r = up.shape[-1] // cells
-    want_down, want_up = factor_shapes(weight.shape, max(r, 1), form, groups=groups)
+    want_down, want_up = factor_shapes(weight.shape, max(r, 1), form, groups=groups, transposed=transposed)
     if tuple(down.shape[lead:]) != want_down or tuple(up.shape[lead:]) != want_up:
         raise ValueError(
             f"down, up: expected {want_down} and {want_up} for weight {shape_of(weight)} at rank {r}, "
@@ -46,71 +52,40 @@ def _check_factors(
         )
 
 
-def _check_activation(activation: str | None) -> None:
-    if activation not in reference.ACTIVATIONS:
-        known = ", ".join(repr(a) for a in reference.ACTIVATIONS)
+def check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    """Raises unless x and the others that are there are floating-point tensors on one device."""
+    for name, t in (("x", x), *others.items()):
+        if t is None:
+            continue
+        if t.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: move one of them")
+
+
+def check_epilogue(activation: str | None, bias: Tensor | None, residual: Tensor | None, shape, out: int) -> None:
+    """Raises for an unknown activation, a bias that is not (out,), a residual that is not shaped like the output."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"activation: expected one of {known}, got {activation!r}")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise ValueError(f"bias: expected ({out},), got {shape_of(bias)}")
+    if residual is not None and tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"residual: expected the output's shape {tuple(shape)}, got {shape_of(residual)}")
 
 
-def lora_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    *,
-    scale: float = 1.0,
-    stage: int | Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """act(conv2d(x, W0 + scale * dW) + bias) + residual.
-
-    x: (N, in, H, W). weight: (out, in//groups, kh, kw). bias: (out,) or None.
-    down, up: one form of :mod:`lorun_fast.adapters`; with a leading axis K exactly when ``stage`` is given.
-    stage: an int, or an int64 tensor (N,), one stage per sample.
-    activation: None, "relu", "leaky_relu" (slope 0.01), "gelu" (exact) or "silu". residual: the output's shape.
-    The update is formed in fp32 and cast once to the weight's dtype.
-    Raises ValueError, TypeError or IndexError naming the argument that does not fit.
-    """
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"x: expected (N, {weight.shape[1] * groups if weight.ndim == 4 else 'in'}, H, W) for weight "
-            f"{shape_of(weight)} and groups={groups}, got {shape_of(x)}"
-        )
-    _check_factors(weight, down, up, stage, groups, x.shape[0])
-    _check_activation(activation)
-    return reference.lora_conv2d(
-        x, weight, bias, down, up, scale=scale, stage=stage, stride=stride, padding=padding, dilation=dilation,
-        groups=groups, activation=activation, residual=residual,
-    )  # fmt: skip
+def is_channels_last(t: Tensor) -> bool:
+    """Whether a 4-D tensor's channels are innermost (dense or a slice), and no reading as NCHW is possible."""
+    return t.ndim == 4 and t.shape[1] > 1 and t.stride(1) == 1 and not t.is_contiguous()
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    *,
-    scale: float = 1.0,
-    stage: int | Tensor | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """act(x (W0 + scale * dW)^T + bias) + residual.
+def layout_of(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout that a convolution gives its result: channels_last if either argument has it."""
+    either = is_channels_last(x) or is_channels_last(weight)
+    return torch.channels_last if either else torch.contiguous_format
 
-    x: (..., in), with N leading when ``stage`` is a tensor (N,). weight: (out, in). down (r, in) and up (out, r),
-    with a leading axis K exactly when ``stage`` is given. The rest as for :func:`lora_conv2d`.
-    """
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected (..., in) for weight (out, in) = {shape_of(weight)}, got {shape_of(x)}")
-    _check_factors(weight, down, up, stage, 1, x.shape[0])
-    _check_activation(activation)
-    return reference.lora_linear(
-        x, weight, bias, down, up, scale=scale, stage=stage, activation=activation, residual=residual
-    )
+
+def under_autocast(dtype: torch.dtype, x: Tensor, *rest):
+    """Autocast narrows x, and with it the result; weight and factors stay wide until they are merged."""
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return (x.to(dtype) if eligible else x, *rest)

@@ -1,0 +1,94 @@
+"""Which implementation serves a LoRA op: what is there, why something is not, and the table that decides.
+
+A backend registers under an op's name. The op asks :func:`choose` at every call; the table lists, per op and device,
+the backends in the order that measurement gave, each with the condition under which it won and where that was seen.
+``LORUN_BACKEND`` puts one backend before the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorun_fast import _native
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    name: as ``LORUN_BACKEND`` spells it. devices: device types it runs on.
+    forward: takes the op's arguments. backward: takes those of the op's backward op; None where the op has none.
+    missing: why it cannot run in this installation, or None. supports: takes the op's arguments, returns why this
+        call cannot be served, or None.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    forward: Callable
+    backward: Callable | None = None
+    missing: Callable[[], str | None] = lambda: None
+    supports: Callable[..., str | None] = lambda *args: None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: ``backend`` where ``when`` holds for the op's arguments. measured: what decided."""
+
+    backend: str
+    measured: str
+    when: Callable[..., bool] = lambda *args: True
+
+
+BACKENDS: dict[str, dict[str, Backend]] = {}
+TABLE: dict[tuple[str, str], tuple[Row, ...]] = {}
+REFERENCE = "reference"
+
+
+def register(op: str, backend: Backend) -> None:
+    """Adds a backend to an op; the table says when it is used."""
+    BACKENDS.setdefault(op, {})[backend.name] = backend
+
+
+def choose(op: str, device: str, args: tuple) -> Backend:
+    """The backend for this call: the one that LORUN_BACKEND names, else the first row of the table that applies.
+
+    Raises RuntimeError when the named backend exists for this op and device but cannot run here. A call that it
+    does not support goes by the table.
+    """
+    known = BACKENDS[op]
+    named = known.get(_native.WISH)
+    if named is not None and device in named.devices:
+        reason = named.missing()
+        if reason is not None:
+            raise RuntimeError(f"LORUN_BACKEND={named.name}: expected a backend that runs here, got none: {reason}")
+        if named.supports(*args) is None:
+            return named
+    for row in TABLE.get((op, device), ()):
+        backend = known.get(row.backend)
+        if backend is None or device not in backend.devices or not row.when(*args):
+            continue
+        if backend.missing() is None and backend.supports(*args) is None:
+            return backend
+    return known[REFERENCE]
+
+
+def served(op: str, device: str) -> tuple[str, str]:
+    """(the backend that usually serves the op on this device, why the others do not)."""
+    known = {name: b for name, b in BACKENDS[op].items() if device in b.devices}
+    missing = {name: b.missing() for name, b in known.items()}
+    named = _native.WISH if _native.WISH in known else None
+    rows = [row for row in TABLE.get((op, device), ()) if row.backend in known]
+    order = ([named] if named else []) + [row.backend for row in rows] + [REFERENCE]
+    best = next(name for name in order if missing[name] is None)
+    reasons = []
+    if named:
+        reasons.append(f"LORUN_BACKEND={named}")
+    for name in known:
+        if name in (best, REFERENCE):
+            continue
+        measured = next((row.measured for row in rows if row.backend == name), "no measurement puts it first")
+        reasons.append(f"{name}: {missing[name] or measured}")
+    if not reasons and best != REFERENCE:
+        reasons += [row.measured for row in rows if row.backend == best]
+    return best, "; ".join(reasons)

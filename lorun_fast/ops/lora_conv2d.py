@@ -1,0 +1,244 @@
+"""A convolution with a low-rank update of its weight, as one op. Definition: reference/lora.py.
+
+The stage of a whole call is an index into the stacked factors, taken before the op; one stage per sample is an
+argument of it. The op saves x for the backward pass, and its own result only where the activation's gradient is read
+off its sign; the merged weight is formed again there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.ops._backends import Backend, Row
+from lorun_fast.ops._checks import shape_of
+from lorun_fast.ops._library import define, once
+from lorun_fast.ops.lora import (
+    check_epilogue,
+    check_factors,
+    check_stage,
+    check_stages,
+    check_tensors,
+    layout_of,
+    under_autocast,
+)
+from lorun_fast.reference import lora as reference
+
+
+def _channels(weight: Tensor, groups: int, transposed: bool) -> tuple[int, int]:
+    """(in, out)."""
+    a, b = weight.shape[:2]
+    return (a, b * groups) if transposed else (b * groups, a)
+
+
+def _output_shape(x, weight, stride, padding, dilation, groups, transposed, output_padding) -> list[int]:
+    shape = [x.shape[0], _channels(weight, groups, transposed)[1]]
+    for i in range(2):
+        size, reach = x.shape[2 + i], dilation[i] * (weight.shape[2 + i] - 1)
+        if transposed:
+            shape.append((size - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
+        else:
+            shape.append((size + 2 * padding[i] - reach - 1) // stride[i] + 1)
+    return shape
+
+
+def _check(
+    x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
+    output_padding,
+) -> None:  # fmt: skip
+    if weight.ndim != 4 or x.ndim != 4 or x.shape[1] != _channels(weight, groups, transposed)[0]:
+        want = _channels(weight, groups, transposed)[0] if weight.ndim == 4 else "in"
+        raise ValueError(
+            f"x: expected (N, {want}, H, W) for weight {shape_of(weight)} and groups={groups}, got {shape_of(x)}"
+        )
+    check_tensors(x, weight=weight, bias=bias, down=down, up=up, residual=residual)
+    check_factors(weight, down, up, stacked=stage is not None, groups=groups, transposed=transposed)
+    if stage is not None:
+        check_stage(stage, up.shape[0], x.shape[0])
+    shape = _output_shape(x, weight, stride, padding, dilation, groups, transposed, output_padding)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"x: expected an image that the kernel fits into, got {shape_of(x)} for {shape_of(weight)}")
+    check_epilogue(activation, bias, residual, shape, shape[1])
+
+
+def _fake(x, weight, *args):
+    _check(x, weight, *args)
+    _, _, _, _, _, _, stride, padding, dilation, groups, _, transposed, output_padding = args
+    shape = _output_shape(x, weight, stride, padding, dilation, groups, transposed, output_padding)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x, weight))
+
+
+def _forward(x, weight, bias, down, up, stage, *args):
+    if stage is not None and not x.shape[0]:
+        stage, down, up = None, down[0], up[0]  # any will do
+    if stage is not None and x.device.type == "cpu":
+        check_stages(stage, up.shape[0])
+    args = (x, weight, bias, down, up, stage, *args)
+    y = _backends.choose("lora_conv2d", x.device.type, args).forward(*args)
+    return y.contiguous(memory_format=layout_of(x, weight))
+
+
+def _wanted(mask: Sequence[bool], *tensors: Tensor | None) -> list[Tensor]:
+    return [t for t, wanted in zip(tensors, mask, strict=True) if wanted]
+
+
+def _fake_backward(grad, x, weight, bias, down, up, *args):
+    return [torch.empty_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
+
+
+def _backward_op(grad, x, weight, bias, down, up, stage, output, *args):
+    if not x.shape[0]:
+        return [torch.zeros_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
+    call = (x, weight, bias, down, up, stage, None, *args[:-1])
+    backend = _backends.choose("lora_conv2d", x.device.type, call)
+    found = backend.backward(grad, x, weight, bias, down, up, stage, output, *args)
+    like = _wanted(args[-1], x, weight, bias, down, up)
+    # Results must not share memory with one another or with an input, and x's gradient takes x's layout.
+    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, down, up, stage, residual, *ctx.args = inputs
+    activation = ctx.args[5]
+    keep = output if activation in reference.SIGN_TELLS and residual is None else None
+    ctx.save_for_backward(x, weight, bias, down, up, stage, keep)
+
+
+def _backward(ctx, grad):
+    mask = list(ctx.needs_input_grad[:5])
+    found = [None] * 5
+    if any(mask):
+        results = iter(_conv_backward(grad, *ctx.saved_tensors, *ctx.args, mask))
+        found = [next(results) if wanted else None for wanted in mask]
+    # stage, residual, and the eight arguments that are not tensors
+    return (*found, None, grad if ctx.needs_input_grad[6] else None, *[None] * len(ctx.args))
+
+
+_ARGUMENTS = (
+    "float scale, int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool transposed, "
+    "int[] output_padding"
+)
+_conv = define(
+    "lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, Tensor? residual, "
+    f"{_ARGUMENTS}) -> Tensor",
+    reference=_forward,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    autocast=under_autocast,
+)
+_conv_backward = define(
+    "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
+    f"Tensor? output, {_ARGUMENTS}, bool[] mask) -> Tensor[]",
+    reference=_backward_op,
+    fake=_fake_backward,
+    **once("lora_conv2d"),
+)
+
+
+def _reference(
+    x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
+    output_padding,
+):  # fmt: skip
+    return reference.lora_conv2d(
+        x, weight, bias, down, up, scale=scale, stage=stage, stride=stride, padding=padding, dilation=dilation,
+        groups=groups, activation=activation, residual=residual, transposed=transposed, output_padding=output_padding,
+    )  # fmt: skip
+
+
+_backends.register("lora_conv2d", Backend("reference", ("cpu", "cuda"), _reference, reference.lora_conv2d_backward))
+_backends.register("lora_conv2d", Backend("aten", ("cpu", "cuda"), _lora_aten.conv2d, _lora_aten.conv2d_backward))
+_backends.TABLE["lora_conv2d", "cpu"] = (Row("aten", ""),)
+_backends.TABLE["lora_conv2d", "cuda"] = (Row("aten", ""),)
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"{name}: expected one or two whole numbers of at least {least}, got {value}")
+    return pair
+
+
+def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]):
+    """(x, padding) for padding="same": what is left over on one side is padded beforehand, at the right and bottom."""
+    if any(s != 1 for s in stride):
+        raise ValueError(f"padding: expected numbers with stride {tuple(stride)}, got 'same'")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, [t // 2 for t in total]
+
+
+def of_layer(x: Tensor, layer, stage: int | Tensor, padding) -> Tensor:
+    """The op with the geometry and the stacked factors of a layer, whose constructor has checked them."""
+    if x.ndim == 3 and not isinstance(stage, Tensor):
+        return of_layer(x[None], layer, stage, padding)[0]
+    if padding == "same":
+        x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+    elif padding == "valid":
+        padding = 0
+    down, up = layer.down, layer.up
+    if not isinstance(stage, Tensor):
+        down, up, stage = down[stage], up[stage], None
+    if x.ndim != 4 or x.shape[1] != layer.in_channels:
+        raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
+    return _conv(
+        x, layer.weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
+        (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
+        layer.transposed, layer.output_padding,
+    )  # fmt: skip
+
+
+def lora_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float = 1.0,
+    stage: int | Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(conv2d(x, W0 + scale * dW) + bias) + residual.
+
+    x: (N, in, H, W). weight: (out, in//groups, kh, kw). bias: (out,) or None.
+    down, up: one form of :mod:`lorun_fast.adapters`; with a leading axis K exactly when ``stage`` is given.
+    stage: an int, or an int64 tensor (N,), one stage per sample.
+    activation: None, "relu", "leaky_relu" (slope 0.01), "gelu" (exact) or "silu". residual: the output's shape.
+
+    The update is formed in fp32 (fp64 for fp64 weights) and the merged weight rounded once, to x's dtype, which is
+    also the result's. Differentiable once, in every tensor; a frozen weight costs no gradient of its own. Backward
+    keeps x, and the result under "relu" or "leaky_relu" without residual; other activations repeat the convolution.
+    Raises ValueError, TypeError or IndexError naming the argument that does not fit.
+    """
+    if weight.ndim != 4 or x.ndim != 4:
+        raise ValueError(f"x, weight: expected four axes each, got {shape_of(x)} and {shape_of(weight)}")
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if padding == "same":
+        x, padding = pad_same(x, weight.shape[2:], stride, dilation)
+    elif isinstance(padding, str):
+        if padding != "valid":
+            raise ValueError(f"padding: expected whole numbers, 'same' or 'valid', got {padding!r}")
+        padding = 0
+    padding = _pair("padding", padding, 0)
+    if groups < 1:
+        raise ValueError(f"groups: expected at least 1, got {groups}")
+    per_sample = isinstance(stage, Tensor)
+    args = (scale, stride, padding, dilation, groups, activation, False, [0, 0])
+    if stage is not None and not per_sample:
+        check_factors(weight, down, up, stacked=True, groups=groups)
+        check_stage(stage, up.shape[0], x.shape[0])
+        down, up = down[stage], up[stage]
+    tensors = (x, weight, bias, down, up, stage if per_sample else None, residual)
+    _check(*tensors, *args)
+    return _conv(*tensors, *args)

@@ -1,0 +1,134 @@
+"""A linear layer with a low-rank update of its weight, as one op. Definition: reference/lora.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.ops._backends import Backend, Row
+from lorun_fast.ops._checks import shape_of
+from lorun_fast.ops._library import define, once
+from lorun_fast.ops.lora import check_epilogue, check_factors, check_stage, check_stages, check_tensors, under_autocast
+from lorun_fast.reference import lora as reference
+
+
+def _check(x, weight, bias, down, up, stage, residual, scale, activation) -> None:
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected (..., in) for weight (out, in) = {shape_of(weight)}, got {shape_of(x)}")
+    check_tensors(x, weight=weight, bias=bias, down=down, up=up, residual=residual)
+    check_factors(weight, down, up, stacked=stage is not None)
+    if stage is not None:
+        check_stage(stage, up.shape[0], x.shape[0] if x.ndim > 1 else 0)
+    check_epilogue(activation, bias, residual, (*x.shape[:-1], weight.shape[0]), weight.shape[0])
+
+
+def _fake(x, weight, *args):
+    _check(x, weight, *args)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _forward(x, weight, bias, down, up, stage, *args):
+    if stage is not None and not x.shape[0]:
+        stage, down, up = None, down[0], up[0]  # any will do
+    if stage is not None and x.device.type == "cpu":
+        check_stages(stage, up.shape[0])
+    args = (x, weight, bias, down, up, stage, *args)
+    return _backends.choose("lora_linear", x.device.type, args).forward(*args).contiguous()
+
+
+def _fake_backward(grad, x, weight, bias, down, up, stage, output, scale, activation, mask):
+    return [torch.empty_like(t) for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
+
+
+def _backward_op(grad, x, weight, bias, down, up, stage, output, scale, activation, mask):
+    if not x.numel():
+        return [torch.zeros_like(t) for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
+    backend = _backends.choose(
+        "lora_linear", x.device.type, (x, weight, bias, down, up, stage, None, scale, activation)
+    )
+    found = backend.backward(grad, x, weight, bias, down, up, stage, output, scale, activation, mask)
+    like = [t for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
+    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, down, up, stage, residual, ctx.scale, ctx.activation = inputs
+    keep = output if ctx.activation in reference.SIGN_TELLS and residual is None else None
+    ctx.save_for_backward(x, weight, bias, down, up, stage, keep)
+
+
+def _backward(ctx, grad):
+    mask = list(ctx.needs_input_grad[:5])
+    found = [None] * 5
+    if any(mask):
+        results = iter(_linear_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.activation, mask))
+        found = [next(results) if wanted else None for wanted in mask]
+    return (*found, None, grad if ctx.needs_input_grad[6] else None, None, None)
+
+
+_linear = define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, Tensor? residual, "
+    "float scale, str? activation) -> Tensor",
+    reference=_forward,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    autocast=under_autocast,
+)
+_linear_backward = define(
+    "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
+    "Tensor? output, float scale, str? activation, bool[] mask) -> Tensor[]",
+    reference=_backward_op,
+    fake=_fake_backward,
+    **once("lora_linear"),
+)
+
+
+def _reference(x, weight, bias, down, up, stage, residual, scale, activation):
+    return reference.lora_linear(
+        x, weight, bias, down, up, scale=scale, stage=stage, activation=activation, residual=residual
+    )
+
+
+_backends.register("lora_linear", Backend("reference", ("cpu", "cuda"), _reference, reference.lora_linear_backward))
+_backends.register("lora_linear", Backend("aten", ("cpu", "cuda"), _lora_aten.linear, _lora_aten.linear_backward))
+_backends.TABLE["lora_linear", "cpu"] = (Row("aten", ""),)
+_backends.TABLE["lora_linear", "cuda"] = (Row("aten", ""),)
+
+
+def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
+    """The op with the stacked factors of a layer."""
+    if x.shape[-1] != layer.in_features:
+        raise ValueError(f"x: expected (..., {layer.in_features}), got {shape_of(x)}")
+    down, up = layer.down, layer.up
+    if not isinstance(stage, Tensor):
+        down, up, stage = down[stage], up[stage], None
+    return _linear(x, layer.weight, layer.bias, down, up, stage, None, layer.scale, None)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float = 1.0,
+    stage: int | Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(x (W0 + scale * dW)^T + bias) + residual.
+
+    x: (..., in), with N leading when ``stage`` is a tensor (N,). weight: (out, in). down (r, in) and up (out, r),
+    with a leading axis K exactly when ``stage`` is given. The rest as for :func:`lora_conv2d`.
+    """
+    per_sample = isinstance(stage, Tensor)
+    if stage is not None and not per_sample:
+        check_factors(weight, down, up, stacked=True)
+        check_stage(stage, up.shape[0], x.shape[0])
+        down, up = down[stage], up[stage]
+    args = (x, weight, bias, down, up, stage if per_sample else None, residual, float(scale), activation)
+    _check(*args)
+    return _linear(*args)

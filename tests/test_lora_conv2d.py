@@ -1,0 +1,287 @@
+"""lora_conv2d as an op: every backend against dense weights in float64, gradients, layouts, tracing, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import lorun_fast as lf
+from lorun_fast import _native, adapters
+from lorun_fast.ops import _backends
+
+op = torch.ops.lorun_fast.lora_conv2d.default
+BACKENDS = [name for name, b in _backends.BACKENDS["lora_conv2d"].items() if "cpu" in b.devices]
+K = 3
+
+GEOMETRY = {
+    "padded": {"padding": 1},
+    "strided dilated": {"stride": 2, "padding": (2, 1), "dilation": (2, 1)},
+    "same": {"padding": "same", "dilation": (1, 2)},
+}
+DENSE = {
+    None: lambda t: t,
+    "relu": torch.relu,
+    "leaky_relu": lambda t: torch.where(t > 0, t, 0.01 * t),
+    "gelu": lambda t: t * 0.5 * (1 + torch.erf(t / 2**0.5)),
+    "silu": lambda t: t * torch.sigmoid(t),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(_native, "WISH", request.param)
+    return request.param
+
+
+def problem(form="peft", n=5, in_=4, out=6, k=3, rank=2, stages: int | None = K, dtype=torch.float64, groups=1) -> dict:
+    down, up = adapters.factor_shapes((out, in_ // groups, k, k), rank, form, groups=groups)
+    lead = () if stages is None else (stages,)
+    shapes = {
+        "x": (n, in_, 7, 6), "weight": (out, in_ // groups, k, k), "bias": (out,), "down": (*lead, *down),
+        "up": (*lead, *up),
+    }  # fmt: skip
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, residual=None, **geometry):
+    """Sample by sample, with the update of each stage built as a dense matrix."""
+    out = []
+    for n in range(len(x)):
+        k = stage[n] if isinstance(stage, torch.Tensor) else stage
+        d, u = (down, up) if k is None else (down[k], up[k])
+        if d.ndim == 4:
+            update = sum(u[:, r, None, None, None] * d[r][None] for r in range(u.shape[1]))
+        else:
+            update = torch.stack([sum(row[r] * d[r] for r in range(len(d))) for row in u]).view(weight.shape)
+        y = DENSE[activation](F.conv2d(x[n : n + 1], weight + scale * update, bias, **geometry))
+        out.append(y if residual is None else y + residual[n : n + 1])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("geometry", GEOMETRY)
+def test_equals_dense_weights_built_by_hand(backend, form, geometry):
+    p, settings = problem(form), GEOMETRY[geometry]
+    for stage in (1, torch.tensor([2, 0, 0, 1, 2]), torch.tensor([1, 1, 1, 1, 1], dtype=torch.int32)):
+        got = lf.functional.lora_conv2d(**p, stage=stage, scale=0.7, **settings)
+        torch.testing.assert_close(got, dense(**p, stage=stage, scale=0.7, **settings))
+
+
+@pytest.mark.parametrize("activation", DENSE)
+@pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1, 2])], ids=["one", "per sample"])
+def test_activation_residual_and_gradients_equal_autograd_of_the_dense_form(backend, activation, stage):
+    p = problem("loralib", stages=None if stage is None else K)
+    residual = torch.randn(5, 6, 7, 6, dtype=torch.float64)
+    for extra in ({}, {"residual": residual}):
+        leaves = {name: t.clone().requires_grad_() for name, t in (p | extra).items()}
+        settings = {"stage": stage, "scale": 0.7, "padding": 1, "activation": activation}
+        y = lf.functional.lora_conv2d(**leaves, **settings)
+        expected = dense(**leaves, **settings)
+        torch.testing.assert_close(y, expected)
+        weights = torch.randn_like(y)
+        got = torch.autograd.grad((y * weights).sum(), leaves.values())
+        want = torch.autograd.grad((expected * weights).sum(), leaves.values())
+        for name, a, b in zip(leaves, got, want, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("stage", [None, torch.tensor([0, 1, 0])], ids=["one", "per sample"])
+def test_gradcheck_with_a_frozen_base(backend, form, stage):
+    p = problem(form, n=3, in_=2, out=3, rank=1, stages=None if stage is None else 2)
+    x, down, up = (p[name].requires_grad_() for name in ("x", "down", "up"))
+
+    def call(x, down, up):
+        return lf.functional.lora_conv2d(
+            x[:, :, :5, :4], p["weight"], p["bias"], down, up, stage=stage, padding=1, stride=(2, 1), activation="silu"
+        )
+
+    assert torch.autograd.gradcheck(call, (x, down, up), fast_mode=True)
+
+
+def test_grouped_loralib(backend):
+    p = problem("loralib", groups=2)
+    got = lf.functional.lora_conv2d(**p, stage=2, groups=2, padding=1)
+    torch.testing.assert_close(got, dense(**p, stage=2, groups=2, padding=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_error_is_that_of_torch_with_the_merged_weight(backend, dtype, layout):
+    p = problem(in_=16, out=8, rank=4, dtype=torch.float32)
+    x = p["x"].to(dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.randn(5, 16, 9, 12).to(dtype)[:, :, 1:8, ::2]
+    stage = torch.tensor([2, 0, 0, 1, 2])
+    truth = dense(**{name: t.double() for name, t in (p | {"x": x}).items()}, stage=stage, padding=1)
+    got = lf.functional.lora_conv2d(**(p | {"x": x}), stage=stage, padding=1)
+    merged = p["weight"] + adapters.delta(p["down"], p["up"], p["weight"].shape)
+    own = torch.cat(
+        [F.conv2d(x[n : n + 1], merged[k].to(dtype), p["bias"].to(dtype), padding=1) for n, k in enumerate(stage)]
+    )
+    assert got.dtype == dtype
+    assert got.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    assert (got - truth).abs().max() <= 2 * (own - truth).abs().max() + 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("stage", [None, torch.tensor([1, 0, 1])], ids=["one", "per sample"])
+def test_opcheck(form, stage):
+    p = problem(form, n=3, stages=None if stage is None else 2, dtype=torch.float32)
+    tensors = [t.requires_grad_(name in ("x", "down", "up")) for name, t in p.items()]
+    tensors[0] = tensors[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    opcheck(op, (*tensors, stage, None, 0.5, [1, 2], [1, 1], [1, 1], 1, "relu", False, [0, 0]))
+
+
+def test_opcheck_of_a_transposed_convolution():
+    x, weight = torch.randn(2, 4, 5, 3, requires_grad=True), torch.randn(4, 6, 2, 2)
+    down, up = torch.randn(4, 4, requires_grad=True)[:, :4] @ torch.randn(4, 8), torch.randn(12, 4, requires_grad=True)
+    opcheck(op, (x, weight, None, down, up, None, None, 1.0, [2, 2], [0, 0], [1, 1], 1, None, True, [1, 0]))
+
+
+def test_compiles_without_graph_breaks_forward_and_backward(graph_counter):
+    p = problem(dtype=torch.float32)
+    p["down"].requires_grad_()
+
+    def call(x, stage, k):
+        y = lf.functional.lora_conv2d(x, *list(p.values())[1:], stage=stage, padding=1, activation="relu")
+        return y + lf.functional.lora_conv2d(x, *list(p.values())[1:], stage=k, padding=1)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    arguments = (p["x"], torch.tensor([2, 0, 0, 1, 2]), 1)
+    got, expected = compiled(*arguments), call(*arguments)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(y.square().sum(), p["down"])[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_frozen_base_keeps_x_alone_and_gets_no_gradient():
+    p = problem(dtype=torch.float32, stages=None)
+    x = p["x"].requires_grad_()
+    p["down"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = lf.functional.lora_conv2d(**p, padding=1)
+    inputs = {t.data_ptr() for t in p.values()}
+    assert kept and all(t.data_ptr() in inputs for t in kept)
+    y.sum().backward()
+    assert p["weight"].grad is None and x.grad is not None
+    assert torch.equal(p["up"], p["up"].detach()) and p["up"].grad is None
+
+
+def test_autocast_narrows_the_image_and_rounds_the_merged_weight_once():
+    p = problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lf.functional.lora_conv2d(**p, stage=1, padding=1)
+    expected = lf.functional.lora_conv2d(**(p | {"x": p["x"].bfloat16()}), stage=1, padding=1)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+    wide = {name: t.double() for name, t in p.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lf.functional.lora_conv2d(**wide, stage=1).dtype == torch.float64
+
+
+def test_an_empty_batch_stays_empty(backend):
+    p = problem(n=0)
+    for stage in (1, torch.zeros(0, dtype=torch.int64)):
+        assert lf.functional.lora_conv2d(**p, stage=stage, padding=1).shape == (0, 6, 7, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(2, 5, 6, 6)}, ValueError, r"x: expected \(N, 4, H, W\) for weight \(6, 4, 3, 3\)"),
+        ({"x": torch.randn(4, 6, 6)}, ValueError, "x, weight: expected four axes each"),
+        ({"x": torch.randn(5, 4, 2, 2)}, ValueError, "an image that the kernel fits into"),
+        ({"x": torch.ones(5, 4, 7, 6, dtype=torch.int64)}, TypeError, "x: expected float32, .* got torch.int64"),
+        ({"weight": torch.randn(6, 4, 3, 3, device="meta")}, ValueError, "weight is on meta, but x is on cpu"),
+        ({"bias": torch.randn(4)}, ValueError, r"bias: expected \(6,\), got \(4\)"),
+        ({"down": torch.randn(K, 2, 4, 3, 2)}, ValueError, r"down, up: expected \(2, 4, 3, 3\) and \(6, 2\)"),
+        ({"down": torch.randn(2, 2, 4, 3, 3)}, ValueError, "expected one number of stages, got 2 and 3"),
+        ({"stage": None}, ValueError, "no stage axis"),
+        ({"stage": 3}, IndexError, "stage: expected 0 to 2, got 3"),
+        ({"stage": torch.tensor([0, 1])}, ValueError, r"one stage per sample, shape \(5,\)"),
+        ({"stage": torch.tensor([0, 1, 2, 3, 0])}, IndexError, "stage: expected 0 to 2, got 3"),
+        ({"stage": torch.tensor([0, 1, -1, 0, 0])}, IndexError, "stage: expected 0 to 2, got -1"),
+        ({"stage": torch.rand(5)}, TypeError, "expected an int or an int64 tensor, got torch.float32"),
+        ({"groups": 2}, ValueError, "form 'peft' cannot express groups=2"),
+        ({"groups": 0}, ValueError, "groups: expected at least 1"),
+        ({"stride": 0}, ValueError, "stride: expected one or two whole numbers of at least 1"),
+        ({"padding": -1}, ValueError, "padding: expected one or two whole numbers of at least 0"),
+        ({"padding": "full"}, ValueError, "'same' or 'valid', got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, "padding: expected numbers with stride"),
+        ({"activation": "tanh"}, ValueError, "activation: expected one of None, 'relu'"),
+        ({"residual": torch.randn(5, 6, 7, 6)}, ValueError, r"residual: expected the output's shape \(5, 6, 5, 4\)"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    with pytest.raises(error, match=message):
+        lf.functional.lora_conv2d(**({**problem(dtype=torch.float32), "stage": 0} | change))
+
+
+def test_a_second_differentiation_is_refused():
+    p = problem(stages=None)
+    x = p["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(lf.functional.lora_conv2d(**p).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_conv2d: expected one differentiation, got a second"):
+        grad.sum().backward()
+
+
+class _Recorder:
+    """A backend that computes nothing of its own and remembers that it was asked."""
+
+    def __init__(self, monkeypatch, missing=None, supports=None):
+        self.calls = 0
+        reference = _backends.BACKENDS["lora_conv2d"]["reference"]
+
+        def forward(*args):
+            self.calls += 1
+            return reference.forward(*args)
+
+        backend = _backends.Backend(
+            "triton", ("cpu",), forward, reference.backward, lambda: missing, lambda *args: supports
+        )
+        monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "triton", backend)
+
+
+def test_the_table_decides_unless_a_backend_is_named(monkeypatch):
+    p = problem(stages=None)
+    recorder = _Recorder(monkeypatch)
+    lf.functional.lora_conv2d(**p)
+    assert recorder.calls == 0
+    rows = (_backends.Row("triton", "measured", lambda x, *rest: x.shape[0] == 5),)
+    monkeypatch.setitem(_backends.TABLE, ("lora_conv2d", "cpu"), rows)
+    lf.functional.lora_conv2d(**p)
+    assert recorder.calls == 1
+    lf.functional.lora_conv2d(**problem(stages=None, n=4))
+    assert recorder.calls == 1
+    monkeypatch.setattr(_native, "WISH", "triton")
+    lf.functional.lora_conv2d(**problem(stages=None, n=4))
+    assert recorder.calls == 2
+
+
+def test_a_named_backend_that_is_missing_is_an_error_and_one_that_declines_is_not(monkeypatch):
+    p = problem(stages=None)
+    monkeypatch.setattr(_native, "WISH", "triton")
+    recorder = _Recorder(monkeypatch, supports="too small")
+    lf.functional.lora_conv2d(**p)
+    assert recorder.calls == 0
+    _Recorder(monkeypatch, missing="no compiler")
+    with pytest.raises(RuntimeError, match="LORUN_BACKEND=triton: expected a backend that runs here.*no compiler"):
+        lf.functional.lora_conv2d(**p)
+    served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
+    assert served["backend"] == "aten" and "triton: no compiler" in served["reason"]
+
+
+def test_what_the_variable_may_say(monkeypatch):
+    monkeypatch.setattr(_native, "WISH", "reference")
+    served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
+    assert served["backend"] == "reference (PyTorch)" and "LORUN_BACKEND=reference" in served["reason"]
+    monkeypatch.setattr(_native, "WISH", "fastest")
+    with pytest.raises(ValueError, match="LORUN_BACKEND: expected one of auto, reference, aten, triton, got 'fastest'"):
+        _native._load()
