@@ -27,7 +27,13 @@ def _config(net: LoRun) -> dict:
     known = denoisers.registered(type(base).__name__) is type(base)
     config = {
         "version": _VERSION,
-        "network": {"stages": net.stages, "gamma": net.gamma, "form": net.form, "sharing": net.sharing},
+        "network": {
+            "stages": net.stages,
+            "gamma": net.gamma,
+            "form": net.form,
+            "sharing": net.sharing,
+            "data_step": net.data_step,
+        },
         "operator": {"type": type(net.op).__name__, "config": net.op.config()},
         "denoiser": {"type": type(base).__name__, "config": base.config() if known else None},
     }

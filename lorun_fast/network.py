@@ -9,6 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from lorun_fast.operators import SensingOperator
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
+_DATA_STEPS = ("gradient", "prox")
+# The proximal data step weighs two errors: that of y, at least the rounding to 8 bits, and that of x, a tenth of the
+# images' range at rho = 1.
+_ROUNDING = 1 / (255 * 12**0.5)
+_SPREAD = 0.1
 _KINDS = {"lora": StagedDenoiser, "tied": TiedDenoiser, "untied": UntiedDenoiser}
 
 
@@ -22,6 +27,10 @@ class LoRun(nn.Module):
         "untied", K trainable copies.
     checkpoint: recompute each stage's activations in the backward pass instead of storing them.
     step_size: the initial rho, one learned value per stage.
+    data_step: "gradient", as above; or "prox", z = op.prox(x, y, mu_k), the exact minimiser of
+        ||Phi z - y||^2 / 2 + mu_k ||z - x||^2 / 2 with mu_k = (sigma^2 + 1 / (12 255^2)) / (rho_k / 10)^2, the ratio of
+        the variances of y (noise of sigma, rounding) and x. It needs an operator with a closed form, and reaches in
+        one step what gradient steps need many for where Phi is ill-conditioned, as blur is.
 
     eval() merges the adapters into per-stage weights, train() drops them again. A fresh LoRun with
     sharing="lora" equals the tied network to the last bit.
@@ -38,12 +47,15 @@ class LoRun(nn.Module):
         *,
         checkpoint: bool = False,
         step_size: float = 1.0,
+        data_step: str = "gradient",
     ):
         super().__init__()
         if not isinstance(op, SensingOperator):
             raise TypeError(f"op: expected a SensingOperator, got {type(op).__name__}")
         if sharing not in _KINDS:
             raise ValueError(f"sharing: expected one of {', '.join(_KINDS)}, got {sharing!r}")
+        if data_step not in _DATA_STEPS:
+            raise ValueError(f"data_step: expected one of {', '.join(_DATA_STEPS)}, got {data_step!r}")
         if stages < 1:
             raise ValueError(f"stages: expected at least 1, got {stages}")
         if isinstance(denoiser, Stages):
@@ -54,7 +66,7 @@ class LoRun(nn.Module):
         else:
             staged = _KINDS[sharing](denoiser, stages)
         self.op, self.denoiser = op, staged
-        self.gamma, self.form, self.sharing = gamma, form, sharing
+        self.gamma, self.form, self.sharing, self.data_step = gamma, form, sharing, data_step
         self.checkpoint = checkpoint
         self.step_size = nn.Parameter(torch.full((staged.stages,), float(step_size)))
         self.register_load_state_dict_post_hook(LoRun._merge_again)
@@ -76,7 +88,8 @@ class LoRun(nn.Module):
         """Restores images from measurements.
 
         y: as the operator gives it. op: another operator of the same task for this call (another kernel, mask
-        or Phi). size: (H, W) where y alone cannot tell. sigma: noise level for denoisers that take one.
+        or Phi). size: (H, W) where y alone cannot tell. sigma: noise level, for denoisers that take one and for
+        data_step="prox"; a number, 0-d or (N,).
         return_stages: return [x_0, x_1, ..., x_K] instead of x_K.
         Returns (N, C, H, W) in y's dtype; the denoiser runs in its own dtype or under autocast.
         """
@@ -103,11 +116,17 @@ class LoRun(nn.Module):
         op: SensingOperator | None = None,
         sigma: float | Tensor | None = None,
     ) -> Tensor:
-        """One stage: x_k -> x_{k+1}, a gradient step and the denoiser. Arguments as for :meth:`forward`."""
+        """One stage: x_k -> x_{k+1}, a data step and the denoiser. Arguments as for :meth:`forward`."""
         op = self.op if op is None else op
-        z = op.gradient_step(x, y, self.step_size[k].float())
+        rho = self.step_size[k].float()
+        z = op.gradient_step(x, y, rho) if self.data_step == "gradient" else op.prox(x, y, self._mu(rho, x, sigma))
         dtype = next(self.denoiser.parameters()).dtype
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
+
+    @staticmethod
+    def _mu(rho: Tensor, x: Tensor, sigma: float | Tensor | None) -> Tensor:
+        noise = torch.as_tensor(0.0 if sigma is None else sigma, dtype=rho.dtype, device=x.device)
+        return ((noise.square() + _ROUNDING**2) / (_SPREAD * rho).square()).reshape(-1, 1, 1, 1)
 
     def train(self, mode: bool = True) -> LoRun:
         super().train(mode)
@@ -134,4 +153,5 @@ class LoRun(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"stages={self.stages}, sharing={self.sharing!r}, form={self.form!r}, gamma={self.gamma}"
+        data_step = f", data_step={self.data_step!r}" if self.data_step != "gradient" else ""
+        return f"stages={self.stages}, sharing={self.sharing!r}, form={self.form!r}, gamma={self.gamma}{data_step}"

@@ -41,21 +41,31 @@ def load_gray(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
     return [image for image in gray if min(image.shape) >= smallest]
 
 
+def load_colour(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
+    """Images as uint8 (H, W, 3), the three channels of a gray one equal; small ones are left out as by load_gray."""
+    found = []
+    for path in over(paths, "reading images"):
+        pixels = np.rint(images.load(path, "channels") * 255).astype(np.uint8).transpose(1, 2, 0)
+        if min(pixels.shape[:2]) >= smallest:
+            found.append(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return found
+
+
 class PatchSampler:
     """Square patches with flips and quarter turns, the batch of a step being a function of (seed, step) alone.
 
     Images are drawn with a probability that grows with their area, so that every pixel counts alike.
     """
 
-    def __init__(self, gray: Sequence[np.ndarray], patch: int, batch: int, seed: int):
-        if not gray:
+    def __init__(self, pixels: Sequence[np.ndarray], patch: int, batch: int, seed: int):
+        if not pixels:
             raise UserError(f"--data: expected at least two images of at least {patch}x{patch} pixels, got too few")
-        self.images, self.patch, self.batch, self.seed = list(gray), patch, batch, seed
+        self.images, self.patch, self.batch, self.seed = list(pixels), patch, batch, seed
         area = np.array([image.shape[0] * image.shape[1] for image in self.images], dtype=np.float64)
         self.weight = area / area.sum()
 
     def __call__(self, step: int) -> Tensor:
-        """(batch, 1, patch, patch) in [0, 1]."""
+        """(batch, 1 or 3, patch, patch) in [0, 1]."""
         rng = np.random.default_rng((self.seed, step))
         patches = []
         for index in rng.choice(len(self.images), self.batch, p=self.weight):
@@ -64,4 +74,6 @@ class PatchSampler:
             left = rng.integers(image.shape[1] - size + 1)
             patch = np.rot90(image[top : top + size, left : left + size], rng.integers(4))
             patches.append(patch[:, ::-1] if rng.integers(2) else patch)
-        return torch.from_numpy(np.stack(patches)[:, None].astype(np.float32) / 255)
+        pixels = np.stack(patches)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32) / 255)

@@ -312,7 +312,14 @@ def _loaded_base(path: Path, like: LoRun) -> LoRun:
 def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
     """Phase 2: K stages that start as the base's, or as K times its single block."""
     net = LoRun(
-        base.op, base.denoiser.base, args.stages, args.gamma, args.form, args.sharing, checkpoint=args.checkpoint
+        base.op,
+        base.denoiser.base,
+        args.stages,
+        args.gamma,
+        args.form,
+        args.sharing,
+        checkpoint=args.checkpoint,
+        data_step=base.data_step,
     )
     with torch.no_grad():
         net.step_size.copy_(base.step_size if base.stages == args.stages else base.step_size.mean())

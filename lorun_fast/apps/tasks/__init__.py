@@ -26,6 +26,7 @@ from lorun_fast.apps.errors import UserError
 
 TITLES = {
     "cs": "block compressive sensing",
+    "sr": "super-resolution with a known blur",
 }
 NAMES = tuple(TITLES)
 

@@ -1,0 +1,131 @@
+"""Super-resolution: one network for every kernel and scale, trained on random ones, and how it is scored meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.runtime import at_least_one, not_negative
+from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_colour
+from lorun_fast.apps.tasks.sr import kernels
+from lorun_fast.denoisers import ResUNet
+from lorun_fast.network import LoRun
+from lorun_fast.operators import BlurDownsample
+
+_VALIDATION_IMAGES = 12
+_VALIDATION_CROP = 144
+# The operator that a saved network carries; restoring brings the one of the measurements.
+_DEFAULT_WIDTH, _DEFAULT_SCALE = 1.6, 3
+
+
+def share(text: str) -> float:
+    """The type of shares: a number in [0, 1]."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share in [0, 1], got {text!r}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--scales", type=at_least_one, nargs="+", default=[2, 3, 4], help="one is drawn per batch (default 2 3 4)")
+    add("--kernel-size", type=at_least_one, default=25, help="of the random kernels, in pixels (default 25)")
+    add(
+        "--noise",
+        type=not_negative,
+        default=25 / 255,
+        metavar="SIGMA",
+        help="largest standard deviation of the noise on y, for images in [0, 1] (default 25/255)",
+    )
+    add(
+        "--noiseless",
+        type=share,
+        default=0.5,
+        metavar="SHARE",
+        help="share of measurements that are rounded to 8 bits instead (default 0.5)",
+    )
+    add("--data-step", choices=("prox", "gradient"), default="prox", help="of a stage (default prox, exact by FFT)")
+    add(
+        "--channels",
+        type=at_least_one,
+        nargs="+",
+        default=[16, 32, 64, 64],
+        help="ResUNet widths (default 16 32 64 64)",
+    )
+    add("--patch", type=at_least_one, default=96, help="training patch in pixels (default 96)")
+
+
+class Recipe:
+    """Colour patches, their blurred and reduced measurements, and the mean squared error."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        cell = int(np.lcm.reduce(args.scales))
+        if args.patch % cell:
+            raise UserError(f"--patch: expected a multiple of {cell} for the scales {args.scales}, got {args.patch}")
+        crop = _VALIDATION_CROP // cell * cell or cell
+        validation, training = held_out(find_images(args.data), _VALIDATION_IMAGES)
+        self.validation = [image[:crop, :crop] for image in load_colour(validation, crop)]
+        if not self.validation:
+            raise UserError(f"--data: expected held-out images of at least {crop}x{crop} pixels, got smaller ones")
+        self.sampler = PatchSampler(load_colour(training, args.patch), args.patch, args.batch, args.seed)
+
+    def base(self) -> LoRun:
+        """Phase 1: a single block."""
+        args = self.args
+        op = BlurDownsample(kernels.gaussian(_DEFAULT_WIDTH, args.kernel_size), _DEFAULT_SCALE)
+        denoiser = ResUNet(3, 3, tuple(args.channels), noise_level=True)
+        return LoRun(op, denoiser, stages=1, sharing="tied", data_step=args.data_step)
+
+    def measure(
+        self, x: Tensor, rng: np.random.Generator, scale: int | None = None
+    ) -> tuple[Tensor, BlurDownsample, Tensor]:
+        """(y, op, sigma) of images (N, 3, H, W): one random scale, a kernel and a noise level for each."""
+        args = self.args
+        scale = int(rng.choice(args.scales)) if scale is None else scale
+        blur = np.stack([kernels.draw(rng, args.kernel_size) for _ in x])
+        op = BlurDownsample(torch.from_numpy(blur).to(x.device), scale)
+        noisy = rng.random(len(x)) >= args.noiseless
+        sigma = np.where(noisy, rng.uniform(0, args.noise, len(x)), 0).astype(np.float32)
+        y = op(x)
+        noise = torch.from_numpy(rng.standard_normal(tuple(y.shape), dtype=np.float32)).to(y.device)
+        sigma = torch.from_numpy(sigma).to(y.device)
+        column = sigma.reshape(-1, 1, 1, 1)
+        return torch.where(column > 0, y + column * noise, (255 * y).round() / 255), op, sigma
+
+    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
+        """Mean squared error of one batch. In phase 1 the block also learns from its own output.
+
+        A block that has only ever seen the bicubic start does harm when it is applied nine times. So the block is run
+        0 to ``--pretrain-unroll`` times without gradients first, and trained on what it then meets.
+        """
+        x = self.sampler(step).to(device)
+        rng = np.random.default_rng((self.args.seed, step, 1))
+        y, op, sigma = self.measure(x, rng)
+        if net.stages > 1:
+            return nn.functional.mse_loss(net(y, op=op, sigma=sigma), x)
+        passes = int(rng.integers(self.args.pretrain_unroll + 1))
+        estimate = op.initial(y)
+        with torch.no_grad():
+            for _ in range(passes):
+                estimate = net.stage_step(0, estimate, y, op, sigma)
+        return nn.functional.mse_loss(net.stage_step(0, estimate.detach(), y, op, sigma), x)
+
+    @torch.no_grad()
+    def score(self, net: LoRun, device: torch.device) -> float:
+        """Mean PSNR in dB over crops of held-out training images, the scales in turn, the draws the same each time."""
+        total = 0.0
+        for i, image in enumerate(self.validation):
+            x = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)[None].to(device)
+            scale = self.args.scales[i % len(self.args.scales)]
+            y, op, sigma = self.measure(x, np.random.default_rng((self.args.seed, i, 2)), scale)
+            restored = net(y, op=op, sigma=sigma)
+            if net.stages == 1:
+                for _ in range(self.args.pretrain_unroll):
+                    restored = net.stage_step(0, restored, y, op, sigma)
+            total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
+        return total / len(self.validation)
