@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,11 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         args.model = task.default_model(file)
         model = models.load(args.model, how.device)
     op = task.operator_for(file, model.net.op, args.measurements, args.model, args)
-    sigma = task.sigma(file, args)
     op = op.to(how.device) if op is not None else None
+    settings = {"op": op, "sigma": task.sigma(file, args)}
+    if hasattr(task, "restore"):
+        settings["args"] = args
+    restored = partial(getattr(task, "restore", restoring.restore), **settings)
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
     files.make_folder(args.output)
@@ -67,7 +71,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         for members in restoring.batches(keys, how.batch):
             y = np.stack([file.items[i].y for member in members for i in pictures[member]])
             size = keys[members[0]][2]
-            x, elapsed = restoring.restore(model.net, y, size, how, op=op, sigma=sigma)
+            x, elapsed = restored(model.net, y, size, how)
             seconds += elapsed
             for name, image in zip(
                 (names[m] for m in members), x.reshape(len(members), -1, *x.shape[-2:]), strict=True

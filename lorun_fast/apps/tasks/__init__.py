@@ -14,6 +14,7 @@ itself offers
     operator_for(file, op, path, model, args)   checks that measurements fit a network whose operator is ``op``; the
                                             operator to restore them with, or None for the network's own
     sigma(file, args)                       the noise level to give a network that takes one
+    restore(net, y, size, how, *, op, sigma, args)  optional: what ``restore`` runs instead of restoring.restore
     save(path, x, args)                     writes a restored (C, H, W) under this name without suffix
 """
 
