@@ -151,3 +151,11 @@ def test_random_kernels_sum_to_one_stay_inside_and_differ():
 def test_wrong_settings_are_refused(photographs, tmp_path, capsys, more, message):
     assert main(arguments(photographs, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_phase_two_goes_on_from_a_trained_network(photographs, trained, tmp_path):
+    source = trained / "model.safetensors"
+    assert main(arguments(photographs, tmp_path / "more", "--init", str(source))) == 0
+    before, after = load_file(source), load_file(tmp_path / "more" / "model.safetensors")
+    changed = {name for name, t in before.items() if not torch.equal(after[name], t)}
+    assert changed == {name for name in before if name.endswith((".up", ".down"))} | {"step_size"}

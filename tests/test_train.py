@@ -122,6 +122,18 @@ def test_stages_start_from_a_saved_tied_network(photographs, uninterrupted, tmp_
     assert all(torch.equal(after[name], t) for name, t in before.items())
 
 
+def test_a_network_of_the_same_kind_goes_on(photographs, uninterrupted, tmp_path):
+    source = uninterrupted / "model.safetensors"
+    same = ("--init", str(source), "--lr", "0", "--operator-lr", "0")
+    assert main(arguments(photographs, tmp_path / "same", *same)) == 0
+    before, after = load_file(source), load_file(tmp_path / "same" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+    assert main(arguments(photographs, tmp_path / "more", "--init", str(source))) == 0
+    after = load_file(tmp_path / "more" / "model.safetensors")
+    changed = {name for name, t in before.items() if not torch.equal(after[name], t)}
+    assert changed == {name for name in before if name.endswith((".up", ".down"))} | {"step_size", "op.phi"}
+
+
 def test_a_warm_start_takes_the_base_and_leaves_the_rest(photographs, uninterrupted, tmp_path):
     source = uninterrupted / "model.safetensors"
     more = ("--warm-start", str(source), "--lr", "0", "--operator-lr", "0", "--ratio", "10")
@@ -159,7 +171,12 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
         (["--patch", "12"], "--patch: expected a multiple of --block-size 8, got 12"),
         (["--patch", "512"], "expected at least two images of at least 512x512 pixels"),
         (["--init", "{empty}"], "--init: expected a run folder with base.safetensors or a saved network, got {empty}"),
-        (["--init", "{run}/model.safetensors"], "expected a tied network with the operator and denoiser"),
+        (
+            ["--init", "{run}/model.safetensors", "--sharing", "tied"],
+            "expected a tied network with the operator and denoiser",
+        ),
+        (["--init", "{run}/model.safetensors", "--stages", "3"], "got {run}/model.safetensors: 2 stages, lora"),
+        (["--init", "{run}/model.safetensors", "--gamma", "60"], "differ (denoiser.base.encoder.0.0.conv1.down, "),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
     ],

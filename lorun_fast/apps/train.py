@@ -50,9 +50,9 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--init",
         type=Path,
-        metavar="RUN|FILE",
-        help="what phase 2 starts from instead of a phase 1 of its own: the base of another run, or a saved network "
-        "with one denoiser (tied)",
+        metavar="RUN|NAME|FILE",
+        help="what phase 2 starts from instead of a phase 1 of its own: the base of another run, a saved network with "
+        "one denoiser (tied), or one to go on from, of the same stages and sharing",
     )
     add(
         "--warm-start",
@@ -289,24 +289,10 @@ def _plot(log: Path, picture: Path) -> None:
 
 
 def _init_file(init: Path) -> Path:
-    path = init / "base.safetensors" if init.is_dir() else init
+    path = init / "base.safetensors" if init.is_dir() else models.shipped().get(str(init), init)
     if not path.is_file():
         raise UserError(f"--init: expected a run folder with base.safetensors or a saved network, got {init}")
     return path
-
-
-def _loaded_base(path: Path, like: LoRun) -> LoRun:
-    """The network in the file, if it can stand for the recipe's own base ``like``."""
-    net = load(path)
-    shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
-    want = {k: v.shape for k, v in like.state_dict().items() if k != "step_size"}
-    if net.sharing != "tied" or shapes != want:
-        differ = [k for k in {**want, **shapes} if want.get(k) != shapes.get(k)]
-        raise UserError(
-            f"--init: expected a tied network with the operator and denoiser that the options name, got {path}, "
-            f"{net.sharing}, {len(differ)} tensors of which differ ({', '.join(differ[:3])})"
-        )
-    return net
 
 
 def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
@@ -323,6 +309,32 @@ def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
     )
     with torch.no_grad():
         net.step_size.copy_(base.step_size if base.stages == args.stages else base.step_size.mean())
+    return net
+
+
+def _phase_two(path: Path, base: LoRun, args: argparse.Namespace) -> LoRun:
+    """What phase 2 trains, from the file: a tied network like the recipe's ``base`` is staged, a network that is what
+    phase 2 makes of it goes on.
+    """
+
+    def shape(net: LoRun) -> dict:
+        shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
+        return shapes | {"sharing": net.sharing, "data_step": net.data_step}
+
+    net = load(path)
+    if shape(net) == shape(base):
+        return _staged(net, args)
+    fresh = _staged(base, args)
+    got, want = shape(net), shape(fresh)
+    if net.stages != fresh.stages or got != want:
+        nearest = shape(base) if net.sharing == "tied" else want
+        differ = [k for k in {**nearest, **got} if nearest.get(k) != got.get(k)]
+        raise UserError(
+            f"--init: expected a tied network with the operator and denoiser that the options name, or a network with "
+            f"also their stages and sharing, got {path}: {net.stages} stages, {net.sharing}, {len(differ)} properties "
+            f"of which differ ({', '.join(differ[:3])})"
+        )
+    net.checkpoint = args.checkpoint
     return net
 
 
@@ -358,9 +370,8 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             save(base, base_file)
         state = None
-    base = _loaded_base(base_file, base)
     torch.manual_seed(args.seed + 1)
-    net = _staged(base, args)
+    net = _phase_two(base_file, base, args)
     if not training.phase("stages", net, args.steps, state):
         return 0
     with (training.folder / "log.csv").open() as f:
