@@ -1,6 +1,6 @@
 """Makes the pictures of the README and of docs/ from the shipped weights.
 
-make figures                                          # docs/figures/demo.jpg
+make figures                                          # docs/figures/demo.jpg and demo-sr.jpg
 python docs/make_figures.py --runs LORA_RUN TIED_RUN  # also docs/figures/training-cs-25.png, from two run folders
 """
 
@@ -19,14 +19,14 @@ FIGURES = Path(__file__).resolve().parent / "figures"
 WIDTH = 1000
 
 
-def demo() -> None:
+def demo(task: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        if lorun_fast(["demo", "-o", folder]) != 0:
+        if lorun_fast(["demo", task, "-o", folder]) != 0:
             raise SystemExit("the demo failed")
         with Image.open(Path(folder) / "comparison.png") as picture:
             height = round(picture.height * WIDTH / picture.width)
             picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).save(
-                FIGURES / "demo.jpg", quality=85, optimize=True
+                FIGURES / name, quality=85, optimize=True
             )
 
 
@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs=2, type=Path, metavar=("LORA", "TIED"), help="run folders of lorun-fast train")
     args = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
-    demo()
+    demo("cs", "demo.jpg")
+    demo("sr", "demo-sr.jpg")
     if args.runs:
         training(*args.runs)
 
