@@ -26,6 +26,7 @@ from lorun_fast.apps.errors import UserError
 
 TITLES = {
     "cs": "block compressive sensing",
+    "cassi": "snapshot spectral imaging",
 }
 NAMES = tuple(TITLES)
 
