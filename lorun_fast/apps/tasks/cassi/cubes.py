@@ -124,7 +124,7 @@ def bands_first(path: Path, cube: np.ndarray, bands: int | None, axes: str = "au
 def load_cube(
     path: Path, *, bands: int | None = None, key: str | None = None, axes: str = "auto", peak: float | None = None
 ) -> Cube:
-    """A cube from a .mat, .npy or .npz file, or a folder of gray band images in the order of the numbers in their names.
+    """A cube from a .mat, .npy or .npz file, or from a folder of gray band images, in the order of their numbers.
 
     bands, axes: see :func:`bands_first`. key: variable in the file. peak: the value that stands for 1 (default: 1 for
     floating point, 255 and 65535 for 8- and 16-bit integers).

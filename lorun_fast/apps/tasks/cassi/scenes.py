@@ -1,4 +1,4 @@
-"""Spectral scenes to train on: held in memory as integers, cropped and interpolated to the wanted wavelengths on demand.
+"""Spectral scenes to train on: held as integers, cropped and interpolated to the wanted wavelengths on demand.
 
 Two kinds of files are read: what cubes.py reads (a cube in a .mat, .npy or .npz file, or a folder of band images),
 and ``*.npy.xz`` beside a meta.json: 8-bit square roots, differences between bands, xz. Decoded, 24 scenes of 512 x 512

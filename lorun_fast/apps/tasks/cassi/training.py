@@ -12,30 +12,32 @@ from torch import Tensor, nn
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative
 from lorun_fast.apps.sampling import held_out
-from lorun_fast.apps.tasks.cassi import scenes, sensor
+from lorun_fast.apps.tasks.cassi import options, scenes, sensor
 from lorun_fast.apps.tasks.cassi.colour import default_wavelengths
-from lorun_fast.apps.tasks.cassi.cubes import AXES, find_cubes, load_cube, load_mask
+from lorun_fast.apps.tasks.cassi.cubes import find_cubes, load_cube
+from lorun_fast.apps.tasks.cassi.masks import random_mask
 from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.network import LoRun
 from lorun_fast.operators import CASSI
 
+_OWN_MASK = 256
 _VALIDATION_SCENES = 2
 _VALIDATION_SIZE = (128, 256)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--mask", type=Path, required=True, metavar="FILE", help="coded aperture (H, W) or (L, H, W): .mat, .npy, .npz")
-    add("--mask-key", metavar="NAME", help="variable in the mask's file (default: mask, or the only one that fits)")
-    add("--bands", type=at_least_one, default=28, help="L (default 28)")
-    add("--step", type=int, default=2, help="columns between neighbouring bands (default 2)")
-    add("--key", metavar="NAME", help="variable in the cubes' files (default: the only one that fits)")
-    add("--axes", choices=AXES, default="auto", help="order of the cubes' axes (default: told by the band count)")
+    options.add_mask(parser, step=2)
     add(
-        "--peak",
+        "--random-masks",
         type=not_negative,
-        help="value in the cubes that stands for 1 (default: 1; 255 and 65535 for integers)",
+        default=0.5,
+        metavar="SHARE",
+        help="share of the batches measured through a new random mask, half of it open, instead of a window of --mask, "
+        "so that the network serves other masks as well (default 0.5; 1 without --mask)",
     )
+    add("--bands", type=at_least_one, default=28, help="L (default 28)")
+    options.add_cubes(parser)
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
     add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
     add("--blocks", type=int, nargs="+", help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)")
@@ -71,19 +73,18 @@ def _base(args: argparse.Namespace) -> nn.Module:
 
 
 class Recipe:
-    """Crops of spectral scenes, their measurements through a crop of the mask, and the root mean squared error."""
+    """Crops of spectral scenes, their measurements through windows of a mask or random masks, and the RMSE."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         if len(args.patch) > 2:
             raise UserError(f"--patch: expected a side, or height and width, got {len(args.patch)} numbers")
         self.size = (args.patch[0], args.patch[-1])
-        self.mask = torch.from_numpy(load_mask(args.mask, args.mask_key, bands=args.bands))
-        self.full = CASSI(self.mask, args.bands if self.mask.ndim == 2 else None, args.step)
-        if self.full.bands != args.bands:
-            raise UserError(f"--mask: expected {args.bands} bands, got {self.full.bands} in {args.mask}")
-        if self.size[0] > self.mask.shape[-2] or self.size[1] > self.mask.shape[-1]:
-            raise UserError(f"--patch: expected at most the mask's {tuple(self.mask.shape[-2:])}, got {self.size}")
+        self.mask = None
+        if args.mask is not None:
+            self.mask = options.operator(args, args.bands, args.step).mask
+            if any(own > full for own, full in zip(self.size, self.mask.shape[-2:], strict=True)):
+                raise UserError(f"--patch: expected at most the mask's {tuple(self.mask.shape[-2:])}, got {self.size}")
         paths = find_cubes(args.data)
         if len(paths) < 2:
             raise UserError(f"--data: expected at least two scenes, got {len(paths)}")
@@ -99,20 +100,35 @@ class Recipe:
         return scenes.quantised(load_cube(path, bands=args.bands, key=args.key, axes=args.axes, peak=args.peak).values)
 
     def _middle(self, scene: scenes.Scene) -> Tensor:
-        height = min(_VALIDATION_SIZE[0], scene.height, self.mask.shape[-2])
-        width = min(_VALIDATION_SIZE[1], scene.width, self.mask.shape[-1])
+        limits = (scene.height, scene.width) if self.mask is None else self.mask.shape[-2:]
+        height, width = (
+            min(sides) for sides in zip(_VALIDATION_SIZE, (scene.height, scene.width), limits, strict=True)
+        )
         crop = scene.crop((scene.height - height) // 2, (scene.width - width) // 2, height, width)
         return torch.from_numpy(np.ascontiguousarray(crop))[None]
 
-    def _window(self, top: int, left: int, height: int, width: int) -> CASSI:
-        mask = self.mask[..., top : top + height, left : left + width]
+    def _window(self, height: int, width: int, rng: np.random.Generator | None = None) -> CASSI:
+        """The operator of a batch: a window of the mask, or a random mask; without rng the window for validation."""
+        if self.mask is None or (rng is not None and rng.random() < self.args.random_masks):
+            mask = random_mask(height, width, rng or np.random.default_rng(0))
+        else:
+            corner = [0, 0]
+            if rng is not None:
+                limits = zip(self.mask.shape[-2:], (height, width), strict=True)
+                corner = [int(rng.integers(full - own + 1)) for full, own in limits]
+            mask = self.mask[..., corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+            if rng is not None:
+                mask = mask.flip([axis for axis in (-2, -1) if rng.integers(2)])
         return CASSI(mask, self.args.bands, self.args.step)
 
     def base(self) -> LoRun:
-        """Phase 1: a single block. Step sizes start at 1 / ||Phi||^2, where the gradient step still converges."""
-        return LoRun(
-            self.full, _base(self.args), stages=1, sharing="tied", step_size=1 / self.full.norm().square().item()
-        )
+        """Phase 1: a single block. Step sizes start at 1 / ||Phi||^2, where the gradient step still converges.
+
+        The operator that is saved with the network holds a random mask of its own: it only stands in where neither
+        the measurements nor the command line bring one.
+        """
+        op = CASSI(random_mask(_OWN_MASK, _OWN_MASK, np.random.default_rng(0)), self.args.bands, self.args.step)
+        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=1 / op.norm().square().item())
 
     def _measure(self, op: CASSI, x: Tensor, step: int) -> Tensor:
         y = op(x)
@@ -135,8 +151,7 @@ class Recipe:
         """
         x = torch.from_numpy(self.sampler(step)).to(device)
         rng = np.random.default_rng((self.args.seed, step, 1))
-        corner = [int(rng.integers(full - own + 1)) for full, own in zip(self.mask.shape[-2:], self.size, strict=True)]
-        op = self._window(*corner, *self.size).to(device)
+        op = self._window(*self.size, rng).to(device)
         y = self._measure(op, x, step)
         if net.stages > 1:
             restored = net(y, op=op)
@@ -155,7 +170,7 @@ class Recipe:
         total = 0.0
         for x in self.validation:
             x = x.to(device)
-            op = self._window(0, 0, *x.shape[-2:]).to(device)
+            op = self._window(*x.shape[-2:]).to(device)
             y = op(x)
             restored = net(y, op=op)
             if net.stages == 1:
