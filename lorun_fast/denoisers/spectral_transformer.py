@@ -1,14 +1,14 @@
 """A U-shaped spectral Transformer: attention across bands, cost linear in the number of pixels.
 
-One block is attention and a gated feed-forward layer side by side, so that each pixel passes one linear layer in,
-one depthwise convolution and one linear layer out:
+One block is attention and a feed-forward layer side by side, so that each pixel passes one linear layer in, one
+depthwise convolution and one linear layer out:
 
-    q, k, v, a, b = local(expand(norm(x)))
-    x + merge([A v, a * b]),   A = softmax(t * cos(q_i, k_j)) over the channels i, j of one head
+    q, k, v, h = local(expand(x))
+    x + merge([A v, relu(h)]),   A = softmax(t * cos(q_i, k_j)) over the channels i, j of one head
 
 The cosine is taken over all pixels, so A (one d x d matrix per head) keeps its scale from a crop to a whole image.
-Attention across bands is that of MST (Cai et al., 2022) and Restormer (Zamir et al., 2022); the gate is NAFNet's
-(Chen et al., 2022).
+There are no biases and no norms: D(c z) = c D(z) for c > 0, the exposure of a measurement does not matter.
+Attention across bands is that of MST (Cai et al., 2022) and Restormer (Zamir et al., 2022).
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorun_fast.denoisers import _inputs
 
 
 class SpectralBlock(nn.Module):
-    """x + merge([attention across the channels, gate]); (N, C, H, W), channels-last inside."""
+    """x + merge([attention across the channels, feed-forward]); (N, C, H, W), channels-last inside."""
 
     def __init__(self, channels: int, heads: int, expansion: int):
         super().__init__()
-        self.channels, self.heads, self.gated = channels, heads, expansion * channels
-        inside = 3 * channels + 2 * self.gated
-        self.norm = nn.LayerNorm(channels)
+        self.heads, self.hidden = heads, expansion * channels
+        inside = 3 * channels + self.hidden
         self.expand = nn.Linear(channels, inside, bias=False)
         self.local = nn.Conv2d(inside, inside, 3, padding=1, groups=inside, bias=False)
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.merge = nn.Linear(channels + self.gated, channels, bias=False)
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
+        self.merge = nn.Linear(channels + self.hidden, channels, bias=False)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(N, H*W, C) each -> (N, H*W, C). The norms divide the small product instead of q and k."""
@@ -41,15 +41,15 @@ class SpectralBlock(nn.Module):
         q, k, v = (t.reshape(heads).transpose(1, 2) for t in (q, k, v))
         product = (q.transpose(2, 3) @ k).float()
         length = q.float().square().sum(2)[..., None] * k.float().square().sum(2)[..., None, :]
-        weight = torch.softmax(self.temperature * product * (length + 1e-12).rsqrt(), dim=-1).to(v.dtype)
+        weight = torch.softmax(self.temperature * product * length.clamp(min=1e-30).rsqrt(), dim=-1).to(v.dtype)
         return (v @ weight.transpose(2, 3)).transpose(1, 2).reshape(n, pixels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
-        t = self.expand(self.norm(x.permute(0, 2, 3, 1)))
+        t = self.expand(x.permute(0, 2, 3, 1))
         t = self.local(t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(n, height * width, -1)
-        q, k, v, a, b = t.split([channels] * 3 + [self.gated] * 2, dim=-1)
-        t = self.merge(torch.cat([self._attend(q, k, v), a * b], -1))
+        q, k, v, h = t.split([channels] * 3 + [self.hidden], dim=-1)
+        t = self.merge(torch.cat([self._attend(q, k, v), F.relu(h)], -1))
         return x + t.reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -60,7 +60,7 @@ class SpectralTransformer(nn.Module):
         (a number, a 0-d tensor or (N,); on the images' own scale), and require it in forward.
     channels: width per scale. blocks: blocks per scale, on either side of the U (the last scale has one side).
     head_channels: channels per attention head, at most; a scale's width is split into equal heads.
-    expansion: width of the gated half in units of the scale's width.
+    expansion: hidden width of the feed-forward part in units of the scale's width.
     residual: predict the correction to the first ``out_channels`` input channels instead of the image.
     Raises ValueError for another channel count, or for a missing or unexpected sigma.
     """
@@ -72,7 +72,7 @@ class SpectralTransformer(nn.Module):
         channels: tuple[int, ...] = (28, 56, 112),
         blocks: tuple[int, ...] = (1, 1, 2),
         head_channels: int = 28,
-        expansion: int = 1,
+        expansion: int = 2,
         noise_level: bool = False,
         residual: bool = True,
     ):
