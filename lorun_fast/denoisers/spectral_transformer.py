@@ -70,7 +70,7 @@ class SpectralTransformer(nn.Module):
         in_channels: int = 28,
         out_channels: int = 28,
         channels: tuple[int, ...] = (28, 56, 112),
-        blocks: tuple[int, ...] = (1, 1, 2),
+        blocks: tuple[int, ...] = (1, 1, 1),
         head_channels: int = 28,
         expansion: int = 2,
         noise_level: bool = False,
