@@ -13,7 +13,7 @@ class ResCNN(nn.Module):
     """forward(z, sigma=None): (N, in, H, W) -> (N, out, H, W), any H and W.
 
     A convolution to ``channels``, ``blocks`` residual blocks (convolution, ReLU, convolution, skip), a convolution to
-    the image; 3 x 3, no biases. With the defaults and one channel 148,608 parameters, and a view of 19 x 19 pixels.
+    the image; 3 x 3, no biases. With the defaults and one channel 166,752 parameters, and a view of 21 x 21 pixels.
 
     in_channels, out_channels: image channels. noise_level: append one constant channel that holds sigma
         (a number, a 0-d tensor or (N,); on the images' own scale), and require it in forward.

@@ -39,8 +39,9 @@ class SpectralBlock(nn.Module):
         n, pixels, channels = q.shape
         heads = (n, pixels, self.heads, channels // self.heads)
         q, k, v = (t.reshape(heads).transpose(1, 2) for t in (q, k, v))
-        product = (q.transpose(2, 3) @ k).float()
-        length = q.float().square().sum(2)[..., None] * k.float().square().sum(2)[..., None, :]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        product = (q.transpose(2, 3) @ k).to(wide)
+        length = q.to(wide).square().sum(2)[..., None] * k.to(wide).square().sum(2)[..., None, :]
         weight = torch.softmax(self.temperature * product * length.clamp(min=1e-30).rsqrt(), dim=-1).to(v.dtype)
         return (v @ weight.transpose(2, 3)).transpose(1, 2).reshape(n, pixels, channels)
 
