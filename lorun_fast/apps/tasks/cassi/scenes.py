@@ -45,7 +45,7 @@ class Scene:
 
     def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """(L, height, width) float32."""
-        part = self.values[self.codes[:, top : top + height, left : left + width]]
+        part = np.take(self.values, self.codes[:, top : top + height, left : left + width])
         return part if self.matrix is None else np.tensordot(self.matrix, part, 1)
 
 
@@ -81,6 +81,7 @@ class Library:
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], Scene], memory: int):
         self.paths, self.read, self.memory = list(paths), read, memory
         self._held: OrderedDict[int, Scene] = OrderedDict()
+        self._room: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,7 +97,9 @@ class Library:
 
     def room(self) -> int:
         """How many scenes of the first one's size fit the memory."""
-        return max(1, self.memory // self[0].codes.nbytes)
+        if self._room is None:
+            self._room = max(1, self.memory // self[0].codes.nbytes)
+        return self._room
 
 
 class CropSampler:
