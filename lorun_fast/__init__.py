@@ -2,7 +2,7 @@
 
 from lorun_fast import adapters, denoisers, functional, interop
 from lorun_fast.config import show_config
-from lorun_fast.denoisers import ResUNet
+from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.io import load, load_pretrained, save
 from lorun_fast.layers import LoRAConv2d, LoRAConvTranspose2d, LoRALinear
 from lorun_fast.network import LoRun
@@ -17,8 +17,10 @@ __all__ = [
     "LoRAConvTranspose2d",
     "LoRALinear",
     "LoRun",
+    "ResCNN",
     "ResUNet",
     "SensingOperator",
+    "SpectralTransformer",
     "StagedDenoiser",
     "adapt",
     "adapters",

@@ -117,9 +117,23 @@ class LoRun(nn.Module):
         sigma: float | Tensor | None = None,
     ) -> Tensor:
         """One stage: x_k -> x_{k+1}, a data step and the denoiser. Arguments as for :meth:`forward`."""
+        return self.denoise(k, self.data_update(k, x, y, op, sigma), sigma)
+
+    def data_update(
+        self,
+        k: int,
+        x: Tensor,
+        y: Tensor,
+        op: SensingOperator | None = None,
+        sigma: float | Tensor | None = None,
+    ) -> Tensor:
+        """The first half of a stage, x_k -> z_k."""
         op = self.op if op is None else op
         rho = self.step_size[k].float()
-        z = op.gradient_step(x, y, rho) if self.data_step == "gradient" else op.prox(x, y, self._mu(rho, x, sigma))
+        return op.gradient_step(x, y, rho) if self.data_step == "gradient" else op.prox(x, y, self._mu(rho, x, sigma))
+
+    def denoise(self, k: int, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+        """The second half, z_k -> x_{k+1}, in the denoiser's own dtype."""
         dtype = next(self.denoiser.parameters()).dtype
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
 

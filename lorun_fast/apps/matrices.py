@@ -21,7 +21,7 @@ def load(path: Path, key: str) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix not in (".mat", ".npy", ".npz"):
         raise UserError(f"expected a matrix file (.mat, .npy or .npz), got {path}")
-    arrays = _load_mat(path) if suffix == ".mat" else load_arrays(path, "a matrix file")
+    arrays = load_mat(path) if suffix == ".mat" else load_arrays(path, "a matrix file")
     values = arrays.get("" if "" in arrays else key)
     if values is None:
         raise UserError(f"{path}: expected a variable {key!r} (see --key), got {', '.join(sorted(arrays)) or 'none'}")
@@ -30,7 +30,8 @@ def load(path: Path, key: str) -> np.ndarray:
     return numbers(path, key, values)
 
 
-def _load_mat(path: Path) -> dict[str, np.ndarray]:
+def load_mat(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .mat file of any version, by name. Raises UserError for a file that cannot be read."""
     from scipy.io import loadmat
 
     try:

@@ -1,10 +1,18 @@
-"""Large images in pieces: tiles that overlap, of which the middles are kept."""
+"""Large images in pieces, so that memory does not grow with the image: of measurements that see only their
+neighbourhood, or, where they mix distant pixels, of what the denoiser sees.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from lorun_fast.apps.errors import UserError
+from lorun_fast.network import LoRun
+from lorun_fast.operators import SensingOperator
 
 _PADDING = {"wrap": "wrap", "reflect": "symmetric"}
 
@@ -33,3 +41,55 @@ def apply(
             inner = piece[..., margin * scale :, margin * scale :]
             target[...] = inner[..., : target.shape[-2], : target.shape[-1]]
     return out
+
+
+class Tiled:
+    """Called as the network; data steps run on the whole image, the denoiser on overlapping tiles.
+
+    A measurement mixes pixels further apart than a tile is wide (54 columns in snapshot spectral imaging with 28 bands
+    at step 2), so cutting it up would change the problem. The data step needs no activations: it stays whole.
+    tile: side in pixels. overlap: pixels that a tile sees beyond what it keeps, on either side.
+    """
+
+    def __init__(self, net: LoRun, tile: int, overlap: int = 16):
+        if tile <= 2 * overlap:
+            raise UserError(f"--tile: expected more than twice the overlap of {overlap} pixels, got {tile}")
+        self.net, self.tile, self.overlap = net, tile, overlap
+        self.op = net.op
+
+    def __call__(
+        self,
+        y: Tensor,
+        *,
+        op: SensingOperator | None = None,
+        size: tuple[int, int] | None = None,
+        sigma: float | Tensor | None = None,
+    ) -> Tensor:
+        op = self.net.op if op is None else op
+        x = op.initial(y, size)
+        for k in range(self.net.stages):
+            z = self.net.data_update(k, x, y, op, sigma)
+            x = torch.empty_like(z)
+            for (row, rows), (column, columns) in self._places(z.shape[2:]):
+                part = self.net.denoise(k, z[:, :, row[0] : row[1], column[0] : column[1]], sigma)
+                own = part[:, :, rows[0] - row[0] : rows[1] - row[0], columns[0] - column[0] : columns[1] - column[0]]
+                x[:, :, rows[0] : rows[1], columns[0] : columns[1]] = own
+        return x
+
+    def _places(self, shape):
+        rows, columns = (cuts(side, self.tile, self.overlap) for side in shape)
+        return [(row, column) for row in rows for column in columns]
+
+
+def cuts(length: int, tile: int, overlap: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """((first, end) that a tile sees, (first, end) that it keeps) along one axis; what is kept covers it once.
+
+    Every tile is ``tile`` long, or the whole axis where that is shorter; the last one is moved back to end with it.
+    """
+    if length <= tile:
+        return [((0, length), (0, length))]
+    inner = tile - 2 * overlap
+    count = -(-(length - 2 * overlap) // inner)
+    starts = [min(i * inner, length - tile) for i in range(count)]
+    edges = [0, *(start + overlap for start in starts[1:]), length]
+    return [((start, start + tile), (edges[i], edges[i + 1])) for i, start in enumerate(starts)]

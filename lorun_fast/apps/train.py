@@ -280,7 +280,7 @@ def _plot(log: Path, picture: Path) -> None:
         minutes = [float(r["seconds"]) / 60 for r in mine]
         axes[0].semilogy(minutes, [float(r["loss"]) for r in mine], label=phase)
         axes[1].plot(minutes, [float(r["validation_psnr_db"]) for r in mine], label=phase)
-    axes[0].set(xlabel="minutes", ylabel="training loss (MSE)")
+    axes[0].set(xlabel="minutes", ylabel="training loss")
     axes[1].set(xlabel="minutes", ylabel="validation PSNR (dB)")
     axes[1].legend()
     with replacing(picture) as f:

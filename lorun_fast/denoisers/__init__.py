@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorun_fast.denoisers.res_cnn import ResCNN
 from lorun_fast.denoisers.res_unet import ResUNet
+from lorun_fast.denoisers.spectral_transformer import SpectralTransformer
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
 
@@ -24,7 +26,7 @@ def registered(name: str) -> type[nn.Module] | None:
     return _REGISTRY.get(name)
 
 
-for _cls in (ResUNet,):
+for _cls in (ResCNN, ResUNet, SpectralTransformer):
     register_denoiser(_cls)
 
-__all__ = ["ResUNet", "register_denoiser", "registered"]
+__all__ = ["ResCNN", "ResUNet", "SpectralTransformer", "register_denoiser", "registered"]

@@ -28,6 +28,7 @@ from lorun_fast.apps.errors import UserError
 TITLES = {
     "cs": "block compressive sensing",
     "sr": "super-resolution with a known blur",
+    "cassi": "snapshot spectral imaging",
 }
 NAMES = tuple(TITLES)
 

@@ -1,0 +1,181 @@
+"""Snapshot spectral imaging: what is trained, on what, and how it is scored while training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.runtime import at_least_one, not_negative
+from lorun_fast.apps.sampling import held_out
+from lorun_fast.apps.tasks.cassi import options, scenes, sensor
+from lorun_fast.apps.tasks.cassi.colour import default_wavelengths
+from lorun_fast.apps.tasks.cassi.cubes import find_cubes, load_cube
+from lorun_fast.apps.tasks.cassi.masks import random_mask
+from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
+from lorun_fast.network import LoRun
+from lorun_fast.operators import CASSI
+
+_OWN_MASK = 256
+_VALIDATION_SCENES = 2
+_VALIDATION_SIZE = (128, 256)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    options.add_mask(parser, step=2)
+    add(
+        "--random-masks",
+        type=not_negative,
+        default=0.5,
+        metavar="SHARE",
+        help="share of the batches measured through a new random mask, half of it open, instead of a window of --mask, "
+        "so that the network serves other masks as well (default 0.5; 1 without --mask)",
+    )
+    add("--bands", type=at_least_one, default=28, help="L (default 28)")
+    options.add_cubes(parser)
+    add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
+    add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
+    add("--blocks", type=int, nargs="+", help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)")
+    add(
+        "--patch",
+        type=at_least_one,
+        nargs="+",
+        default=[256],
+        metavar="SIDE",
+        help="training crop: side, or height and width (default 256). The image crop; a measurement is wider",
+    )
+    add("--mosaic", type=not_negative, default=0.25, help="share of crops put together from four (default 0.25)")
+    add("--sensor-noise", action="store_true", help="shot noise: quantum efficiency 0.4, 2048 levels for 0 to L/step")
+    add("--noise", type=not_negative, default=0.0, help="standard deviation of Gaussian noise on y (default 0)")
+    add("--memory-gib", type=not_negative, default=4.0, help="for decoded scenes; others are read again (default 4)")
+
+
+def _base(args: argparse.Namespace) -> nn.Module:
+    if args.base == "transformer":
+        channels = tuple(args.channels or (28, 56, 112))
+        blocks = tuple(args.blocks or (1,) * len(channels))
+        if len(blocks) != len(channels):
+            raise UserError(f"--blocks: expected {len(channels)} numbers for --channels, got {len(blocks)}")
+        return SpectralTransformer(args.bands, args.bands, channels, blocks)
+    if args.blocks is not None and len(args.blocks) != 1:
+        raise UserError(f"--blocks: expected one number for --base {args.base}, got {len(args.blocks)}")
+    if args.base == "resunet":
+        return ResUNet(args.bands, args.bands, tuple(args.channels or (32, 64, 64)), *(args.blocks or (1,)))
+    channels = args.channels or (48,)
+    if len(channels) != 1:
+        raise UserError(f"--channels: expected one number for --base cnn, got {len(channels)}")
+    return ResCNN(args.bands, args.bands, channels[0], *(args.blocks or (4,)))
+
+
+class Recipe:
+    """Crops of spectral scenes, their measurements through windows of a mask or random masks, and the RMSE."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        if len(args.patch) > 2:
+            raise UserError(f"--patch: expected a side, or height and width, got {len(args.patch)} numbers")
+        self.size = (args.patch[0], args.patch[-1])
+        self.mask = None
+        if args.mask is not None:
+            self.mask = options.operator(args, args.bands, args.step).mask
+            if any(own > full for own, full in zip(self.size, self.mask.shape[-2:], strict=True)):
+                raise UserError(f"--patch: expected at most the mask's {tuple(self.mask.shape[-2:])}, got {self.size}")
+        paths = find_cubes(args.data)
+        if len(paths) < 2:
+            raise UserError(f"--data: expected at least two scenes, got {len(paths)}")
+        validation, training = held_out(paths, _VALIDATION_SCENES)
+        self.validation = [self._middle(self._read(path)) for path in validation]
+        library = scenes.Library(training, self._read, int(args.memory_gib * 2**30))
+        self.sampler = scenes.CropSampler(library, self.size, args.batch, args.seed, args.mosaic)
+
+    def _read(self, path: Path) -> scenes.Scene:
+        if path.name.endswith(".npy.xz"):
+            return scenes.companded(path, default_wavelengths(self.args.bands))
+        args = self.args
+        return scenes.quantised(load_cube(path, bands=args.bands, key=args.key, axes=args.axes, peak=args.peak).values)
+
+    def _middle(self, scene: scenes.Scene) -> Tensor:
+        limits = (scene.height, scene.width) if self.mask is None else self.mask.shape[-2:]
+        height, width = (
+            min(sides) for sides in zip(_VALIDATION_SIZE, (scene.height, scene.width), limits, strict=True)
+        )
+        crop = scene.crop((scene.height - height) // 2, (scene.width - width) // 2, height, width)
+        return torch.from_numpy(np.ascontiguousarray(crop))[None]
+
+    def _window(self, height: int, width: int, rng: np.random.Generator | None = None) -> CASSI:
+        """The operator of a batch: a window of the mask, or a random mask; without rng the window for validation."""
+        if self.mask is None or (rng is not None and rng.random() < self.args.random_masks):
+            mask = random_mask(height, width, rng or np.random.default_rng(0))
+        else:
+            corner = [0, 0]
+            if rng is not None:
+                limits = zip(self.mask.shape[-2:], (height, width), strict=True)
+                corner = [int(rng.integers(full - own + 1)) for full, own in limits]
+            mask = self.mask[..., corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+            if rng is not None:
+                mask = mask.flip([axis for axis in (-2, -1) if rng.integers(2)])
+        return CASSI(mask, self.args.bands, self.args.step)
+
+    def base(self) -> LoRun:
+        """Phase 1: a single block. Step sizes start at 1 / ||Phi||^2, where the gradient step still converges.
+
+        The operator that is saved with the network holds a random mask of its own: it only stands in where neither
+        the measurements nor the command line bring one.
+        """
+        op = CASSI(random_mask(_OWN_MASK, _OWN_MASK, np.random.default_rng(0)), self.args.bands, self.args.step)
+        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=1 / op.norm().square().item())
+
+    def _measure(self, op: CASSI, x: Tensor, step: int) -> Tensor:
+        y = op(x)
+        if self.args.sensor_noise or self.args.noise:
+            source = torch.Generator().manual_seed(
+                int(np.random.default_rng((self.args.seed, step, 3)).integers(2**62))
+            )
+            y = y.cpu()
+            if self.args.sensor_noise:
+                y = sensor.expose(y, self.args.bands / max(1, self.args.step), generator=source)
+            if self.args.noise:
+                y = y + self.args.noise * torch.randn(y.shape, generator=source)
+        return y.to(x.device)
+
+    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
+        """Root mean squared error per cube, averaged: between MSE, which dark scenes hardly move, and PSNR.
+
+        In phase 1 the block first runs 0 to ``--pretrain-unroll`` times without gradients, and learns from what it
+        then meets: a block that has only ever seen the start does harm when it is applied nine times.
+        """
+        x = torch.from_numpy(self.sampler(step)).to(device)
+        rng = np.random.default_rng((self.args.seed, step, 1))
+        op = self._window(*self.size, rng).to(device)
+        y = self._measure(op, x, step)
+        if net.stages > 1:
+            restored = net(y, op=op)
+        else:
+            passes = int(rng.integers(self.args.pretrain_unroll + 1))
+            restored = op.initial(y)
+            with torch.no_grad():
+                for _ in range(passes):
+                    restored = net.stage_step(0, restored, y, op)
+            restored = net.stage_step(0, restored.detach(), y, op)
+        return ((restored - x).square().mean((1, 2, 3)) + 1e-10).sqrt().mean()
+
+    @torch.no_grad()
+    def score(self, net: LoRun, device: torch.device) -> float:
+        """PSNR in dB per band, then the mean, over crops of held-out training scenes; without noise."""
+        total = 0.0
+        for x in self.validation:
+            x = x.to(device)
+            op = self._window(*x.shape[-2:]).to(device)
+            y = op(x)
+            restored = net(y, op=op)
+            if net.stages == 1:
+                for _ in range(self.args.pretrain_unroll):
+                    restored = net.stage_step(0, restored, y, op)
+            error = (restored.clamp(0, 1) - x).square().mean((-2, -1))
+            total += (-10 * torch.log10(error.clamp(min=1e-12))).mean().item()
+        return total / len(self.validation)

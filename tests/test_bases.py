@@ -1,0 +1,58 @@
+"""Every base denoiser serves every task: shapes, adapters, saving. And what ResCNN is by itself."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import lorun_fast as lf
+
+BASES = {
+    "cnn": lambda c: lf.ResCNN(c, c, channels=8, blocks=1),
+    "unet": lambda c: lf.ResUNet(c, c, channels=(8, 8), blocks=1),
+    "transformer": lambda c: lf.SpectralTransformer(c, c, channels=(8, 16), blocks=(1, 1), head_channels=8),
+}
+TASKS = {
+    "cs": lambda: (lf.BlockCS.gaussian(0.25, 4, seed=0), (2, 1, 10, 13)),
+    "cassi": lambda: (lf.CASSI((torch.rand(9, 11) > 0.5).float(), 5), (2, 5, 9, 11)),
+    "sr": lambda: (lf.BlurDownsample(torch.full((3, 3), 1 / 9), 2), (2, 3, 12, 10)),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_adapts_and_runs_for_every_task(base, task, tmp_path):
+    op, shape = TASKS[task]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="adapt: .* grouped layers")
+        net = lf.LoRun(op, BASES[base](shape[1]), stages=2, step_size=0.1)
+    x = torch.rand(shape)
+    y, size = op(x), shape[-2:]
+    restored = net(y, size=size)
+    assert restored.shape == x.shape
+    ((restored - x) ** 2).mean().backward()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+    assert len(trained) == 1 + 2 * len(net.denoiser.adapted)
+    with torch.no_grad():
+        for layer in net.denoiser.adapted.values():
+            layer.up.normal_(0, 0.1)
+    lf.save(net, tmp_path / "net.safetensors")
+    torch.testing.assert_close(lf.load(tmp_path / "net.safetensors")(y, size=size), net.eval()(y, size=size))
+
+
+def test_res_cnn():
+    net = lf.ResCNN(3, 2, channels=6, blocks=2, noise_level=True)
+    z = torch.randn(2, 3, 5, 7)
+    assert net(z, 0.1).shape == (2, 2, 5, 7)
+    assert not torch.allclose(net(z, 0.1), net(z, 0.9))
+    again = lf.ResCNN(**net.config())
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(z, 0.1), net(z, 0.1))
+    assert sum(p.numel() for p in lf.ResCNN().parameters()) == 166_752
+    with pytest.raises(ValueError, match=r"z: expected \(N, 3, H, W\), got shape \(1, 1, 4, 4\)"):
+        net(torch.randn(1, 1, 4, 4), 0.1)
+    with pytest.raises(ValueError, match="residual needs out_channels <= in_channels, got 2 > 1"):
+        lf.ResCNN(1, 2)
