@@ -173,3 +173,122 @@ def test_cassi_reads_a_view_of_a_mask(kernels):
 )
 def test_cassi_random_shapes(kernels, n, bands, height, width, step, per_band, dtype):
     check_cassi(kernels, n, bands, height, width, step, per_band, dtype)
+
+
+def check_blur(kernels, n, channels, height, width, kh, kw, scale, per_sample, dtype, layout=lambda t: t):
+    """Sizes are the measurement's."""
+    wide = wide_of(dtype)
+    x = layout(draw(n, channels, height * scale, width * scale, dtype=dtype))
+    y = layout(draw(n, channels, height, width, dtype=wide))
+    kernel = draw(*((n, kh, kw) if per_sample else (kh, kw)), dtype=wide) / (kh * kw) ** 0.5
+    rho = torch.rand(n, channels, dtype=wide)
+    x64, y64, k64 = x.double(), y.double(), kernel.double()
+    terms = 8 * (kh + kw)
+    close(kernels("blur_downsample", x, kernel, scale), blur_reference.blur_downsample(x64, k64, scale), terms)
+    low = y.to(dtype)
+    want = blur_reference.blur_downsample_adjoint(low.double(), k64, scale)
+    close(kernels("blur_downsample_adjoint", low, kernel, scale), want, terms)
+    want = blur_reference.blur_downsample_descend(x64, y64, k64, rho.double(), scale)
+    close(kernels("blur_downsample_descend", x, y, kernel, rho, scale), want, terms)
+    for r in (rho, rho.new_full((1,), 0.7)):
+        want = blur_reference.blur_downsample_step(x64, y64, k64, r.double(), scale)
+        close(kernels("blur_downsample_step", x, y, kernel, r, scale), want, 4 * terms)
+    want = blur_reference.blur_downsample_grad_kernel(x64, y64, kh, kw, scale, per_sample)
+    got = kernels("blur_downsample_grad_kernel", x, y, kh, kw, scale, per_sample)
+    close(got, want, 8 * (n * channels * height * width + 1))
+
+
+BLUR_SHAPES = [
+    # n, channels, height, width, kh, kw, scale
+    (2, 2, 12, 20, 25, 25, 3),
+    (1, 1, 40, 70, 5, 7, 1),  # several tiles each way
+    (1, 1, 3, 130, 4, 6, 2),  # an even kernel
+    (1, 2, 9, 9, 67, 67, 1),  # taps in several parts; wraps many times
+    (1, 1, 5, 6, 67, 67, 4),
+    (1, 1, 2, 3, 1, 1, 5),  # most phases have no tap
+    (1, 1, 1, 1, 3, 3, 2),
+    (2, 1, 4, 3, 2, 160, 1),  # taps across in several parts
+    (2, 1, 34, 3, 9, 1, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", BLUR_SHAPES)
+def test_blur_downsample(kernels, shape, dtype):
+    check_blur(kernels, *shape, shape[0] > 1, dtype)
+
+
+@pytest.mark.parametrize("layout", [sliced, channels_last])
+def test_blur_downsample_layouts(kernels, layout):
+    check_blur(kernels, 2, 3, 5, 6, 5, 4, 2, True, torch.float32, layout)
+    check_blur(kernels, 2, 3, 5, 6, 5, 4, 2, False, torch.bfloat16, layout)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(0, 2),
+    channels=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 20),
+    kh=st.integers(1, 9),
+    kw=st.integers(1, 14),
+    scale=st.integers(1, 5),
+    per_sample=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_blur_downsample_random_shapes(kernels, n, channels, height, width, kh, kw, scale, per_sample, dtype):
+    check_blur(kernels, n, channels, height, width, kh, kw, scale, per_sample, dtype)
+
+
+def check_block_cs(kernels, n, block, m, height, width, dtype, layout=lambda t: t):
+    wide = wide_of(dtype)
+    x, phi = layout(draw(n, 1, height, width, dtype=dtype)), draw(m, block * block, dtype=wide) / block
+    rows, cols = -(-height // block), -(-width // block)
+    y, rho = layout(draw(n, m, rows, cols, dtype=wide)), torch.rand(n, 1, dtype=wide)
+    x64, y64, p64 = x.double(), y.double(), phi.double()
+    # bf16 and fp16 images: factors are kept to 16 bits, well below what the result is rounded to.
+    terms = 8 * (block + m) if dtype in (torch.float32, torch.float64) else 100 * block
+    close(kernels("block_cs", x, phi, block), block_reference.block_cs(x64, p64, block), terms)
+    low = y.to(dtype)
+    want = block_reference.block_cs_adjoint(low.double(), p64, block, height, width)
+    close(kernels("block_cs_adjoint", low, phi, block, height, width), want, terms)
+    for r in (rho, rho.new_full((1,), 0.7)):
+        want = block_reference.block_cs_step(x64, y64, p64, r.double(), block)
+        close(kernels("block_cs_step", x, y, phi, r, block), want, 4 * terms)
+    want = block_reference.block_cs_grad_phi(x64, y64, block)
+    close(kernels("block_cs_grad_phi", x, y, block), want, terms * (1 + n * rows * cols))
+
+
+BLOCK_SHAPES = [
+    # n, block, m, height, width
+    (2, 8, 16, 24, 20),
+    (1, 16, 70, 40, 130),  # several tiles each way
+    (1, 17, 10, 17, 18),
+    (3, 1, 2, 2, 5),
+    (1, 4, 3, 1, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES)
+def test_block_cs(kernels, shape, dtype):
+    check_block_cs(kernels, *shape, dtype)
+
+
+@pytest.mark.parametrize("layout", [sliced, channels_last])
+def test_block_cs_layouts(kernels, layout):
+    check_block_cs(kernels, 2, 4, 5, 9, 10, torch.float32, layout)
+    check_block_cs(kernels, 2, 4, 5, 9, 10, torch.bfloat16, layout)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    block=st.integers(1, 7),
+    m=st.integers(1, 9),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_block_cs_random_shapes(kernels, n, block, m, height, width, dtype):
+    check_block_cs(kernels, n, block, m, height, width, dtype)

@@ -221,9 +221,9 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
       image.gather(begin, a);
       for (int64_t row = begin; row < end; ++row) {
         std::swap(r, a);
-        LORUN_PICK(weigh_row<W>)(r, with.y ? with.y + row * g.measured() : nullptr,
-                                 keep ? keep + row * g.measured() : nullptr,
-                                 with.weight ? with.weight + row % with.weight_rows * g.measured() : nullptr, g.measured());
+        LORUN_PICK(weigh_row<W>)(
+            r, with.y ? with.y + row * g.measured() : nullptr, keep ? keep + row * g.measured() : nullptr,
+            with.weight ? with.weight + row % with.weight_rows * g.measured() : nullptr, g.measured());
         Line<T> l = image.line();
         l.z = out + image.row_of_z(row), l.x = image.row_of_x(row), l.m = image.row_of_mask(row), l.r = r;
         l.k = with.rho + row / g.height * with.rho_sample, l.k_band = with.rho_band;

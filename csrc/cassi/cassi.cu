@@ -43,8 +43,8 @@ int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
 }
 
-// A block's part: `columns` of a row that is cut into `tiles`. Shared memory holds r, then x, if that is kept, with bands
-// `pitch` apart. All are whole packs; spread reads up to 16 bytes of r beyond the columns.
+// A block's part: `columns` of a row that is cut into `tiles`. Shared memory holds r, then x, if that is kept, with
+// bands `pitch` apart. All are whole packs; spread reads up to 16 bytes of r beyond the columns.
 struct Tiling {
   int columns, tiles, pitch, r_bytes;
 
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
 
 // out = sum over samples (and, unless per_band, over bands) of x y: one thread an element.
 template <class T>
-__global__ void __launch_bounds__(256) sum_of_products(const Geometry g, const ImageStrides s, const T* x,
-                                                       const Wide<T>* y, Wide<T>* out, bool per_band) {
+__global__ void __launch_bounds__(256)
+    sum_of_products(const Geometry g, const ImageStrides s, const T* x, const Wide<T>* y, Wide<T>* out, bool per_band) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= (per_band ? g.bands : 1) * g.height * g.width) {
     return;
@@ -310,9 +310,7 @@ void run(const OnDeviceOf& device, Task<T> t) {
                                    t.strides.row % kCount == 0)) &&
                       (P == Part::kForward || aligned(t.z));
   const int64_t threads = std::clamp<int64_t>(round_up(t.tiling.columns, 32), 64, kMostThreads);
-  const auto start = [&](auto kernel) {
-    launch(device, kernel, g.rows() * t.tiling.tiles, threads, bytes(staged), t);
-  };
+  const auto start = [&](auto kernel) { launch(device, kernel, g.rows() * t.tiling.tiles, threads, bytes(staged), t); };
   if constexpr (kKeeps) {
     if (staged) {
       return packed ? start(&row_of_measurements<T, P, true, true>) : start(&row_of_measurements<T, P, false, true>);

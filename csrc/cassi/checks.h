@@ -14,8 +14,7 @@ struct OperatorTensors {
   int64_t m_band;  // from one band's mask to the next one's; 0: all share one
 };
 
-inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step,
-                                   ScalarType image) {
+inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step, ScalarType image) {
   STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
   STD_TORCH_CHECK(bands >= 1, "bands: expected at least 1, got ", bands);
   check_type("mask", mask, wide_type(image));

@@ -1,5 +1,5 @@
-// What every CUDA launcher needs: the tensor's device, torch's current stream, a launch that reports its error; and what
-// kernels need beyond the language. tests/cuda_on_cpu/ holds its counterpart, with which the kernels run on a CPU.
+// What every CUDA launcher needs: the tensor's device, torch's current stream, a launch that reports its error; and
+// what kernels need beyond the language. tests/cuda_on_cpu/ holds its counterpart, with which the kernels run on a CPU.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -39,7 +39,8 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
-// `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory, at most 48 KiB.
+// `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory, at most 48
+// KiB.
 template <class... Parameters, class... Arguments>
 void launch(const OnDeviceOf& device, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared,
             const Arguments&... arguments) {

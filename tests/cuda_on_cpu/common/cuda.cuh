@@ -10,11 +10,11 @@
 #include "common/tensor.h"
 
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m)                                                          \
-  static void cuda_on_cpu_register(torch::stable::detail::StableLibrary&);                             \
-  static const torch::stable::detail::StableTorchLibraryInit cuda_on_cpu_init(                         \
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m)                                                                   \
+  static void cuda_on_cpu_register(torch::stable::detail::StableLibrary&);                                      \
+  static const torch::stable::detail::StableTorchLibraryInit cuda_on_cpu_init(                                  \
       torch::stable::detail::StableLibrary::Kind::IMPL, &cuda_on_cpu_register, "lorun_fast_cuda_on_cpu", "CPU", \
-      __FILE__, __LINE__);                                                                             \
+      __FILE__, __LINE__);                                                                                      \
   void cuda_on_cpu_register(torch::stable::detail::StableLibrary& m)
 
 namespace lorun {

@@ -1,0 +1,476 @@
+// Blur and downsample on CUDA, as direct sums (formulas in blur_downsample.h).
+//
+// Each direction is a set of unit-stride correlations, one per pair of phases: out[i][j] += sum w[t][u] in[i+t][j+u].
+// So is the kernel's gradient, with the measurement in place of w. A block of threads takes a tile of out. For each
+// correlation, or as many of its taps as fit, it copies what it needs of `in` into shared memory, phase taken out and
+// periods wrapped, and w beside it. A thread sums eight neighbours of a row: of four values that it reads, each meets
+// four taps and eight sums, 32 multiply-adds for two 16-byte loads. Lines keep their odd quads behind the even ones:
+// threads that lie eight columns apart then read neighbouring quads, from different banks.
+//
+// A step is two launches, with the residual between them. Accumulation is fp32 (fp64 for fp64 images), in one order:
+// no atomics, bitwise repeatable.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "blur_downsample/blur_downsample.h"
+#include "blur_downsample/checks.h"
+#include "common/cuda.cuh"
+#include "common/tensor.h"
+
+namespace lorun::blur_downsample {
+namespace {
+
+constexpr int kEach = 8;  // sums of a thread
+constexpr int kMostLanes = 8;
+constexpr int kMostThreads = 256;
+constexpr int kMostRows = 32;
+constexpr int kTapColumns = 72;  // taps across that are in shared memory at once
+constexpr int64_t kSharedBytes = 44 << 10;
+constexpr int64_t kParts = 64, kSampleParts = 16;  // partial sums of a kernel's gradient
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// A tile of sums, `rows` by `lanes` * kEach, and how many taps, `tap_rows` by `tap_cols`, meet it at once.
+struct Tile {
+  int lanes, rows, tap_rows, tap_cols;
+  int64_t down, across;  // tiles of a plane
+
+  LORUN_HD int cols() const {
+    return lanes * kEach;
+  }
+
+  LORUN_HD int line() const {  // values, whole pairs of quads; a thread reads up to three values too many
+    return (cols() + tap_cols + 3 + 7) / 8 * 8;
+  }
+
+  LORUN_HD int lines() const {
+    return rows + tap_rows - 1;
+  }
+
+  LORUN_HD int weight_line() const {
+    return (tap_cols + 3) / 4 * 4;
+  }
+
+  // Values of `in`, of w, and indices of rows and columns.
+  template <class W>
+  int64_t bytes() const {
+    return (lines() * line() + tap_rows * weight_line()) * sizeof(W) + (lines() + line()) * sizeof(int);
+  }
+
+  int64_t threads() const {
+    return ceil_div(rows * lanes, 32) * 32;
+  }
+
+  // For `planes` planes of rows x cols sums, each of taps_down x taps_across terms.
+  template <class W>
+  static Tile of(int64_t planes, int64_t all_rows, int64_t all_cols, int64_t taps_down, int64_t taps_across,
+                 int64_t blocks) {
+    Tile t{};
+    t.across = ceil_div(all_cols, kMostLanes * kEach);
+    t.lanes = static_cast<int>(ceil_div(ceil_div(all_cols, t.across), kEach));
+    // Smaller tiles where there would be too few to occupy the device.
+    const auto cut = [&](int rows) {
+      t.down = ceil_div(all_rows, rows);
+      t.rows = static_cast<int>(ceil_div(all_rows, t.down));
+    };
+    for (int rows = kMostRows; cut(rows), rows > 4 && planes * t.across * t.down < blocks; rows /= 2) {
+    }
+    t.tap_cols = static_cast<int>(std::min<int64_t>(taps_across, kTapColumns));
+    t.tap_rows = static_cast<int>(taps_down);
+    while (t.tap_rows > 1 && t.bytes<W>() > kSharedBytes) {
+      --t.tap_rows;
+    }
+    return t;
+  }
+};
+
+// What a block holds in shared memory.
+template <class W>
+struct Work {
+  const Tile tile;
+  W *const lines, *const weights;
+  int *const row_of, *const col_of;
+
+  __device__ explicit Work(const Tile& tile)
+      : tile(tile),
+        lines(reinterpret_cast<W*>(dynamic_shared())),
+        weights(lines + tile.lines() * tile.line()),
+        row_of(reinterpret_cast<int*>(weights + tile.tap_rows * tile.weight_line())),
+        col_of(row_of + tile.lines()) {}
+
+  // Copies in[row(m)][col(n)] for all that the tile and rows x cols taps meet, and weight(t, u). row and col are called
+  // once per row and column: they divide.
+  template <class T, class Row, class Col, class Weight>
+  __device__ void load(const Planes<T>& in, int64_t plane, int rows, int cols, const Row& row, const Col& col,
+                       const Weight& weight) const {
+    const int height = tile.rows + rows - 1, width = tile.cols() + cols - 1;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    __syncthreads();  // until nobody reads what the last taps left
+    for (int m = threadIdx.x; m < height + width; m += blockDim.x) {
+      if (m < height) {
+        row_of[m] = static_cast<int>(row(m));
+      } else {
+        col_of[m - height] = static_cast<int>(col(m - height));
+      }
+    }
+    for (int t = warp; t < rows; t += warps) {
+      for (int u = lane; u < cols; u += 32) {
+        weights[t * tile.weight_line() + u] = weight(t, u);
+      }
+    }
+    __syncthreads();
+    const T* const from = in.plane(plane);
+    const int half = tile.line() / 2;
+    for (int m = warp; m < height; m += warps) {
+      const T* const line = from + row_of[m] * in.by_row;
+      W* const to = lines + m * tile.line();
+      for (int n = lane; n < width; n += 32) {
+        to[n / 4 % 2 * half + n / 8 * 4 + n % 4] = static_cast<W>(line[col_of[n] * in.by_col]);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Four values from a multiple of four.
+  __device__ static void quad(const W* from, W* to) {
+    struct Pack {
+      W at[16 / sizeof(W)];
+    };
+    constexpr int kCount = 16 / sizeof(W);
+#pragma unroll
+    for (int i = 0; i < 4; i += kCount) {
+      const Pack part = load16<Pack>(from + i);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        to[i + k] = part.at[k];
+      }
+    }
+  }
+
+  // sum[c] += w[t][u] in[row + t][lane * kEach + c + u] for rows x cols taps.
+  __device__ void add(int row, int lane, int rows, int cols, W (&sum)[kEach]) const {
+    const int half = tile.line() / 2;
+    for (int t = 0; t < rows; ++t) {
+      const W* const line = lines + (row + t) * tile.line() + lane * 4;
+      const W* const weight = weights + t * tile.weight_line();
+      W in[kEach + 4], w[4];
+      quad(line, in);
+      quad(line + half, in + 4);
+      int u = 0;
+#pragma unroll 3
+      for (; u + 4 <= cols; u += 4) {
+        quad(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
+        quad(weight + u, w);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int c = 0; c < kEach; ++c) {
+            sum[c] += w[k] * in[k + c];
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) {
+          in[k] = in[k + 4];
+        }
+      }
+      if (u < cols) {
+        if (u + 1 < cols) {
+          quad(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
+        }
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          if (u + k < cols) {
+#pragma unroll
+            for (int c = 0; c < kEach; ++c) {
+              sum[c] += weight[u + k] * in[k + c];
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// A x of all planes if not Adjoint, else A^T y: end.store(plane, i, j, value) takes each value.
+template <class T, class W, bool Adjoint, class End>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    correlate(const Shape shape, const Planes<T> in, const W* kernels, const End end, const Tile tile) {
+  const Work<W> work(tile);
+  const int64_t plane = blockIdx.x / tile.across / tile.down;
+  const int64_t top = blockIdx.x / tile.across % tile.down * tile.rows, left = blockIdx.x % tile.across * tile.cols();
+  const int row = threadIdx.x / tile.lanes, lane = threadIdx.x % tile.lanes;
+  const bool sums = row < tile.rows;
+  const W* const kernel = kernels + shape.kernel_of(plane) * shape.taps();
+  const Axis &rows = shape.rows, &cols = shape.cols;
+  const int64_t s = rows.scale;
+  W sum[kEach] = {};
+  const auto store = [&](int64_t by, int64_t p, int64_t q) {
+    if (sums && top + row < rows.count) {
+#pragma unroll
+      for (int c = 0; c < kEach; ++c) {
+        const int64_t j = left + lane * kEach + c;
+        if (j < cols.count) {
+          end.store(plane, (top + row) * by + p, j * by + q, sum[c]);
+        }
+        sum[c] = 0;
+      }
+    }
+  };
+  for (int64_t p = 0; p < s; ++p) {
+    for (int64_t q = 0; q < s; ++q) {
+      const int64_t first_row = Adjoint ? rows.first(p) : p, first_col = Adjoint ? cols.first(q) : q;
+      const int64_t down = rows.steps(first_row), across = cols.steps(first_col);
+      for (int64_t t0 = 0; t0 < down; t0 += tile.tap_rows) {
+        for (int64_t u0 = 0; u0 < across; u0 += tile.tap_cols) {
+          const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), down - t0));
+          const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), across - u0));
+          work.load(
+              in, plane, height, width,
+              [&](int m) {
+                const int64_t e = top + t0 + m;
+                return Adjoint ? rows.measurement(e + rows.shift(p)) : rows.pixel(e * s + p);
+              },
+              [&](int n) {
+                const int64_t e = left + u0 + n;
+                return Adjoint ? cols.measurement(e + cols.shift(q)) : cols.pixel(e * s + q);
+              },
+              [&](int t, int u) {
+                const int64_t e = first_row + (t0 + t) * s, f = first_col + (u0 + u) * s;
+                return Adjoint ? kernel[e * cols.taps + f]
+                               : kernel[(rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f];
+              });
+          if (sums) {
+            work.add(row, lane, height, width, sum);
+          }
+        }
+      }
+      if constexpr (Adjoint) {
+        store(s, p, q);
+      }
+    }
+  }
+  if constexpr (!Adjoint) {
+    store(1, 0, 0);
+  }
+}
+
+// Endings. Results are contiguous.
+
+template <class T>
+struct StoreValue {
+  T* out;
+  int64_t rows, cols;
+  __device__ void store(int64_t plane, int64_t i, int64_t j, Wide<T> value) const {
+    out[(plane * rows + i) * cols + j] = static_cast<T>(value);
+  }
+};
+
+// base - rho value; rho is one value (by_plane 0) or one per plane, and null for 1; sign is 1 or -1.
+template <class T>
+struct StoreDifference {
+  using W = Wide<T>;
+  Planes<T> base;
+  const W* rho;
+  int64_t by_plane;
+  W sign;
+  T* out;
+  int64_t rows, cols;
+  __device__ void store(int64_t plane, int64_t i, int64_t j, W value) const {
+    const W rate = rho == nullptr ? sign : sign * rho[plane * by_plane];
+    const W from = static_cast<W>(base.row(plane, i)[j * base.by_col]);
+    out[(plane * rows + i) * cols + j] = static_cast<T>(from - rate * value);
+  }
+};
+
+// A part of the gradient of <A x, y> for the taps of one pair of phases: of the measurements of its group (a sample, or
+// all), cut into pieces of tap_rows x tap_cols, one in `parts`. Tiles are of taps.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    correlate_with_measurements(const Shape shape, const Planes<T> x, const Planes<Wide<T>> y, const Tile tile,
+                                int64_t parts, int64_t planes, Wide<T>* out) {
+  using W = Wide<T>;
+  const Work<W> work(tile);
+  const Axis &rows = shape.rows, &cols = shape.cols;
+  const int64_t s = rows.scale;
+  int64_t index = blockIdx.x;
+  const int64_t left = index % tile.across * tile.cols();
+  index /= tile.across;
+  const int64_t top = index % tile.down * tile.rows;
+  index /= tile.down;
+  const int64_t q = index % s, p = index / s % s;
+  index /= s * s;
+  const int64_t part = index % parts, group = index / parts;
+  const int row = threadIdx.x / tile.lanes, lane = threadIdx.x % tile.lanes;
+  const bool sums = row < tile.rows;
+  const int64_t across = (cols.count + tile.tap_cols - 1) / tile.tap_cols,
+                down = (rows.count + tile.tap_rows - 1) / tile.tap_rows;
+  W sum[kEach] = {};
+  for (int64_t piece = part; piece < planes * down * across; piece += parts) {
+    const int64_t plane = group * planes + piece / across / down;
+    const int64_t i0 = piece / across % down * tile.tap_rows, j0 = piece % across * tile.tap_cols;
+    const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), rows.count - i0));
+    const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), cols.count - j0));
+    work.load(
+        x, plane, height, width, [&](int m) { return rows.pixel((i0 + top + m) * s + p); },
+        [&](int n) { return cols.pixel((j0 + left + n) * s + q); },
+        [&](int t, int u) { return y.row(plane, i0 + t)[(j0 + u) * y.by_col]; });
+    if (sums) {
+      work.add(row, lane, height, width, sum);
+    }
+  }
+  const int64_t e = (top + row) * s + p;
+  if (sums && e < rows.taps) {
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) {
+      const int64_t f = (left + lane * kEach + c) * s + q;
+      if (f < cols.taps) {
+        out[(group * parts + part) * shape.taps() + (rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f] = sum[c];
+      }
+    }
+  }
+}
+
+template <class W>
+__global__ void __launch_bounds__(256) sum_parts(const W* partial, int64_t parts, int64_t taps, int64_t count, W* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) {
+    W sum = 0;
+    for (int64_t k = 0; k < parts; ++k) {
+      sum += partial[(i / taps * parts + k) * taps + i % taps];
+    }
+    out[i] = sum;
+  }
+}
+
+void check_size(const Shape& shape) {
+  STD_TORCH_CHECK(shape.rows.pixels() <= 0x3fffffff && shape.cols.pixels() <= 0x3fffffff,
+                  "expected at most 2^30 - 1 rows and columns on CUDA, got ", shape.rows.pixels(), "x",
+                  shape.cols.pixels());
+}
+
+template <class T, bool Adjoint, class W, class End>
+void run(const OnDeviceOf& device, const Shape& shape, const Planes<T>& in, const W* kernel, const End& end) {
+  check_size(shape);
+  if (shape.planes() == 0) {
+    return;
+  }
+  const Tile tile = Tile::of<W>(shape.planes(), shape.rows.count, shape.cols.count, shape.rows.most_steps(),
+                                shape.cols.most_steps(), 2 * device.multiprocessors());
+  launch(device, &correlate<T, W, Adjoint, End>, shape.planes() * tile.down * tile.across, tile.threads(),
+         tile.bytes<W>(), shape, in, kernel, end, tile);
+}
+
+Tensor forward(Tensor x, Tensor kernel, int64_t scale) {
+  const OnDeviceOf device(x);
+  const Shape shape = check_image(x, kernel, scale);
+  const Tensor plain = dense(kernel);
+  const Tensor y = empty_measurement(x, shape, x.scalar_type());
+  dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    run<T, false>(device, shape, planes_of<T>(x), plain.const_data_ptr<Wide<T>>(),
+                  StoreValue<T>{y.mutable_data_ptr<T>(), shape.rows.count, shape.cols.count});
+  });
+  return y;
+}
+
+Tensor adjoint(Tensor y, Tensor kernel, int64_t scale) {
+  const OnDeviceOf device(y);
+  const Shape shape = check_measurement(y, kernel, scale);
+  const Tensor plain = dense(kernel);
+  const Tensor x = empty_image(y, shape);
+  dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    run<T, true>(device, shape, planes_of<T>(y), plain.const_data_ptr<Wide<T>>(),
+                 StoreValue<T>{x.mutable_data_ptr<T>(), shape.rows.pixels(), shape.cols.pixels()});
+  });
+  return x;
+}
+
+// z = x - sign rho A^T residual.
+template <class T>
+void descend(const OnDeviceOf& device, const Shape& shape, const Tensor& x, const Planes<Wide<T>>& residual,
+             const Tensor& kernel, const Tensor& rho, Wide<T> sign, const Tensor& z) {
+  using W = Wide<T>;
+  run<W, true>(device, shape, residual, kernel.const_data_ptr<W>(),
+               StoreDifference<T>{planes_of<T>(x), rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, sign,
+                                  z.mutable_data_ptr<T>(), shape.rows.pixels(), shape.cols.pixels()});
+}
+
+Tensor descend_op(Tensor x, Tensor residual, Tensor kernel, Tensor rho, int64_t scale) {
+  const OnDeviceOf device(x);
+  const Shape shape = check_image(x, kernel, scale);
+  check_beside("residual", residual, x, shape);
+  check_step_size(rho, shape.samples, shape.channels, wide_type(x.scalar_type()));
+  const Tensor plain = dense(kernel), rhos = dense(rho), z = empty_image(x, shape);
+  dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    descend<T>(device, shape, x, planes_of<Wide<T>>(residual), plain, rhos, 1, z);
+  });
+  return z;
+}
+
+Tensor step(Tensor x, Tensor y, Tensor kernel, Tensor rho, int64_t scale) {
+  const OnDeviceOf device(x);
+  const ScalarType wide = wide_type(x.scalar_type());
+  const Shape shape = check_image(x, kernel, scale);
+  check_beside("y", y, x, shape);
+  check_step_size(rho, shape.samples, shape.channels, wide);
+  const Tensor plain = dense(kernel), rhos = dense(rho), z = empty_image(x, shape);
+  const Tensor residual = empty_measurement(x, shape, wide);
+  dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using W = Wide<T>;
+    // The residual is kept as y - A x, hence the sign of the second launch.
+    run<T, false>(device, shape, planes_of<T>(x), plain.const_data_ptr<W>(),
+                  StoreDifference<W>{planes_of<W>(y), nullptr, 0, W(1), residual.mutable_data_ptr<W>(),
+                                     shape.rows.count, shape.cols.count});
+    descend<T>(device, shape, x, planes_of<W>(residual), plain, rhos, -1, z);
+  });
+  return z;
+}
+
+Tensor grad_kernel(Tensor x, Tensor y, int64_t kh, int64_t kw, int64_t scale, bool per_sample) {
+  const OnDeviceOf device(x);
+  const Shape shape = shape_of_image(x, kh, kw, per_sample, scale);
+  check_beside("y", y, x, shape);
+  check_size(shape);
+  const Tensor grad = empty_kernel(y, shape);
+  dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using W = Wide<T>;
+    const int64_t groups = per_sample ? shape.samples : 1, planes = per_sample ? shape.channels : shape.planes();
+    // The number of parts does not depend on the device: the same bits everywhere.
+    const Tile tile = Tile::of<W>(groups, shape.rows.most_steps(), shape.cols.most_steps(),
+                                  std::min<int64_t>(shape.rows.count, 32), shape.cols.count, 0);
+    const int64_t pieces =
+        planes * ceil_div(shape.rows.count, tile.tap_rows) * ceil_div(shape.cols.count, tile.tap_cols);
+    const int64_t parts = std::min(pieces, per_sample ? kSampleParts : kParts), taps = shape.taps();
+    const Tensor partial = empty_beside(y, {groups, parts, taps}, y.scalar_type());
+    if (groups * parts > 0) {
+      launch(device, &correlate_with_measurements<T>, groups * parts * scale * scale * tile.down * tile.across,
+             tile.threads(), tile.bytes<W>(), shape, planes_of<T>(x), planes_of<W>(y), tile, parts, planes,
+             partial.mutable_data_ptr<W>());
+    }
+    if (groups > 0) {
+      launch(device, &sum_parts<W>, ceil_div(groups * taps, 256), 256, 0, partial.const_data_ptr<W>(), parts, taps,
+             groups * taps, grad.mutable_data_ptr<W>());
+    }
+  });
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CUDA, m) {
+  m.impl("blur_downsample", TORCH_BOX(&forward));
+  m.impl("blur_downsample_adjoint", TORCH_BOX(&adjoint));
+  m.impl("blur_downsample_descend", TORCH_BOX(&descend_op));
+  m.impl("blur_downsample_step", TORCH_BOX(&step));
+  m.impl("blur_downsample_grad_kernel", TORCH_BOX(&grad_kernel));
+}
+
+}  // namespace lorun::blur_downsample
