@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from lorun_fast.ops._direct import direct_call
+
 NAMESPACE = "lorun_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SCHEMAS: dict[str, str] = {}
@@ -23,6 +25,7 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    direct: bool = False,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -31,6 +34,8 @@ def define(
     fake: shapes, strides and dtypes of the result; the argument checks live in it too, so that tracing
         raises what eager raises.
     backward, setup_context: as for ``torch.library.register_autograd``.
+    direct: return a callable instead that reaches the same implementations sooner in eager mode (see ops/_direct.py).
+        For ops that return a tensor or a tuple of them.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,7 +48,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return op
+    return direct_call(op, backward, setup_context) if direct else op
 
 
 def _outside_autocast(op: Callable, device: str) -> Callable:

@@ -154,6 +154,7 @@ _forward = define(
     fake=_fake_forward,
     backward=_backward_forward,
     setup_context=_setup_forward,
+    direct=True,
 )
 _adjoint = define(
     "block_cs_adjoint(Tensor y, Tensor phi, int block_size, SymInt height, SymInt width) -> Tensor",
@@ -161,6 +162,7 @@ _adjoint = define(
     fake=_fake_adjoint,
     backward=_backward_adjoint,
     setup_context=_setup_adjoint,
+    direct=True,
 )
 _step = define(
     "block_cs_step(Tensor x, Tensor y, Tensor phi, Tensor rho, int block_size) -> Tensor",
@@ -168,6 +170,7 @@ _step = define(
     fake=_fake_step,
     backward=_backward_step,
     setup_context=_setup_step,
+    direct=True,
 )
 _grad_phi = define(
     "block_cs_grad_phi(Tensor x, Tensor y, int block_size) -> Tensor",
@@ -175,6 +178,7 @@ _grad_phi = define(
     fake=_fake_grad_phi,
     backward=_backward_grad_phi,
     setup_context=_setup_grad_phi,
+    direct=True,
 )
 
 

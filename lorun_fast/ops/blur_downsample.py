@@ -6,6 +6,7 @@ Two families of ops with the same meaning: ``blur_downsample*``, the direct sum 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -98,11 +99,11 @@ def _fake_grad_kernel(x, y, kh, kw, scale, per_sample):
 class _Family:
     """The ops of one method."""
 
-    forward: torch._ops.OpOverload = None
-    adjoint: torch._ops.OpOverload = None
-    descend: torch._ops.OpOverload = None
-    step: torch._ops.OpOverload = None
-    grad_kernel: torch._ops.OpOverload = None
+    forward: Callable = None
+    adjoint: Callable = None
+    descend: Callable = None
+    step: Callable = None
+    grad_kernel: Callable = None
 
     def kernel_gradient(self, x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> Tensor:
         """The gradient of <A x, y> for ``kernel``; y in the kernel's dtype."""
@@ -196,6 +197,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_forward,
         backward=backward_forward,
         setup_context=setup_linear,
+        direct=True,
     )
     ops.adjoint = define(
         f"{name}_adjoint(Tensor y, Tensor kernel, int scale) -> Tensor",
@@ -203,6 +205,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_adjoint,
         backward=backward_adjoint,
         setup_context=setup_linear,
+        direct=True,
     )
     ops.descend = define(
         f"{name}_descend(Tensor x, Tensor residual, Tensor kernel, Tensor rho, int scale) -> Tensor",
@@ -210,6 +213,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_like_x,
         backward=backward_descend,
         setup_context=setup_descend,
+        direct=True,
     )
     ops.step = define(
         f"{name}_step(Tensor x, Tensor y, Tensor kernel, Tensor rho, int scale) -> Tensor",
@@ -217,6 +221,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_like_x,
         backward=backward_step,
         setup_context=setup_step,
+        direct=True,
     )
     ops.grad_kernel = define(
         f"{name}_grad_kernel(Tensor x, Tensor y, SymInt kh, SymInt kw, int scale, bool per_sample) -> Tensor",
@@ -224,6 +229,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_grad_kernel,
         backward=backward_grad_kernel,
         setup_context=setup_grad_kernel,
+        direct=True,
     )
     return ops
 

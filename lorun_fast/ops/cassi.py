@@ -207,6 +207,7 @@ _forward = define(
     fake=_fake_forward,
     backward=_backward_forward,
     setup_context=_setup_forward,
+    direct=True,
 )
 _adjoint = define(
     "cassi_adjoint(Tensor y, Tensor mask, SymInt bands, int step) -> Tensor",
@@ -214,6 +215,7 @@ _adjoint = define(
     fake=_fake_adjoint,
     backward=_backward_adjoint,
     setup_context=_setup_adjoint,
+    direct=True,
 )
 _step = define(
     "cassi_step(Tensor x, Tensor? y, Tensor mask, Tensor rho, Tensor? weight, int step, bool keep_residual)"
@@ -222,6 +224,7 @@ _step = define(
     fake=_fake_step,
     backward=_backward_step,
     setup_context=_setup_step,
+    direct=True,
 )
 _grad_mask = define(
     "cassi_grad_mask(Tensor x, Tensor y, int step, bool per_band) -> Tensor",
@@ -229,6 +232,7 @@ _grad_mask = define(
     fake=_fake_grad_mask,
     backward=_backward_grad_mask,
     setup_context=_setup_grad_mask,
+    direct=True,
 )
 
 
