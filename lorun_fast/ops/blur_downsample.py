@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lorun_fast.ops._blur_downsample_cost import note_compiled, prefer_fft
 from lorun_fast.ops._checks import (
+    STORAGE_DTYPES,
+    as_dtype,
     check_image,
     check_same_device,
     parameter_dtype,
@@ -75,6 +77,35 @@ def _check_measurement(x: Tensor, y: Tensor, scale: int) -> None:
         raise ValueError(f"y: expected {want} for x of shape {shape_of(x)} at scale={scale}, got {shape_of(y)}")
     if not y.is_floating_point():
         raise TypeError(f"y: expected a floating-point tensor, got {y.dtype}")
+
+
+def _fits(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> bool:
+    """Whether all is as it must be, in as few calls as possible: most of what the checks of a small step cost."""
+    if x.ndim != 4 or not isinstance(scale, int) or scale < 1:
+        return False
+    n, channels, height, width = x.shape
+    shape = kernel.shape
+    return (
+        y.shape == (n, channels, height // scale, width // scale)
+        and height > 0
+        and width > 0
+        and height % scale == 0
+        and width % scale == 0
+        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == n))
+        and shape[-1] > 0
+        and shape[-2] > 0
+        and x.dtype in STORAGE_DTYPES
+        and y.dtype in STORAGE_DTYPES
+        and kernel.dtype is parameter_dtype(x.dtype)
+        and x.device == kernel.device == y.device
+    )
+
+
+def _check_step(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> None:
+    if _fits(x, y, kernel, scale):
+        return
+    _check_forward(x, kernel, scale)
+    _check_measurement(x, y, scale)
 
 
 def _fake_forward(x, kernel, scale):
@@ -280,10 +311,9 @@ def blur_downsample_step(
     y: (N, C, H/s, W/s), used in the kernel's dtype. rho: a number, a 0-d tensor, or broadcastable to (N, C, 1, 1).
     Returns x's shape and dtype. Differentiable in x, y, kernel and rho.
     """
-    _check_forward(x, kernel, scale)
-    _check_measurement(x, y, scale)
+    _check_step(x, y, kernel, scale)
     family = _family(method, x.shape, kernel, scale)
-    return family.step(x, y.to(kernel.dtype), kernel, step_size(rho, x), scale)
+    return family.step(x, as_dtype(y, kernel.dtype), kernel, step_size(rho, x), scale)
 
 
 def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tensor, *, scale: int) -> Tensor:
@@ -292,8 +322,7 @@ def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tenso
     mu: a positive number, a 0-d tensor, or broadcastable to (N, C, 1, 1); a tensor's sign is not read. Otherwise as
     :func:`blur_downsample_step`; differentiable in x, y, kernel and mu.
     """
-    _check_forward(x, kernel, scale)
-    _check_measurement(x, y, scale)
+    _check_step(x, y, kernel, scale)
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu: expected a positive number, got {mu}")
     return fft_reference.blur_downsample_prox(x, y.to(kernel.dtype), kernel, step_size(mu, x), scale)
