@@ -19,20 +19,18 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 
 
-def direct_call(op: Callable, backward: Callable | None, setup_context: Callable | None) -> Callable:
+def direct_call(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``."""
 
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            with _below_autograd():
-                output = op(*args)
-            setup_context(ctx, args, output)
-            return output
+    def forward(ctx, *args):
+        with _below_autograd():
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
 
-    Direct.__name__ = op._schema.name.split("::")[1]
-    Direct.backward = staticmethod(backward)
-    apply = Direct.apply
+    name = op._schema.name.split("::")[1]
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    apply = type(name, (torch.autograd.Function,), methods).apply
 
     def call(*args):
         if torch.compiler.is_compiling() or _transforms_active() or _autocast_active():
