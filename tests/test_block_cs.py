@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import lorun_fast as lf
 from lorun_fast.functional import block_cs, block_cs_adjoint, block_cs_step
+from lorun_fast.reference import block_cs as reference
 
 OPS = torch.ops.lorun_fast
 
@@ -60,6 +63,69 @@ def test_adjointness_of_any_shape(n, b, m, height, width):
     right = (x * block_cs_adjoint(y, phi, block_size=b, size=(height, width))).sum()
     scale = x.norm() * y.norm() * phi.norm()
     assert abs(left - right) <= 1e-12 * scale
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    """Fills what torch allocates with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    b=st.sampled_from([1, 2, 3, 7, 8, 16, 33]),
+    m=st.integers(1, 40),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_random_shapes_against_the_reference(poisoned, n, b, m, height, width, layout, dtype):
+    x, y, phi = case(n, b, m, height, width, dtype)
+    phi, rho = phi / b, torch.rand(n, 1, dtype=phi.dtype)
+    if layout == "channels_last":
+        x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    elif layout == "sliced":
+        x, y = (torch.cat([t, t], 3)[:, :, :, 1 : 1 + t.shape[3]] for t in (x, y))
+    low = y.to(dtype)
+    xd, yd, pd, rd = x.double(), y.double(), phi.double(), rho.double()
+    pairs = [
+        (OPS.block_cs(x, phi, b), reference.block_cs(xd, pd, b)),
+        (
+            OPS.block_cs_adjoint(low, phi, b, height, width),
+            reference.block_cs_adjoint(low.double(), pd, b, height, width),
+        ),
+        (OPS.block_cs_step(x, y, phi, rho, b), reference.block_cs_step(xd, yd, pd, rd, b)),
+        (OPS.block_cs_grad_phi(x, y, b), reference.block_cs_grad_phi(xd, yd, b)),
+    ]
+    for got, want in pairs:
+        assert got.is_contiguous() and got.shape == want.shape
+        wide = torch.finfo(phi.dtype).eps
+        # The largest sums are of b^2 products of unit size (here divided by b), and of all blocks for Phi's gradient.
+        bound = 8 * (b + m) * wide * (1 + want.abs().max() if want.numel() else 1)
+        assert ((got.double() - want).abs() <= torch.finfo(got.dtype).eps * want.abs() + bound).all()
+
+
+def test_two_threads_at_once():
+    problems = [case(2, 8, 16, 70 + 8 * i, 41, torch.float32) for i in range(2)]
+    want = [block_cs_step(*problem, 0.3, block_size=8) for problem in problems]
+    wrong = []
+
+    def work(i):
+        for _ in range(30):
+            if not torch.equal(block_cs_step(*problems[i], 0.3, block_size=8), want[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

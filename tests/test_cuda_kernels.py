@@ -1,10 +1,10 @@
-"""The CUDA kernels against the definitions in float64, twice over: marked ``gpu`` on a device, and on every machine with
-the same sources compiled for the CPU, each thread of a block a fiber (cuda_on_cpu/). The second shows that indices,
-barriers and arithmetic are right; that they are fast, and that nvcc agrees, only the first can."""
+"""The CUDA kernels against the definitions in float64, twice over: marked ``gpu`` on a device, and on every machine
+with the same sources compiled for the CPU, each thread of a block a fiber (cuda_on_cpu/). The second shows that
+indices, barriers and arithmetic are right; that they are fast, and that nvcc agrees, only the first can."""
 
 from __future__ import annotations
 
-import threading
+import itertools
 
 import pytest
 import torch
@@ -77,9 +77,12 @@ def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:
     torch.testing.assert_close(got.double(), want, rtol=storage / 2 + 8 * wide, atol=(8 + terms) * wide)
 
 
-def draw(*shape, dtype=torch.float64, seed=[0]):
-    seed[0] += 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed[0]), dtype=torch.float64).to(dtype)
+_SEEDS = itertools.count()
+
+
+def draw(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(next(_SEEDS))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
@@ -292,3 +295,86 @@ def test_block_cs_layouts(kernels, layout):
 )
 def test_block_cs_random_shapes(kernels, n, block, m, height, width, dtype):
     check_block_cs(kernels, n, block, m, height, width, dtype)
+
+
+def test_results_are_bitwise_repeatable(kernels):
+    x, y, mask = draw(2, 5, 3, 40, dtype=torch.float32), draw(2, 3, 48, dtype=torch.float32), torch.rand(3, 40)
+    calls = [("cassi_step", x, y, mask, torch.rand(1), None, 2, True), ("cassi_grad_mask", x, y, 2, False)]
+    image, kernel = draw(2, 2, 12, 16, dtype=torch.float32), draw(5, 5, dtype=torch.float32)
+    low = draw(2, 2, 6, 8, dtype=torch.float32)
+    calls += [("blur_downsample_step", image, low, kernel, torch.rand(1), 2)]
+    calls += [("blur_downsample_grad_kernel", image, low, 5, 5, 2, False)]
+    phi, blocks = draw(3, 16, dtype=torch.float32), draw(2, 3, 2, 3, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        calls += [("block_cs_step", draw(2, 1, 8, 9, dtype=dtype), blocks, phi, torch.rand(1), 4)]
+    for name, *arguments in calls:
+        first, second = kernels(name, *arguments), kernels(name, *arguments)
+        pairs = zip(first, second, strict=True) if isinstance(first, list) else [(first, second)]
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+def operators():
+    """(operator, image) of each kind."""
+    return [
+        (lf.BlockCS.gaussian(0.25, 8, learn=True), draw(2, 1, 20, 24, dtype=torch.float32)),
+        (lf.BlurDownsample(torch.rand(5, 5), 2, learn=True, method="direct"), draw(2, 3, 12, 16, dtype=torch.float32)),
+        (lf.CASSI(torch.rand(6, 32), bands=5, learn=True), draw(2, 5, 6, 32, dtype=torch.float32)),
+    ]
+
+
+@pytest.mark.gpu
+def test_operators_and_their_gradients_on_a_gpu():
+    gpu_kernels()
+    for op, x in operators():
+        results = []
+        for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+            placed = op.to(device, dtype)
+            placed.zero_grad()
+            image = x.to(device, dtype).requires_grad_()
+            rho = torch.tensor(0.3, device=device, dtype=dtype, requires_grad=True)
+            out = placed.gradient_step(image, placed(image.detach() + 1).detach(), rho)
+            out.square().sum().backward()
+            results.append([out, image.grad, rho.grad, *(p.grad for p in placed.parameters())])
+        for exact, got in zip(*results, strict=True):
+            scale = exact.abs().max().item()
+            torch.testing.assert_close(got.cpu().double(), exact, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_current_stream_and_in_a_graph():
+    gpu_kernels()
+    for op, x in operators():
+        op, x = op.cuda().requires_grad_(False), x.cuda()
+        y, rho = op(x), torch.tensor(0.3, device="cuda")
+        want = op.gradient_step(x, y, rho)
+        static, side = x.clone(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # A long wait on this stream only: a kernel on another one would read what is about to be overwritten.
+            late = torch.full_like(x, torch.nan)
+            torch.cuda._sleep(100_000_000)
+            late.copy_(x)
+            got = op.gradient_step(late, y, rho)
+            op.gradient_step(static, y, rho)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(got, want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = op.gradient_step(static, y, rho)
+        static.copy_(2 * x)
+        rho.fill_(0.6)  # read on the device
+        graph.replay()
+        assert torch.equal(captured, op.gradient_step(2 * x, y, 0.6))
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_their_tensors_device():
+    gpu_kernels()
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for op, x in operators():
+        want = op(x)
+        with torch.cuda.device(0):
+            got = op.to("cuda:1")(x.to("cuda:1"))
+        assert got.device.index == 1
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)

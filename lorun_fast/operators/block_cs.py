@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import block_cs as ops
+from lorun_fast.ops._checks import as_dtype, parameter_dtype
 
 
 class BlockCS(SensingOperator):
@@ -81,7 +82,7 @@ class BlockCS(SensingOperator):
         return cls(state["phi"], config["block_size"], learn=config["learn"])
 
     def _phi_for(self, t: Tensor) -> Tensor:
-        return self.phi.double() if t.dtype == torch.float64 else self.phi.float()
+        return as_dtype(self.phi, parameter_dtype(t.dtype))
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """``size``, or the size of y's whole blocks."""

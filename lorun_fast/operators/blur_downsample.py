@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import blur_downsample as ops
+from lorun_fast.ops._checks import as_dtype, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -57,7 +58,7 @@ class BlurDownsample(SensingOperator):
         return cls(state["kernel"], config["scale"], learn=config["learn"], method=config["method"])
 
     def _kernel_for(self, t: Tensor) -> Tensor:
-        return self.kernel.double() if t.dtype == torch.float64 else self.kernel.float()
+        return as_dtype(self.kernel, parameter_dtype(t.dtype))
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""
@@ -72,7 +73,8 @@ class BlurDownsample(SensingOperator):
         return ops.blur_downsample(x, self._kernel_for(x), scale=self.scale, method=self.method)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        self.image_size(y, size)
+        if size is not None:
+            self.image_size(y, size)
         return ops.blur_downsample_adjoint(y, self._kernel_for(y), scale=self.scale, method=self.method)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:

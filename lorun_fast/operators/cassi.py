@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import cassi as ops
+from lorun_fast.ops._checks import as_dtype, parameter_dtype
 
 
 def shift_bands(x: Tensor, step: int) -> Tensor:
@@ -115,7 +116,7 @@ class CASSI(SensingOperator):
         return cls(state["mask"], config["bands"], config["step"], learn=config["learn"])
 
     def _mask_for(self, t: Tensor) -> Tensor:
-        return self.mask.double() if t.dtype == torch.float64 else self.mask.float()
+        return as_dtype(self.mask, parameter_dtype(t.dtype))
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """(H, W) of the mask; raises if ``size`` says otherwise."""
@@ -134,7 +135,8 @@ class CASSI(SensingOperator):
         return ops.cassi(self._own_bands(x), self._mask_for(x), step=self.step)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        self.image_size(y, size)
+        if size is not None:
+            self.image_size(y, size)
         return ops.cassi_adjoint(y, self._mask_for(y), bands=self.bands, step=self.step)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:

@@ -14,7 +14,12 @@ def shape_of(t: Tensor) -> str:
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of measurements and operator parameters beside an image of ``dtype``: fp64 stays, the rest is fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, without a call where nothing changes."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
@@ -38,15 +43,15 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
     """
     dtype = parameter_dtype(x.dtype)
     if not isinstance(rho, Tensor):
-        return torch.full((1,), float(rho), dtype=dtype, device=x.device)
+        return torch.full((1,), rho, dtype=dtype, device=x.device)
     if rho.device != x.device:
         raise ValueError(f"{name} is on {rho.device}, but x is on {x.device}: move one of them")
-    if not rho.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {rho.dtype}")
-    if rho.dtype != dtype:
+    if rho.dtype is not dtype:
+        if not rho.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {rho.dtype}")
         rho = rho.to(dtype)
     if rho.ndim == 0:
-        return rho.reshape(1)
+        return rho.view(1)
     n, c = x.shape[0], x.shape[1]
     want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
     if rho.ndim > 4 or any(s != 1 for s in rho.shape[max(rho.ndim - 2, 0) :]):

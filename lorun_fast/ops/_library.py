@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from lorun_fast.ops._direct import direct_call
+
 NAMESPACE = "lorun_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SCHEMAS: dict[str, str] = {}
@@ -24,6 +26,7 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     autocast: Callable | None = None,
+    direct: bool = False,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -33,6 +36,8 @@ def define(
         raises what eager raises.
     backward, setup_context: as for ``torch.library.register_autograd``.
     autocast: autocast(dtype, *args) -> args, how autocast to that dtype changes the arguments; unchanged without it.
+    direct: return a callable instead that reaches the same implementations sooner in eager mode (see ops/_direct.py).
+        For ops that return a tensor or a tuple of them.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,7 +50,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return op
+    return direct_call(op, backward, setup_context) if direct else op
 
 
 def _outside_autocast(op: Callable, device: str, autocast: Callable | None) -> Callable:

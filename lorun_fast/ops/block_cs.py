@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
+    STORAGE_DTYPES,
+    as_dtype,
     check_image,
     check_same_device,
     parameter_dtype,
@@ -51,6 +53,32 @@ def _check_adjoint(y: Tensor, phi: Tensor, block_size: int, height: int, width: 
         raise ValueError(
             f"y: expected (N, {want[0]}, {want[1]}, {want[2]}) for a {height}x{width} image, got {shape_of(y)}"
         )
+
+
+def _fits(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> bool:
+    """Whether all is as it must be, in as few calls as possible: most of what the checks of a small step cost."""
+    if x.ndim != 4 or phi.ndim != 2 or block_size < 1:
+        return False
+    n, channels, height, width = x.shape
+    m, pixels = phi.shape
+    return (
+        channels == 1
+        and pixels == block_size * block_size
+        and y.shape == (n, m, -(-height // block_size), -(-width // block_size))
+        and x.dtype in STORAGE_DTYPES
+        and y.dtype in STORAGE_DTYPES
+        and phi.dtype is parameter_dtype(x.dtype)
+        and x.device == phi.device == y.device
+    )
+
+
+def _check_step(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> None:
+    if _fits(x, y, phi, block_size):
+        return
+    _check_forward(x, phi, block_size)
+    _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
+    if y.shape[0] != x.shape[0]:
+        raise ValueError(f"y: expected {x.shape[0]} samples like x, got {y.shape[0]}")
 
 
 def _fake_forward(x, phi, block_size):
@@ -154,6 +182,7 @@ _forward = define(
     fake=_fake_forward,
     backward=_backward_forward,
     setup_context=_setup_forward,
+    direct=True,
 )
 _adjoint = define(
     "block_cs_adjoint(Tensor y, Tensor phi, int block_size, SymInt height, SymInt width) -> Tensor",
@@ -161,6 +190,7 @@ _adjoint = define(
     fake=_fake_adjoint,
     backward=_backward_adjoint,
     setup_context=_setup_adjoint,
+    direct=True,
 )
 _step = define(
     "block_cs_step(Tensor x, Tensor y, Tensor phi, Tensor rho, int block_size) -> Tensor",
@@ -168,6 +198,7 @@ _step = define(
     fake=_fake_step,
     backward=_backward_step,
     setup_context=_setup_step,
+    direct=True,
 )
 _grad_phi = define(
     "block_cs_grad_phi(Tensor x, Tensor y, int block_size) -> Tensor",
@@ -175,6 +206,7 @@ _grad_phi = define(
     fake=_fake_grad_phi,
     backward=_backward_grad_phi,
     setup_context=_setup_grad_phi,
+    direct=True,
 )
 
 
@@ -207,8 +239,5 @@ def block_cs_step(x: Tensor, y: Tensor, phi: Tensor, rho: float | Tensor, *, blo
     rho: a number, a 0-d tensor, or broadcastable to (N, 1, 1, 1). Returns x's shape and dtype.
     Differentiable in x, y, phi and rho.
     """
-    _check_forward(x, phi, block_size)
-    _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
-    if y.shape[0] != x.shape[0]:
-        raise ValueError(f"y: expected {x.shape[0]} samples like x, got {y.shape[0]}")
-    return _step(x, y.to(phi.dtype), phi, step_size(rho, x), block_size)
+    _check_step(x, y, phi, block_size)
+    return _step(x, as_dtype(y, phi.dtype), phi, step_size(rho, x), block_size)

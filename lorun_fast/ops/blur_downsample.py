@@ -6,6 +6,7 @@ Two families of ops with the same meaning: ``blur_downsample*``, the direct sum 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lorun_fast.ops._blur_downsample_cost import note_compiled, prefer_fft
 from lorun_fast.ops._checks import (
+    STORAGE_DTYPES,
+    as_dtype,
     check_image,
     check_same_device,
     parameter_dtype,
@@ -76,6 +79,35 @@ def _check_measurement(x: Tensor, y: Tensor, scale: int) -> None:
         raise TypeError(f"y: expected a floating-point tensor, got {y.dtype}")
 
 
+def _fits(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> bool:
+    """Whether all is as it must be, in as few calls as possible: most of what the checks of a small step cost."""
+    if x.ndim != 4 or not isinstance(scale, int) or scale < 1:
+        return False
+    n, channels, height, width = x.shape
+    shape = kernel.shape
+    return (
+        y.shape == (n, channels, height // scale, width // scale)
+        and height > 0
+        and width > 0
+        and height % scale == 0
+        and width % scale == 0
+        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == n))
+        and shape[-1] > 0
+        and shape[-2] > 0
+        and x.dtype in STORAGE_DTYPES
+        and y.dtype in STORAGE_DTYPES
+        and kernel.dtype is parameter_dtype(x.dtype)
+        and x.device == kernel.device == y.device
+    )
+
+
+def _check_step(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> None:
+    if _fits(x, y, kernel, scale):
+        return
+    _check_forward(x, kernel, scale)
+    _check_measurement(x, y, scale)
+
+
 def _fake_forward(x, kernel, scale):
     _check_forward(x, kernel, scale)
     return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // scale, x.shape[3] // scale))
@@ -98,11 +130,11 @@ def _fake_grad_kernel(x, y, kh, kw, scale, per_sample):
 class _Family:
     """The ops of one method."""
 
-    forward: torch._ops.OpOverload = None
-    adjoint: torch._ops.OpOverload = None
-    descend: torch._ops.OpOverload = None
-    step: torch._ops.OpOverload = None
-    grad_kernel: torch._ops.OpOverload = None
+    forward: Callable = None
+    adjoint: Callable = None
+    descend: Callable = None
+    step: Callable = None
+    grad_kernel: Callable = None
 
     def kernel_gradient(self, x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> Tensor:
         """The gradient of <A x, y> for ``kernel``; y in the kernel's dtype."""
@@ -196,6 +228,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_forward,
         backward=backward_forward,
         setup_context=setup_linear,
+        direct=True,
     )
     ops.adjoint = define(
         f"{name}_adjoint(Tensor y, Tensor kernel, int scale) -> Tensor",
@@ -203,6 +236,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_adjoint,
         backward=backward_adjoint,
         setup_context=setup_linear,
+        direct=True,
     )
     ops.descend = define(
         f"{name}_descend(Tensor x, Tensor residual, Tensor kernel, Tensor rho, int scale) -> Tensor",
@@ -210,6 +244,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_like_x,
         backward=backward_descend,
         setup_context=setup_descend,
+        direct=True,
     )
     ops.step = define(
         f"{name}_step(Tensor x, Tensor y, Tensor kernel, Tensor rho, int scale) -> Tensor",
@@ -217,6 +252,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_like_x,
         backward=backward_step,
         setup_context=setup_step,
+        direct=True,
     )
     ops.grad_kernel = define(
         f"{name}_grad_kernel(Tensor x, Tensor y, SymInt kh, SymInt kw, int scale, bool per_sample) -> Tensor",
@@ -224,6 +260,7 @@ def _define_family(name: str, reference: ModuleType) -> _Family:
         fake=_fake_grad_kernel,
         backward=backward_grad_kernel,
         setup_context=setup_grad_kernel,
+        direct=True,
     )
     return ops
 
@@ -274,10 +311,9 @@ def blur_downsample_step(
     y: (N, C, H/s, W/s), used in the kernel's dtype. rho: a number, a 0-d tensor, or broadcastable to (N, C, 1, 1).
     Returns x's shape and dtype. Differentiable in x, y, kernel and rho.
     """
-    _check_forward(x, kernel, scale)
-    _check_measurement(x, y, scale)
+    _check_step(x, y, kernel, scale)
     family = _family(method, x.shape, kernel, scale)
-    return family.step(x, y.to(kernel.dtype), kernel, step_size(rho, x), scale)
+    return family.step(x, as_dtype(y, kernel.dtype), kernel, step_size(rho, x), scale)
 
 
 def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tensor, *, scale: int) -> Tensor:
@@ -286,8 +322,7 @@ def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tenso
     mu: a positive number, a 0-d tensor, or broadcastable to (N, C, 1, 1); a tensor's sign is not read. Otherwise as
     :func:`blur_downsample_step`; differentiable in x, y, kernel and mu.
     """
-    _check_forward(x, kernel, scale)
-    _check_measurement(x, y, scale)
+    _check_step(x, y, kernel, scale)
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu: expected a positive number, got {mu}")
     return fft_reference.blur_downsample_prox(x, y.to(kernel.dtype), kernel, step_size(mu, x), scale)

@@ -1,0 +1,97 @@
+"""The short way from Python to an op's kernel (ops/_direct.py) gives what the registered op gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorun_fast import functional as F
+from lorun_fast.ops._direct import direct_call
+
+OPS = torch.ops.lorun_fast
+
+
+def problem(**options):
+    x, mask = torch.rand(2, 3, 4, 9, **options), torch.rand(4, 9, **options)
+    return x, torch.rand(2, 4, 13, **options), mask, torch.tensor([0.3], **options)
+
+
+def both_ways(run):
+    """run(step), with the direct call and with the registered op, under everything that the two may differ in."""
+    return [
+        run(lambda x, y, m, r: F.cassi_step(x, y, m, r, step=2)),
+        run(lambda x, y, m, r: OPS.cassi_step(x, y, m, r, None, 2, False)[0]),
+    ]
+
+
+def equal(results):
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_and_gradients_are_the_registered_ops():
+    def run(step):
+        leaves = [t.clone().requires_grad_() for t in problem_]
+        out = step(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    problem_ = problem(dtype=torch.float64)
+    for a, b in zip(*both_ways(run), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_a_graph_is_built_only_where_a_gradient_is_asked_for():
+    x, y, mask, rho = problem()
+    assert F.cassi_step(x, y, mask, rho, step=2).grad_fn is None
+    asked = rho.requires_grad_()
+    assert "cassi_step" in F.cassi_step(x, y, mask, asked, step=2).grad_fn.name()
+    with torch.no_grad():
+        assert not F.cassi_step(x, y, mask, asked, step=2).requires_grad
+    with torch.inference_mode():
+        assert F.cassi_step(x, y, mask, asked, step=2).is_inference()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_changes_nothing(grad):
+    x, y, mask, rho = problem()
+    x.requires_grad_(grad)
+
+    def run(step):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = step(x, y, mask, rho)
+        assert out.dtype == torch.float32
+        return [out, *(torch.autograd.grad(out.sum(), x) if grad else ())]
+
+    equal(both_ways(run))
+
+
+def test_modes_see_the_op():
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, y, mask, rho = problem()
+    with Mode():
+        F.cassi_step(x, y, mask, rho, step=2)
+        F.cassi_step(x.requires_grad_(), y, mask, rho, step=2)
+    assert seen.count("lorun_fast.cassi_step.default") == 2
+
+
+def test_formulas_get_the_arguments_and_the_context():
+    def setup(ctx, inputs, output):
+        x, phi, ctx.block_size = inputs
+        assert output.shape == (1, 16, 1, 1) and ctx.needs_input_grad[:2] == (True, False)
+        ctx.save_for_backward(x, phi)
+
+    def backward(ctx, grad):
+        x, phi = ctx.saved_tensors
+        return 7 * (phi.mT @ grad.flatten()).view(x.shape) + ctx.block_size, None, None
+
+    x, phi, grad = torch.rand(1, 1, 4, 4, requires_grad=True), torch.rand(16, 16), torch.rand(1, 16, 1, 1)
+    out = direct_call(OPS.block_cs.default, backward, setup)(x, phi, 4)
+    torch.testing.assert_close(out.flatten(), phi @ x.detach().flatten())
+    (got,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(got.flatten(), 7 * (phi.mT @ grad.flatten()) + 4)
