@@ -19,6 +19,9 @@
 #include "common/simd.h"
 #include "common/tensor.h"
 
+#define LORUN_KERNELS "lora_merge/update.inl"
+#include "common/for_each_variant.h"
+
 namespace lorun::lora_merge {
 namespace {
 
@@ -83,41 +86,6 @@ struct Layer {
   }
 };
 
-// sums[v] = the update's values [begin, begin + n) of one stage.
-template <class W, int Bytes>
-LORUN_INLINE inline void update(const Shape& s, const W* down, const W* up, int64_t begin, int64_t n, W* sums) {
-  constexpr int64_t kRun = 4 * Bytes / sizeof(W);
-  for (int64_t v = 0; v < n;) {
-    const int64_t row = (begin + v) / s.cols, col = (begin + v) % s.cols;
-    const int64_t length = std::min(s.cols - col, n - v);
-    const W* u = up + row % s.rows * s.rank;
-    const W* d = down + row / s.rows * s.rank * s.cols + col;
-    int64_t c = 0;
-    for (; c + kRun <= length; c += kRun) {
-      W sum[kRun] = {};
-      for (int64_t r = 0; r < s.rank; ++r) {
-        const W factor = u[r];
-        const W* from = d + r * s.cols + c;
-        for (int64_t i = 0; i < kRun; ++i) {
-          sum[i] += factor * from[i];
-        }
-      }
-      for (int64_t i = 0; i < kRun; ++i) {
-        sums[v + c + i] = sum[i];
-      }
-    }
-    for (int64_t i = c; i < length; ++i) {
-      sums[v + i] = 0;
-    }
-    for (int64_t r = 0; r < s.rank; ++r) {
-      for (int64_t i = c; i < length; ++i) {
-        sums[v + i] += u[r] * d[r * s.cols + i];
-      }
-    }
-    v += length;
-  }
-}
-
 template <class T, class W>
 LORUN_INLINE inline T round_to(W v) {
   if constexpr (std::is_same_v<T, double>) {
@@ -138,26 +106,26 @@ void merge_pieces(const Layer& layer, int64_t begin, int64_t end) {
   T* merged = layer.merged.mutable_data_ptr<T>();
   const W scale = static_cast<W>(layer.scale);
   W* sums = static_cast<W*>(scratch<Slot>(n * sizeof(W)));
-  multiversion([&](auto width) LORUN_INLINE {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t k = piece / s.lead, a = piece % s.lead;
-      update<W, decltype(width)::value>(s, down + k * factors, up + k * s.rows * s.rank, a * n, n, sums);
-      const W* base = weight + a * n;
-      T* out = merged + piece * n;
+  const auto kernel = LORUN_PICK(update<W>);
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t k = piece / s.lead, a = piece % s.lead;
+    kernel(s, down + k * factors, up + k * s.rows * s.rank, a * n, n, sums);
+    const W* base = weight + a * n;
+    T* out = merged + piece * n;
+    multiversion([&](auto) LORUN_INLINE {
       if (!layer.channels_last) {
         for (int64_t v = 0; v < n; ++v) {
           out[v] = round_to<T>(base[v] + scale * sums[v]);
         }
-      } else {
-        for (int64_t tap = 0; tap < s.taps; ++tap) {
-          for (int64_t c = 0; c < s.channels; ++c) {
-            const int64_t v = c * s.taps + tap;
-            out[s.place(v, true)] = round_to<T>(base[v] + scale * sums[v]);
-          }
+        return;
+      }
+      for (int64_t tap = 0; tap < s.taps; ++tap) {
+        for (int64_t c = 0; c < s.channels; ++c) {
+          out[tap * s.channels + c] = round_to<T>(base[c * s.taps + tap] + scale * sums[c * s.taps + tap]);
         }
       }
-    }
-  });
+    });
+  }
 }
 
 void merge_range(const Layer& layer, int64_t begin, int64_t end) {

@@ -24,11 +24,6 @@ struct Shape {
   LORUN_HD int64_t weight() const {
     return lead * channels * taps;
   }
-
-  // Where value `v` of a slice goes: channels innermost, or as it is.
-  LORUN_HD int64_t place(int64_t v, bool channels_last) const {
-    return channels_last ? v % taps * channels + v / taps : v;
-  }
 };
 
 }  // namespace lorun::lora_merge
