@@ -74,6 +74,15 @@ class AdaptedLayer:
             return self._merged[stage]
         return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)
 
+    def plain(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """The nn layer that this one adapts, with its geometry and this weight and bias, neither of them training."""
+        arguments = self._base_arguments(self) | {"bias": bias is not None, "device": "meta"}
+        layer = next(base for base, ours in LAYERS.items() if isinstance(self, ours))(**arguments)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer.train(self.training)
+
     def _resolve(self, stage: int | Tensor | None, batch: int) -> int | Tensor:
         if stage is None:
             stage = _scope.current_stage()
@@ -256,21 +265,33 @@ class LoRALinear(AdaptedLayer, nn.Linear):
 
 
 @torch.no_grad()
-def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """merge() of many layers, as one op per device."""
-    by_device: dict[torch.device, list[AdaptedLayer]] = {}
-    for layer in layers:
-        by_device.setdefault(layer.weight.device, []).append(layer)
-    for group in by_device.values():
+def merged_weights(
+    layers: Sequence[AdaptedLayer], dtype: torch.dtype | None = None, channels_last: bool | None = None
+) -> list[Tensor]:
+    """(K, *weight.shape) for each of these layers, by one op per device. dtype, channels_last: as in lora_merge."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, layer in enumerate(layers):
+        by_device.setdefault(layer.weight.device, []).append(index)
+    found: dict[int, Tensor] = {}
+    for indices in by_device.values():
+        group = [layers[index] for index in indices]
         merged = lora_merge(
             [layer.weight for layer in group],
             [layer.down for layer in group],
             [layer.up for layer in group],
             scales=[layer.scale for layer in group],
             transposed=[layer._transposed for layer in group],
+            dtype=dtype,
+            channels_last=channels_last,
         )
-        for layer, weights in zip(group, merged, strict=True):
-            layer._merged = weights
+        found |= dict(zip(indices, merged, strict=True))
+    return [found[index] for index in range(len(layers))]
+
+
+def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
+    """merge() of many layers at once."""
+    for layer, weights in zip(layers, merged_weights(layers), strict=True):
+        layer._merged = weights
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {

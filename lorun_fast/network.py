@@ -25,7 +25,8 @@ class LoRun(nn.Module):
     stages: K. gamma, form: adapters, see :func:`lorun_fast.adapt`.
     sharing: "lora", one frozen base and an adapter set per stage; "tied", one trainable base for all stages;
         "untied", K trainable copies.
-    checkpoint: recompute each stage's activations in the backward pass instead of storing them.
+    checkpoint: recompute activations in the backward pass instead of storing them: True for every stage, or a
+        number, for so many of the first stages. Each costs a third of its own time in training.
     step_size: the initial rho, one learned value per stage.
     data_step: "gradient", as above; or "prox", z = op.prox(x, y, mu_k), the exact minimiser of
         ||Phi z - y||^2 / 2 + mu_k ||z - x||^2 / 2 with mu_k = (sigma^2 + 1 / (12 255^2)) / (rho_k / 10)^2, the ratio of
@@ -45,7 +46,7 @@ class LoRun(nn.Module):
         form: str = "loralib",
         sharing: str = "lora",
         *,
-        checkpoint: bool = False,
+        checkpoint: bool | int = False,
         step_size: float = 1.0,
         data_step: str = "gradient",
     ):
@@ -58,6 +59,8 @@ class LoRun(nn.Module):
             raise ValueError(f"data_step: expected one of {', '.join(_DATA_STEPS)}, got {data_step!r}")
         if stages < 1:
             raise ValueError(f"stages: expected at least 1, got {stages}")
+        if not 0 <= checkpoint <= stages:
+            raise ValueError(f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint}")
         if isinstance(denoiser, Stages):
             staged = denoiser
             sharing = next(name for name, kind in _KINDS.items() if isinstance(staged, kind))
@@ -99,9 +102,11 @@ class LoRun(nn.Module):
             raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
         x = op.initial(y, size)
         outputs = [x]
-        recompute = self.checkpoint and torch.is_grad_enabled()
+        recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)
+        if not torch.is_grad_enabled():
+            recomputed = 0
         for k in range(self.stages):
-            if recompute:
+            if k < recomputed:
                 x = checkpoint(self.stage_step, k, x, y, op, sigma, use_reentrant=False)
             else:
                 x = self.stage_step(k, x, y, op, sigma)
@@ -157,6 +162,36 @@ class LoRun(nn.Module):
         # Moving and loading drop the layers' merged weights; a network in eval mode promises merged ones.
         if not self.training:
             self.denoiser.merge()
+
+    def optimize(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        cuda_graph: bool | None = None,
+        images: Tensor | None = None,
+        sigma: float | None = None,
+    ) -> LoRun:
+        """A copy made ready for inference on the device where this network is; ``.report`` says what was done and why.
+
+        Merges every stage into a plain denoiser, in fp32 and rounded once; lays convolution weights out with
+        channels innermost; stores the denoiser in bf16 where the device multiplies it fast (a CPU with AMX or
+        AVX512-bf16, a GPU of compute capability 8.0) and the score moves by at most 0.02 dB, in its own dtype
+        elsewhere; on a GPU captures a CUDA graph per measurement size. The operator and the iterate stay as they
+        are. The result is called as this network is, shares nothing with it, and does not train.
+
+        dtype, channels_last, cuda_graph: instead of what would be chosen. compile: torch.compile every stage, on a
+        CPU with frozen weights: minutes at the first call, for a network that runs long.
+        images: (N, C, H, W) in [0, 1] to score bf16 on, restored from their measurements; photographs of
+        scikit-image by default. sigma: for the score, of a network that takes a noise level.
+        """
+        from lorun_fast.optimize import optimize
+
+        return optimize(
+            self, dtype=dtype, channels_last=channels_last, compile=compile, cuda_graph=cuda_graph, images=images,
+            sigma=sigma,
+        )  # fmt: skip
 
     def parameter_report(self) -> ParameterReport:
         """Counts: base, per stage, total with step sizes, ratio to untied; the operator's values apart."""

@@ -272,7 +272,7 @@ def test_a_named_backend_that_is_missing_is_an_error_and_one_that_declines_is_no
     lf.functional.lora_conv2d(**p)
     assert recorder.calls == 0
     _Recorder(monkeypatch, missing="no compiler")
-    with pytest.raises(RuntimeError, match="LORUN_BACKEND=triton: expected a backend that runs here.*no compiler"):
+    with pytest.raises(RuntimeError, match=r"LORUN_BACKEND=triton: expected .* no compiler"):
         lf.functional.lora_conv2d(**p)
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
     assert served["backend"] == "aten" and "triton: no compiler" in served["reason"]

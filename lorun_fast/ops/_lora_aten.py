@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lorun_fast.ops.lora_merge import merge_one
+from lorun_fast.adapters import merged_weight
 from lorun_fast.reference import lora as reference
 
 aten = torch.ops.aten
@@ -23,6 +23,10 @@ _IN_PLACE = {
     "gelu": torch.nn.functional.gelu,
     "silu": lambda y: torch.nn.functional.silu(y, inplace=True),
 }
+
+
+def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: bool, dtype: torch.dtype) -> Tensor:
+    return merged_weight(weight, down, up, scale, transposed=transposed).to(dtype)
 
 
 def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
@@ -69,7 +73,7 @@ def conv2d(
 
     def one(samples: Tensor, k: int | None) -> Tensor:
         d, u = (down, up) if k is None else (down[k], up[k])
-        w = merge_one(weight, d, u, scale, transposed, x.dtype)
+        w = _merge(weight, d, u, scale, transposed, x.dtype)
         return aten.convolution(samples, w, bias, stride, padding, dilation, transposed, output_padding, groups)
 
     y = one(x, None) if stage is None else _by_stage(x, stage, one)
@@ -89,7 +93,7 @@ def _conv2d_backward_one(
     whole = mask[1] or (factors and not low_rank)
     found: list[Tensor | None] = [None] * 5
     if mask[0] or whole:
-        w = merge_one(weight, down, up, scale, transposed, x.dtype)
+        w = _merge(weight, down, up, scale, transposed, x.dtype)
         found[0], grad_w, _ = aten.convolution_backward(grad, x, w, None, *geometry, [mask[0], whole, False])
         if whole:
             found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
@@ -161,7 +165,7 @@ def linear(x, weight, bias, down, up, stage, residual, scale, activation):
 
     def one(samples: Tensor, k: int | None) -> Tensor:
         d, u = (down, up) if k is None else (down[k], up[k])
-        return torch.nn.functional.linear(samples, merge_one(weight, d, u, scale, False, x.dtype), bias)
+        return torch.nn.functional.linear(samples, _merge(weight, d, u, scale, False, x.dtype), bias)
 
     y = one(x, None) if stage is None else _by_stage(x, stage, one)
     return _finish(y, activation, residual)
@@ -171,7 +175,7 @@ def _linear_backward_one(grad, x, weight, down, up, scale, mask):
     rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     found: list[Tensor | None] = [None] * 5
     if mask[0]:
-        found[0] = grad @ merge_one(weight, down, up, scale, False, x.dtype)
+        found[0] = grad @ _merge(weight, down, up, scale, False, x.dtype)
     if mask[1]:
         grad_w = rows.mT @ columns
         found[1] = grad_w.to(weight.dtype)

@@ -81,11 +81,6 @@ _op = define(
 _backends.register("lora_merge", _backends.Backend("reference", ("cpu", "cuda"), reference.lora_merge))
 
 
-def merge_one(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """The merged weight of one layer at one stage; for use inside other ops."""
-    return _op([weight], [down[None]], [up[None]], [scale], [transposed], dtype, None)[0][0]
-
-
 def lora_merge(
     weights: Sequence[Tensor],
     downs: Sequence[Tensor],

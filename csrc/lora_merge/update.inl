@@ -1,0 +1,58 @@
+// A slice of the low-rank update: one row of the product at a time, a run of columns in registers.
+
+namespace lorun::lora_merge::LORUN_VARIANT {
+
+template <class W>
+struct Lanes {
+  typedef W Vec __attribute__((vector_size(LORUN_VECTOR_BYTES)));
+  // As it lies in memory: any alignment, and the same bytes as W.
+  typedef W Loose __attribute__((vector_size(LORUN_VECTOR_BYTES), aligned(alignof(W)), may_alias));
+  static constexpr int kCount = LORUN_VECTOR_BYTES / sizeof(W);
+};
+
+// sums = sum_r up[r] * down[r * stride], over `Vecs` vectors of neighbouring columns.
+template <class W, int Vecs>
+LORUN_TARGET inline void run(const W* down, int64_t stride, const W* up, int64_t rank, W* sums) {
+  using L = Lanes<W>;
+  typename L::Vec acc[Vecs] = {};
+  for (int64_t r = 0; r < rank; ++r, down += stride) {
+    const W factor = up[r];
+#pragma GCC unroll 8
+    for (int i = 0; i < Vecs; ++i) {
+      acc[i] += factor * *reinterpret_cast<const typename L::Loose*>(down + i * L::kCount);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Vecs; ++i) {
+    *reinterpret_cast<typename L::Loose*>(sums + i * L::kCount) = acc[i];
+  }
+}
+
+// sums[v] = the update's values [begin, begin + n) of one stage.
+template <class W>
+LORUN_TARGET void update(const Shape& s, const W* down, const W* up, int64_t begin, int64_t n, W* sums) {
+  constexpr int64_t kLanes = Lanes<W>::kCount;
+  for (int64_t v = 0; v < n;) {
+    const int64_t row = (begin + v) / s.cols, col = (begin + v) % s.cols;
+    const int64_t length = std::min(s.cols - col, n - v);
+    const W* u = up + row % s.rows * s.rank;
+    const W* d = down + row / s.rows * s.rank * s.cols + col;
+    int64_t c = 0;
+    for (; c + 8 * kLanes <= length; c += 8 * kLanes) {
+      run<W, 8>(d + c, s.cols, u, s.rank, sums + v + c);
+    }
+    for (; c + kLanes <= length; c += kLanes) {
+      run<W, 1>(d + c, s.cols, u, s.rank, sums + v + c);
+    }
+    for (; c < length; ++c) {
+      W sum = 0;
+      for (int64_t r = 0; r < s.rank; ++r) {
+        sum += u[r] * d[r * s.cols + c];
+      }
+      sums[v + c] = sum;
+    }
+    v += length;
+  }
+}
+
+}  // namespace lorun::lora_merge::LORUN_VARIANT

@@ -1,0 +1,287 @@
+"""A network made ready for inference, as a careful user would by hand: merged, laid out, narrowed, compiled."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorun_fast.layers import merged_weights
+from lorun_fast.network import LoRun
+from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
+
+MOST_LOST = 0.02
+"""How far bf16 may move the score, in dB, before it is not chosen."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What optimize() did, a line per choice with its reason: (what, done, why)."""
+
+    rows: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
+        return "\n".join(f"{what:<{widths[0]}}  {done:<{widths[1]}}  {why}".rstrip() for what, done, why in self.rows)
+
+    def __getitem__(self, what: str) -> tuple[str, str]:
+        """(done, why) of one choice."""
+        return next((done, why) for name, done, why in self.rows if name == what)
+
+
+class MergedStages(UntiedDenoiser):
+    """K plain denoisers with their stage's merged weights; whatever no adapter changes is one tensor for all."""
+
+    def __init__(self, copies: Sequence[nn.Module]):
+        Stages.__init__(self)
+        self.stages = len(copies)
+        self.copies = nn.ModuleList(copies)
+
+
+class OptimizedLoRun(LoRun):
+    """A network for inference only, made by :meth:`LoRun.optimize`; called as a LoRun is. ``report``: what was done."""
+
+    report: Report
+
+    def __init__(self, net: LoRun, staged: MergedStages):
+        super().__init__(copy.deepcopy(net.op), staged)
+        self.gamma, self.form = net.gamma, net.form
+        self.step_size = nn.Parameter(net.step_size.detach().clone(), requires_grad=False)
+        self.requires_grad_(False)
+        self._graphs: _Graphs | None = None
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, y: Tensor, *, op=None, size=None, sigma=None, return_stages: bool = False):
+        def call(y: Tensor):
+            return LoRun.forward(self, y, op=op, size=size, sigma=sigma, return_stages=return_stages)
+
+        replayable = op is None and not return_stages and not isinstance(sigma, Tensor)
+        if self._graphs is None or not replayable:
+            return call(y)
+        return self._graphs(y, (size, sigma), call)
+
+    def train(self, mode: bool = True) -> OptimizedLoRun:
+        if mode:
+            raise RuntimeError("train: expected a network with adapters, got an optimized one, which is for inference")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}\n{self.report}" if hasattr(self, "report") else super().extra_repr()
+
+
+class _Graphs:
+    """CUDA graphs of one function of y, one per shape, dtype and setting; replaying costs one launch."""
+
+    def __init__(self) -> None:
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, y: Tensor, settings: tuple, call: Callable[[Tensor], Tensor]) -> Tensor:
+        key = (tuple(y.shape), y.dtype, y.device, settings)
+        if key not in self.captured:
+            self.captured[key] = self._capture(y, call)
+        graph, static_y, static_x = self.captured[key]
+        static_y.copy_(y)
+        graph.replay()
+        return static_x.clone()
+
+    @staticmethod
+    def _capture(y: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        static_y = y.clone()
+        stream = torch.cuda.Stream(y.device)
+        stream.wait_stream(torch.cuda.current_stream(y.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose algorithms and allocate their work space before capture
+                call(static_y)
+        torch.cuda.current_stream(y.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static_x = call(static_y)
+        return graph, static_y, static_x
+
+
+def plain_stages(staged: Stages, dtype: torch.dtype | None = None, channels_last: bool | None = None) -> MergedStages:
+    """Every stage as a plain denoiser: merged in fp32 and rounded once, in the wanted dtype and layout.
+
+    dtype: of all floating-point tensors; None keeps each one's own. channels_last: of four-dimensional weights; None
+        keeps each one's own.
+    """
+
+    def converted(t: Tensor) -> Tensor:
+        t = t.detach()
+        if dtype is not None and t.is_floating_point():
+            t = t.to(dtype)
+        if channels_last is not None and t.ndim == 4:
+            t = t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return t
+
+    def shared(base: nn.Module, memo: dict[int, object]) -> dict[int, object]:
+        for p in base.parameters():
+            memo.setdefault(id(p), nn.Parameter(converted(p), requires_grad=False))
+        for b in base.buffers():
+            memo.setdefault(id(b), converted(b))
+        return memo
+
+    if isinstance(staged, StagedDenoiser):
+        layers = list(staged.adapted.values())
+        merged = merged_weights(layers, dtype, channels_last)
+        biases = [None if layer.bias is None else converted(layer.bias) for layer in layers]
+        rest = shared(staged.base, {})
+        copies = []
+        for k in range(staged.stages):
+            memo = dict(rest)
+            for layer, weights, bias in zip(layers, merged, biases, strict=True):
+                memo[id(layer)] = layer.plain(weights[k], bias)
+            copies.append(copy.deepcopy(staged.base, memo))
+    elif isinstance(staged, UntiedDenoiser):
+        copies = [copy.deepcopy(c, shared(c, {})) for c in staged.copies]
+    else:
+        copies = [copy.deepcopy(staged.base, shared(staged.base, {}))] * staged.stages
+    return MergedStages(copies).eval()
+
+
+def fast_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether bf16 convolutions run on matrix units of this device, and which, or why not."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major >= 8, f"compute capability {major}.{minor}" + ("" if major >= 8 else ", bf16 needs 8.0")
+    if device.type != "cpu":
+        return False, f"nothing is known of bf16 on {device.type}"
+    if torch.cpu._is_amx_tile_supported():
+        return True, "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "AVX512-bf16"
+    return False, "this CPU has neither AMX nor AVX512-bf16"
+
+
+def demo_images(net: LoRun) -> Tensor:
+    """Two of scikit-image's photographs, (2, C, H, W) in [0, 1], in the channels and size that the operator measures.
+
+    Raises ImportError without scikit-image.
+    """
+    from skimage import data
+
+    base = net.denoiser.copies[0] if isinstance(net.denoiser, UntiedDenoiser) else net.denoiser.base
+    mask = getattr(net.op, "mask", None)
+    channels = {"cs": 1, "cassi": getattr(net.op, "bands", None)}.get(net.op.task, getattr(base, "out_channels", 3))
+    height, width = (240, 240) if mask is None else mask.shape[-2:]
+    photographs = [torch.from_numpy(image()).permute(2, 0, 1).float() / 255 for image in (data.astronaut, data.coffee)]
+    resized = [nn.functional.interpolate(p[None], (height, width), mode="area") for p in photographs]
+    colour = torch.cat(resized)
+    if channels == 1:
+        return torch.einsum("nchw,c->nhw", colour, torch.tensor([0.299, 0.587, 0.114]))[:, None]
+    # Between red and blue a photograph stands for a spectrum.
+    bands = nn.functional.interpolate(colour.flatten(2).mT, channels, mode="linear", align_corners=True)
+    return bands.mT.unflatten(2, (height, width))
+
+
+@torch.no_grad()
+def score(net: LoRun, x: Tensor, sigma: float | None) -> float:
+    """Mean PSNR in dB of restoring ``x`` (N, C, H, W) in [0, 1] from its measurements without noise."""
+    restored = net(net.op(x), size=tuple(x.shape[-2:]), sigma=sigma).float().clamp(0, 1)
+    error = (restored - x).square().mean((1, 2, 3)).double().clamp_min(1e-20)
+    return float((-10 * error.log10()).mean())
+
+
+def optimize(
+    net: LoRun,
+    *,
+    dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
+    compile: bool = False,
+    cuda_graph: bool | None = None,
+    images: Tensor | None = None,
+    sigma: float | None = None,
+) -> OptimizedLoRun:
+    """See :meth:`LoRun.optimize`."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
+    device = net.step_size.device
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected a network on a CUDA device, got one on {device}")
+    if sigma is not None and isinstance(sigma, Tensor):
+        raise TypeError("sigma: expected a number, got a tensor")
+    rows = []
+    if isinstance(net.denoiser, StagedDenoiser):
+        rows.append(
+            ("merged", f"{len(net.denoiser.adapted)} layers, {net.stages} stages", "one plain denoiser a stage")
+        )
+    else:
+        rows.append(("merged", "nothing", f"sharing is {net.sharing!r}"))
+
+    last = True if channels_last is None else channels_last
+    why = "convolutions run on channels innermost" if channels_last is None else "asked for"
+    rows.append(("layout", "channels_last" if last else "contiguous", why))
+
+    def built(to: torch.dtype | None) -> OptimizedLoRun:
+        return OptimizedLoRun(net, plain_stages(net.denoiser, to, last))
+
+    own = next(net.denoiser.parameters()).dtype
+    best, chosen, why = _narrowed(net, built, own, dtype, device, images, sigma)
+    rows.append(("dtype", str(chosen).removeprefix("torch."), why))
+
+    if compile:
+        _compile(best, device)
+        how = "a graph a stage, weights frozen into it" if device.type == "cpu" else "one graph for all stages"
+        rows.append(("torch.compile", how, "compiled at the first call of each size"))
+    else:
+        rows.append(("torch.compile", "no", "not asked for"))
+    graph = device.type == "cuda" if cuda_graph is None else cuda_graph
+    if graph:
+        best._graphs = _Graphs()
+    why = "captured at the first call of each size" if graph else f"{device.type} device" if not cuda_graph else ""
+    if cuda_graph is False:
+        why = "not asked for"
+    rows.append(("CUDA graph", "yes" if graph else "no", why))
+    best.report = Report(tuple(rows))
+    return best
+
+
+def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedLoRun, torch.dtype, str]:
+    """(network, dtype of its denoiser, why): bf16 where the device multiplies it fast and the score allows it."""
+    if dtype is not None:
+        best = built(dtype)
+        if images is None:
+            return best, dtype, "asked for"
+        return best, dtype, f"asked for; {_change(net, best, images, sigma)[1]}"
+    if own != torch.float32:
+        return built(None), own, "the network's own"
+    fast, what = fast_bf16(device)
+    if not fast:
+        return built(None), own, what
+    narrow = built(torch.bfloat16)
+    change, said = _change(net, narrow, images, sigma)
+    if abs(change) <= MOST_LOST:
+        return narrow, torch.bfloat16, f"{what}; {said}"
+    return built(None), own, f"{what}, but bf16 not chosen: {said}"
+
+
+def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None) -> tuple[float, str]:
+    """How far ``other``'s score lies from the network's own, in dB, and the sentence that says so."""
+    if images is None:
+        try:
+            images = demo_images(net)
+        except ImportError:
+            return math.inf, "score not checked (pass images=, or install scikit-image for its photographs)"
+    images = images.to(net.step_size.device)
+    training = net.training
+    net.eval()
+    try:
+        change = score(other, images, sigma) - score(net, images, sigma)
+    finally:
+        net.train(training)
+    return change, f"score moves by {change:+.4f} dB on {len(images)} images"
+
+
+def _compile(net: OptimizedLoRun, device: torch.device) -> None:
+    for module in dict.fromkeys(net.denoiser.copies):
+        # Freezing packs the weights for the CPU's convolutions and fuses what follows them; it makes constants of
+        # them, so every stage is a graph of its own. In place of forward, so that names and state stay as they are.
+        if device.type == "cpu":
+            module.compile(options={"freezing": True})
+        else:
+            module.compile()

@@ -1,0 +1,195 @@
+"""net.optimize(): what it returns computes the same, stands alone, and says truly what was done."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lorun_fast as lf
+from lorun_fast import optimize
+
+SIZE = (20, 13)
+
+
+class Base(nn.Module):
+    """A denoiser with everything that has to come along: a norm's buffers, a depthwise layer, an alias, a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(1, 8, 3, padding=1)
+        self.alias = self.head
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.gate = nn.Linear(8, 8)
+        self.tail = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, z):
+        x = self.depthwise(torch.relu(self.norm(self.head(z))))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
+        return z + 0.1 * self.tail(x) + 0.1 * self.alias(z)[:, :1]
+
+
+def network(sharing="lora", denoiser=None, stages=3, form="loralib") -> lf.LoRun:
+    denoiser = lf.ResUNet(channels=(4, 8), blocks=1) if denoiser is None else denoiser
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), denoiser, stages=stages, sharing=sharing, form=form)
+    for p in net.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        net.step_size.copy_(torch.linspace(0.5, 1.5, stages))
+    return net.eval()
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 1, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_computes_what_the_network_computes(x, sharing, channels_last):
+    net = network(sharing)
+    fast = net.optimize(channels_last=channels_last)
+    y = net.op(x)
+    expected = net(y, size=SIZE, return_stages=True)
+    for a, b in zip(fast(y, size=SIZE, return_stages=True), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    other = lf.BlockCS.gaussian(0.25, 8, seed=7)
+    torch.testing.assert_close(fast(y, op=other, size=SIZE), net(y, op=other, size=SIZE))
+    weight = fast.denoiser.copies[1].encoder[0][0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_stands_alone_and_stays(x):
+    net = network()
+    fast, y = net.optimize(), net.op(x)
+    before = fast(y, size=SIZE)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_()
+    assert torch.equal(fast(y, size=SIZE), before)
+    assert not before.requires_grad and not any(p.requires_grad for p in fast.parameters())
+    assert fast.eval() is fast
+    with pytest.raises(RuntimeError, match="train: expected a network with adapters"):
+        fast.train()
+
+
+def test_a_foreign_denoiser_keeps_its_other_parts_once(x):
+    with pytest.warns(UserWarning, match="grouped"):
+        net = network(denoiser=Base(), form="peft")
+    net.denoiser.base.norm.running_var.fill_(2.0)
+    fast, y = net.optimize(), net.op(x)
+    torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
+    first, last = fast.denoiser.copies[0], fast.denoiser.copies[2]
+    assert type(first.head) is nn.Conv2d and first.alias is first.head
+    assert first.depthwise.weight is last.depthwise.weight and first.norm.running_var is last.norm.running_var
+    assert first.head.bias.data_ptr() == last.head.bias.data_ptr()
+    assert first.head.weight.untyped_storage().data_ptr() == last.head.weight.untyped_storage().data_ptr()
+    assert not torch.equal(first.head.weight, last.head.weight)
+
+
+def test_this_machine_decides_the_dtype(monkeypatch):
+    net = network()
+    monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))
+    fast = net.optimize()
+    assert fast.report["dtype"] == ("float32", "no matrix units")
+    assert next(fast.denoiser.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("most", "chosen"), [(100.0, torch.bfloat16), (-1.0, torch.float32)])
+def test_bf16_where_the_cpu_is_fast_and_the_score_allows_it(monkeypatch, x, most, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(optimize, "MOST_LOST", most)
+    net = network()
+    fast = net.optimize(images=x)
+    assert {p.dtype for p in fast.denoiser.parameters()} == {chosen}
+    done, why = fast.report["dtype"]
+    assert done == str(chosen).removeprefix("torch.")
+    assert "AMX" in why and ("not chosen" in why) == (chosen == torch.float32)
+    restored = {}
+    for name, one in (("net", net), ("bf16", net.optimize(dtype=torch.bfloat16))):
+        error = (one(net.op(x), size=SIZE).detach().clamp(0, 1) - x).square().mean((1, 2, 3))
+        restored[name] = float((-10 * error.log10()).mean())
+    assert f"score moves by {restored['bf16'] - restored['net']:+.3f}"[:-1] in why
+    assert fast.op.phi.dtype == torch.float32 and fast(net.op(x), size=SIZE).dtype == torch.float32
+
+
+def test_the_capabilities_that_count(monkeypatch):
+    for amx, avx512, expected in ((True, False, "AMX"), (False, True, "AVX512-bf16"), (False, False, "neither")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        fast, why = optimize.fast_bf16(torch.device("cpu"))
+        assert fast == (amx or avx512) and expected in why
+
+
+def test_merged_weights_are_rounded_once_from_fp32():
+    net = network()
+    weight = net.optimize(dtype=torch.bfloat16).denoiser.copies[2].encoder[0][0].conv1.weight
+    layer = net.denoiser.adapted["encoder.0.0.conv1"]
+    assert torch.equal(weight, layer.stage_weight(2).bfloat16())
+
+
+def test_without_images_bf16_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    fast = network().optimize()
+    assert fast.report["dtype"][0] == "float32" and "score not checked" in fast.report["dtype"][1]
+
+
+@pytest.mark.parametrize(
+    ("op", "channels", "size"),
+    [
+        (lambda: lf.BlockCS.gaussian(0.1, 33), 1, (240, 240)),
+        (lambda: lf.CASSI(torch.ones(16, 20), bands=5), 5, (16, 20)),
+        (lambda: lf.BlurDownsample(torch.ones(3, 3) / 9, scale=3), 3, (240, 240)),
+    ],
+)
+def test_the_photographs_fit_every_operator(op, channels, size):
+    net = lf.LoRun(op(), lf.ResUNet(channels, channels, channels=(4,), blocks=1), stages=1)
+    images = optimize.demo_images(net)
+    assert images.shape == (2, channels, *size)
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.1
+    net.op(images)
+
+
+def test_compiled_stages_compute_the_same(x):
+    net = network(denoiser=nn.Conv2d(1, 1, 3, padding=1), stages=2)
+    fast, y = net.optimize(compile=True), net.op(x)
+    torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
+    assert "frozen" in fast.report["torch.compile"][0]
+    assert set(fast.state_dict()) == set(net.optimize().state_dict())
+
+
+def test_the_report_has_a_line_for_each_choice():
+    fast = network().optimize()
+    text = str(fast.report)
+    for what in ("merged", "layout", "dtype", "torch.compile", "CUDA graph"):
+        assert what in text and what in repr(fast)
+    assert fast.report["merged"][0] == f"{len(network().denoiser.adapted)} layers, 3 stages"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": torch.int8}, TypeError, "dtype: expected float32, bfloat16, float16 or None, got torch.int8"),
+        ({"cuda_graph": True}, ValueError, "cuda_graph: expected a network on a CUDA device, got one on cpu"),
+        ({"sigma": torch.ones(2)}, TypeError, "sigma: expected a number"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        network().optimize(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_is_replayed_per_size():
+    net = network().cuda()
+    fast = net.optimize(dtype=torch.float32)
+    assert fast.report["CUDA graph"][0] == "yes"
+    for n in (1, 2, 1):
+        y = net.op(torch.rand(n, 1, *SIZE, device="cuda"))
+        torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
+    assert len(fast._graphs.captured) == 2
