@@ -7,7 +7,7 @@ The numbers come from the compiler (registers, shared memory, no spills: ``make 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,32 +45,40 @@ def _power(value: int, least: int = 16) -> int:
 
 def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool) -> Tile:
     """The tile of lora_conv2d's forward for this problem."""
-    return rows_tile(g, dtype, arch) or taps_tile(g, dtype, arch)
+    return rows_tile(g.c, g.o, g.q, g, dtype, arch) or taps_tile(g, dtype, arch)
 
 
-def rows_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile | None:
-    """The strip tile, or None where the weights of all taps do not fit shared memory or rows are too short."""
-    wide = _power(max(g.c, g.o))
-    k = g.kernel[0]
-    if g.kernel not in ((3, 3), (5, 5)) or g.stride != (1, 1) or dtype == torch.float32 or g.q < 32:
+def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch: int) -> Tile | None:
+    """The strip tile for c -> o channels and rows ``width`` long, or None where patches are used.
+
+    Strips need the weights of all taps in shared memory, and rows long enough to fill a tile. On sm_100 Triton 3.7
+    compiles the widest strip to a kernel that stores nothing, and moves every accumulator through tensor memory as it
+    goes up by one row: patches there.
+    """
+    k, wide = g.kernel[0], _power(max(c, o))
+    fits = wide <= (64 if k == 3 else 32)
+    if g.kernel not in ((3, 3), (5, 5)) or g.stride != (1, 1) or dtype == torch.float32 or width < 48 or not fits:
         return None
-    if wide > (64 if k == 3 else 32):
+    if arch == 100 or (arch == 80 and k == 5):
         return None
-    bc, bo = _power(g.c), _power(g.o)
-    bw = 128 if g.q > 64 else 64
-    if arch == 90:
-        big = wide == 64 or k == 5
-        return Tile(1, bw, bc, bo, 8 if big and bw == 128 else 4, 2, True, 132 if big else 264)
-    return None
+    bw = 128 if width > 64 and (arch == 90 or wide == 32) else 64
+    describe = arch >= 90
+    # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
+    odd = c % 2 == 1
+    programs = (132 if arch == 90 else 108) * (1 if wide == 64 or k == 5 else 2)
+    return Tile(1, bw, _power(c), _power(o), 8 if wide == 64 or k == 5 or odd else 4, 2, describe, programs)
 
 
 def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     """The patch tile: any kernel size, stride, dilation and width."""
-    bh, bw = (1, 128) if g.p == 1 else (8, 16)
+    flat = g.p == 1
     if dtype == torch.float32:
-        return Tile(*((1, 64) if g.p == 1 else (8, 8)), min(32, _power(g.c)), min(32, _power(g.o)), 4, 2)
+        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, _power(g.o)), 4, 2)
     bc, bo = min(64, _power(g.c)), min(128, _power(g.o))
-    return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 3 if arch == 80 else 4, arch >= 90)
+    bh, bw = (1, 128) if flat else (8, 16)
+    if arch == 80:
+        return Tile(bh, bw, min(32, bc), bo, 8, 3)
+    return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,27 @@ class BackwardTile:
     output: Tile
     image: Tile
     factor: FactorTile
-    programs: int = 264
+    programs: int
 
 
 def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardTile:
     """The tiles of lora_conv2d's backward for this problem."""
-    patch = taps_tile(g, dtype, arch)
-    return BackwardTile(patch, patch, FactorTile(patch.bh, patch.bw, patch.bc, min(4, _power(g.taps, 1))))
+    flat = g.p == 1
+    programs = {80: 216, 90: 264, 100: 296}[arch]
+    if dtype == torch.float32:
+        out = Tile(*((1, 32) if flat else (4, 8)), 16, min(32, _power(g.o)), 8, 2)
+        image = Tile(*((1, 64) if flat else (8, 8)), min(32, _power(g.c)), 16, 4, 2)
+        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, _power(g.c)), min(2, _power(g.taps, 1)), 32)
+        return BackwardTile(out, image, factor, programs)
+    wide = _power(g.o) >= 128
+    bh, bw = (1, 128) if flat else (8, 16)
+    half = (1, 64) if flat else (8, 8)
+    out = Tile(*(half if wide else (bh, bw)), min(64, _power(g.c)), min(64, _power(g.o)), 8, 2, arch >= 90)
+    image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
+    if image is None:
+        bc = min(128, _power(g.c))
+        image = Tile(bh, bw, bc, min(64 if arch > 80 else 32, _power(g.o)), 8 if bc == 128 or arch == 80 else 4, 2, arch >= 90)
+    else:
+        image = replace(image, bc=image.bo, bo=image.bc)
+    group = 1 if rank == 0 or g.taps == 1 else 4 if rank <= 16 else 2
+    return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs)

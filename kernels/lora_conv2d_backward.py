@@ -72,68 +72,68 @@ def output_side(
             up += k * (O * RANK)
     r = tl.arange(0, R)
     m = tl.arange(0, BH * BW)
-    ups = ()
-    biases = ()
-    for _ in tl.static_range(blocks):
-        ups = ups + (tl.zeros((BO, R), tl.float32),)
-        biases = biases + (tl.zeros((BO,), tl.float32),)
+    up_sum = tl.zeros((BO, R), tl.float32)
+    bias_sum = tl.zeros((BO,), tl.float32)
     for patch in range(split, patches, splits):
-        p0 = patch // across * BH
-        q0 = patch % across * BW
-        p = p0 + m // BW
-        q = q0 + m % BW
-        inside = (p < P) & (q < Q)
+        p = patch // across * BH + m // BW
+        q = patch % across * BW + m % BW
+        inside = ((p < P) & (q < Q))[:, None]
         low = tl.zeros((BH * BW, R), tl.float32)
         back = tl.zeros((BH * BW, R), tl.float32)
-        acc = tl.zeros((BH * BW, BO), tl.float32)
-        if RANK > 0 and ACT is None:
-            acc, low = accumulate_taps(
-                x, weight, down, acc, low, n, p0 * SH - PH, q0 * SW - PW, 0, H, W, x_n, x_h, XP, C, O, RANK, KH, KW,
-                SH, SW, DH, DW, BH, BW, BC, BO, R, False, True, DESC, PRECISION,
+        if RANK > 0 and (ACT is None or blocks > 1):
+            unused = tl.zeros((BH * BW, BO), tl.float32)
+            unused, low = accumulate_taps(
+                x, weight, down, unused, low, n, patch // across * BH * SH - PH, patch % across * BW * SW - PW, 0,
+                H, W, x_n, x_h, XP, C, O, RANK, KH, KW, SH, SW, DH, DW, BH, BW, BC, BO, R, False, True, DESC, PRECISION,
             )  # fmt: skip
-        new_ups = ()
-        new_biases = ()
-        for b in tl.static_range(blocks):
+        for b in range(blocks):
             o = b * BO + tl.arange(0, BO)
-            owned = inside[:, None] & (o < O)[None, :]
-            grad = tl.load(
-                dy + n.to(tl.int64) * dy_n + (p * dy_h + q * DYP)[:, None] + o[None, :], mask=owned, other=0.0
-            )
+            owned = inside & (o < O)[None, :]
+            at = dy + n.to(tl.int64) * dy_n + (p * dy_h + q * DYP)[:, None] + o[None, :]
+            grad = tl.load(at, mask=owned, other=0.0)
+            used = (o < O)[:, None] & (r < RANK)[None, :]
             if RANK > 0:
-                factor = tl.load(up + o[:, None] * RANK + r[None, :], mask=(o < O)[:, None] & (r < RANK)[None, :], other=0.0)
-                factor = factor.to(dtype)
+                factor = tl.load(up + o[:, None] * RANK + r[None, :], mask=used, other=0.0).to(dtype)
             if ACT is not None:
                 acc = tl.zeros((BH * BW, BO), tl.float32)
                 acc, low = accumulate_taps(
-                    x, weight, down, acc, low, n, p0 * SH - PH, q0 * SW - PW, b * BO, H, W, x_n, x_h, XP, C, O, RANK,
-                    KH, KW, SH, SW, DH, DW, BH, BW, BC, BO, R, True, RANK > 0 and b == 0, DESC, PRECISION,
+                    x, weight, down, acc, low, n, patch // across * BH * SH - PH, patch % across * BW * SW - PW, b * BO,
+                    H, W, x_n, x_h, XP, C, O, RANK, KH, KW, SH, SW, DH, DW, BH, BW, BC, BO, R, True,
+                    RANK > 0 and blocks == 1, DESC, PRECISION,
                 )  # fmt: skip
                 if RANK > 0:
                     acc = tl.dot((low * scale).to(dtype), tl.trans(factor), acc, input_precision=PRECISION)
                 if BIAS:
                     acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
                 grad = (grad.to(tl.float32) * derivative(acc, ACT)).to(dtype)
-                at = g + n.to(tl.int64) * P * Q * O + ((p * Q + q) * O)[:, None] + o[None, :]
-                tl.store(at, grad, mask=owned)
+                tl.store(g + n.to(tl.int64) * P * Q * O + ((p * Q + q) * O)[:, None] + o[None, :], grad, mask=owned)
             if RANK > 0:
                 back = tl.dot(grad, factor, back, input_precision=PRECISION)
-                new_ups = new_ups + (
-                    tl.dot(tl.trans(grad), low.to(dtype), ups[b], input_precision=PRECISION),
-                )  # fmt: skip
+            if blocks == 1:
+                if RANK > 0:
+                    up_sum = tl.dot(tl.trans(grad), low.to(dtype), up_sum, input_precision=PRECISION)
+                bias_sum += tl.sum(grad.to(tl.float32), 0)
             else:
-                new_ups = new_ups + (ups[b],)
-            new_biases = new_biases + (biases[b] + tl.sum(grad.to(tl.float32), 0),)
-        ups = new_ups
-        biases = new_biases
+                # The sums of all channel blocks do not fit registers: they live in this program's own part, in L2.
+                later = patch > split
+                if RANK > 0:
+                    at = part_up + pid * (O * RANK) + o[:, None] * RANK + r[None, :]
+                    so_far = tl.load(at, mask=used & later, other=0.0)
+                    piece = tl.dot(tl.trans(grad), low.to(dtype), so_far, input_precision=PRECISION)
+                    tl.store(at, piece, mask=used)
+                at = part_bias + pid * O + o
+                so_far = tl.load(at, mask=(o < O) & later, other=0.0)
+                tl.store(at, so_far + tl.sum(grad.to(tl.float32), 0), mask=o < O)
+                tl.debug_barrier()
         if RANK > 0:
             at = t + n.to(tl.int64) * P * Q * R + ((p * Q + q) * R)[:, None] + r[None, :]
-            tl.store(at, (back * scale + poison).to(dtype), mask=inside[:, None])
-    for b in tl.static_range(blocks):
-        o = b * BO + tl.arange(0, BO)
+            tl.store(at, (back * scale + poison).to(dtype), mask=inside)
+    if blocks == 1:
+        o = tl.arange(0, BO)
         if RANK > 0:
             at = part_up + pid * (O * RANK) + o[:, None] * RANK + r[None, :]
-            tl.store(at, ups[b], mask=(o < O)[:, None] & (r < RANK)[None, :])
-        tl.store(part_bias + pid * O + o, biases[b], mask=o < O)
+            tl.store(at, up_sum, mask=(o < O)[:, None] & (r < RANK)[None, :])
+        tl.store(part_bias + pid * O + o, bias_sum, mask=o < O)
 
 
 @triton.jit
