@@ -59,12 +59,12 @@ def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch:
     fits = wide <= (64 if k == 3 else 32)
     if g.kernel not in ((3, 3), (5, 5)) or g.stride != (1, 1) or dtype == torch.float32 or width < 48 or not fits:
         return None
-    if arch == 100 or (arch == 80 and k == 5):
+    # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
+    odd = c % 2 == 1
+    if arch == 100 or (arch == 80 and (k == 5 or odd)):
         return None
     bw = 128 if width > 64 and (arch == 90 or wide == 32) else 64
     describe = arch >= 90
-    # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
-    odd = c % 2 == 1
     programs = (132 if arch == 90 else 108) * (1 if wide == 64 or k == 5 else 2)
     return Tile(1, bw, _power(c), _power(o), 8 if wide == 64 or k == 5 or odd else 4, 2, describe, programs)
 
@@ -77,7 +77,7 @@ def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     bc, bo = min(64, _power(g.c)), min(128, _power(g.o))
     bh, bw = (1, 128) if flat else (8, 16)
     if arch == 80:
-        return Tile(bh, bw, min(32, bc), bo, 8, 3)
+        return Tile(*((1, 64) if flat else (8, 8)), min(32, bc), min(64, bo), 4, 3)
     return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
 
 
@@ -115,7 +115,9 @@ def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardT
     wide = _power(g.o) >= 128
     bh, bw = (1, 128) if flat else (8, 16)
     half = (1, 64) if flat else (8, 8)
-    out = Tile(*(half if wide else (bh, bw)), min(64, _power(g.c)), min(64, _power(g.o)), 8, 2, arch >= 90)
+    small = wide or arch == 80 or g.c % 2
+    bc = min(32 if arch == 80 else 64, _power(g.c))
+    out = Tile(*(half if small else (bh, bw)), bc, min(64, _power(g.o)), 8, 2, arch >= 90)
     image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
     if image is None:
         bc = min(128, _power(g.c))

@@ -485,7 +485,7 @@ def plan(
         }  # fmt: skip
         constants = {
             "C": g.c, "O": g.o, "TAPS": g.taps, "FACTOR": width, "RANK": rank, "DOWN": need_factors,
-            "UP": d_up is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": a.stage is not None, "BJ": 32,
+            "UP": d_up is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": a.stage is not None, "BJ": 16,
             "BE": block_e,
         }  # fmt: skip
         launches.append(Launch(reduce_parts, blocks, args, constants, 4, 1))
