@@ -1,6 +1,6 @@
 """Compiles every shipped configuration for GPUs that need not be here, and reports what the compiler made of it.
 
-    python -m lorun_fast.kernels.check [--arch 80 90 100] [--case PATTERN] [--jobs 2] [--json FILE]
+    python -m lorun_fast.kernels.check [--arch 80 90 100] [--case PATTERN | --sample] [--jobs 2] [--json FILE]
 
 Per kernel: registers, spilled bytes, shared memory, programs per multiprocessor, tensor-core and bulk-copy
 instructions. Exit status: 0 clean; 1 a kernel spills, does not fit, lacks tensor-core instructions where its products are
@@ -39,7 +39,7 @@ class Problem:
     px: int = 256
     batch: int = 16
     dtype: str = "bfloat16"
-    form: str = "peft"
+    form: str = "peft"  # or "loralib", "merged"; "merge" is the lora_merge kernel alone
     factors: str = ""
     mixed: bool = False
     activation: str | None = None
@@ -79,6 +79,15 @@ def problems() -> Iterator[Problem]:
         yield Problem(28, dtype="float32", backward=backward)
         yield Problem(64, dtype="float32", activation="relu", backward=backward)
         yield Problem(64, dtype="float16", backward=backward)
+
+
+# What the tests compile: every kernel, every architecture, each way of reading an image.
+SAMPLE = (
+    (Problem(64), 90),
+    (Problem(28), 80),
+    (Problem(64, dtype="float16", backward=True), 90),
+    (Problem(64, 128, stride=2), 100),
+)
 
 
 def launches(problem: Problem, arch: int) -> list:
@@ -129,7 +138,34 @@ class Report:
     tensor: int = 0
     bulk: int = 0
     async_copies: int = 0
+    stores: int = 0
     wrong: str = ""
+
+    def inspect_code(self, ptx: str) -> None:
+        """Counts the instructions that tell how a kernel computes and reads."""
+        self.tensor = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))
+        self.bulk = ptx.count("cp.async.bulk.tensor")
+        self.async_copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
+        self.stores = ptx.count("st.global")
+
+    def judge(self, *, products: bool, bulk: bool) -> None:
+        """Fills in how many programs share a multiprocessor, and what is wrong.
+
+        products: tensor-core instructions are expected. bulk: bulk copies are.
+        """
+        by_registers = 65536 // (32 * self.warps * -(-max(self.registers, 1) // 8) * 8)
+        by_shared = SHARED_PER_SM[self.arch] // (self.shared + 1024)
+        self.per_sm = min(by_registers, by_shared, 64 // self.warps, 32)
+        if self.spilled:
+            self.wrong = "SPILLS"
+        elif self.shared > SHARED_LIMIT[self.arch] or self.per_sm < 1:
+            self.wrong = "DOES NOT FIT"
+        elif not self.stores:
+            self.wrong = "STORES NOTHING"
+        elif products and not self.tensor:
+            self.wrong = "NO TENSOR-CORE INSTRUCTIONS"
+        elif bulk and not self.bulk:
+            self.wrong = "NO BULK COPIES"
 
     def line(self) -> str:
         return (
@@ -157,6 +193,7 @@ def inspect(problem: Problem, index: int, arch: int) -> Report:
     """Compiles one launch of a problem for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     one = launches(problem, arch)[index]
     kernel = one.kernel.fn.__name__
@@ -167,23 +204,11 @@ def inspect(problem: Problem, index: int, arch: int) -> Report:
     except Exception as error:
         report.wrong = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
         return report
-    ptx = compiled.asm["ptx"]
+    report.inspect_code(compiled.asm["ptx"])
     report.registers, report.spilled = _resources(compiled.asm["cubin"])
     report.shared = compiled.metadata.shared
-    report.tensor = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))
-    report.bulk = ptx.count("cp.async.bulk.tensor")
-    report.async_copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
-    by_registers = 65536 // (32 * one.warps * -(-max(report.registers, 1) // 8) * 8)
-    by_shared = SHARED_PER_SM[arch] // (report.shared + 1024)
-    report.per_sm = min(by_registers, by_shared, 64 // one.warps, 32)
-    if report.spilled:
-        report.wrong = "SPILLS"
-    elif report.shared > SHARED_LIMIT[arch] or report.per_sm < 1:
-        report.wrong = "DOES NOT FIT"
-    elif kernel in PRODUCTS and problem.dtype != "float32" and not report.tensor:
-        report.wrong = "NO TENSOR-CORE INSTRUCTIONS"
-    elif "st.global" not in ptx:
-        report.wrong = "STORES NOTHING"
+    described = any(isinstance(value, TensorDescriptor) for value in one.args.values())
+    report.judge(products=kernel in PRODUCTS and problem.dtype != "float32", bulk=described and arch >= 90)
     return report
 
 
@@ -220,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--case", help="a part of a case's name, or a shell pattern")
+    parser.add_argument("--sample", action="store_true", help="only what the tests compile")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
@@ -232,7 +258,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kernels check: {why}", file=sys.stderr)
         return 2
     reports = []
-    for report in run(tasks(args.arch, args.case), args.jobs):
+    selected = tasks(args.arch, args.case)
+    if args.sample:
+        selected = [(problem, i, arch) for problem, arch in SAMPLE for i in range(len(launches(problem, arch)))]
+    for report in run(selected, args.jobs):
         print(report.line(), flush=True)
         reports.append(report)
     if args.json:

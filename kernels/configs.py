@@ -117,7 +117,7 @@ def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardT
     half = (1, 64) if flat else (8, 8)
     small = wide or arch == 80 or g.c % 2
     bc = min(32 if arch == 80 else 64, _power(g.c))
-    out = Tile(*(half if small else (bh, bw)), bc, min(64, _power(g.o)), 8, 2, arch >= 90)
+    out = Tile(*(half if small else (bh, bw)), bc, min(32 if arch == 80 else 64, _power(g.o)), 8, 2, arch >= 90)
     image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
     if image is None:
         bc = min(128, _power(g.c))
