@@ -1,3 +1,4 @@
 """The operators: schemas, checks, fakes, autograd. Importing this package registers the compiled ones, if built."""
 
 from lorun_fast import _native as _native
+from lorun_fast.ops import _lora_triton as _lora_triton

@@ -1,0 +1,128 @@
+"""Which tile each kernel uses: fixed, per architecture, so that a result never depends on when it was computed.
+
+The numbers come from the compiler (registers, shared memory, no spills: ``make kernels-check``) and the model in
+:mod:`lorun_fast.kernels.model`; no GPU has confirmed them yet.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorun_fast.kernels._geometry import Geometry
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """bh x bw pixels, blocks of bc input and bo output channels. rows: None for the taps kernel; else the programs that
+    the rows kernel aims at, about what the GPU holds at once. descriptors: bulk-tensor copies where strides allow."""
+
+    bh: int
+    bw: int
+    bc: int
+    bo: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    rows: int | None = None
+
+
+def architecture(device: torch.device) -> int:
+    """The shipped architecture for a device: the newest that is not newer; 80 in the interpreter on a CPU."""
+    if device.type != "cuda":
+        return int(os.environ.get("LORUN_KERNELS_ARCH", "80"))
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def _power(value: int, least: int = 16) -> int:
+    return max(least, 1 << (value - 1).bit_length())
+
+
+def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool) -> Tile:
+    """The tile of lora_conv2d's forward for this problem."""
+    return rows_tile(g.c, g.o, g.q, g, dtype, arch) or taps_tile(g, dtype, arch)
+
+
+def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch: int) -> Tile | None:
+    """The strip tile for c -> o channels and rows ``width`` long, or None where patches are used.
+
+    Strips need the weights of all taps in shared memory, and rows long enough to fill a tile. On sm_100 Triton 3.7
+    compiles the widest strip to a kernel that stores nothing, and moves every accumulator through tensor memory as it
+    goes up by one row: patches there.
+    """
+    k, wide = g.kernel[0], _power(max(c, o))
+    fits = wide <= (64 if k == 3 else 32)
+    if g.kernel not in ((3, 3), (5, 5)) or g.stride != (1, 1) or dtype == torch.float32 or width < 48 or not fits:
+        return None
+    # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
+    odd = c % 2 == 1
+    if arch == 100 or (arch == 80 and (k == 5 or odd)):
+        return None
+    bw = 128 if width > 64 and (arch == 90 or wide == 32) else 64
+    describe = arch >= 90
+    programs = (132 if arch == 90 else 108) * (1 if wide == 64 or k == 5 else 2)
+    return Tile(1, bw, _power(c), _power(o), 8 if wide == 64 or k == 5 or odd else 4, 2, describe, programs)
+
+
+def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
+    """The patch tile: any kernel size, stride, dilation and width."""
+    flat = g.p == 1
+    if dtype == torch.float32:
+        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, _power(g.o)), 4, 2)
+    bc, bo = min(64, _power(g.c)), min(128, _power(g.o))
+    bh, bw = (1, 128) if flat else (8, 16)
+    if arch == 80:
+        return Tile(*((1, 64) if flat else (8, 8)), min(32, bc), min(64, bo), 4, 3)
+    return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
+
+
+@dataclass(frozen=True)
+class FactorTile:
+    """bh x bw pixels of x, blocks of bc channels, ``group`` taps at once; rows: block of g's channels for d W."""
+
+    bh: int
+    bw: int
+    bc: int
+    group: int
+    rows: int = 64
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """output: of output_side. image: of dx (a strip where it has rows). factor: of d down. programs: how many programs
+    share the patches in the two reductions, about what the GPU holds at once."""
+
+    output: Tile
+    image: Tile
+    factor: FactorTile
+    programs: int
+
+
+def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardTile:
+    """The tiles of lora_conv2d's backward for this problem."""
+    flat = g.p == 1
+    programs = {80: 216, 90: 264, 100: 296}[arch]
+    if dtype == torch.float32:
+        out = Tile(*((1, 32) if flat else (4, 8)), 16, min(32, _power(g.o)), 8, 2)
+        image = Tile(*((1, 64) if flat else (8, 8)), min(32, _power(g.c)), 16, 4, 2)
+        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, _power(g.c)), min(2, _power(g.taps, 1)), 32)
+        return BackwardTile(out, image, factor, programs)
+    wide = _power(g.o) >= 128
+    bh, bw = (1, 128) if flat else (8, 16)
+    half = (1, 64) if flat else (8, 8)
+    small = wide or arch == 80 or g.c % 2
+    bc = min(32 if arch == 80 else 64, _power(g.c))
+    out = Tile(*(half if small else (bh, bw)), bc, min(32 if arch == 80 else 64, _power(g.o)), 8, 2, arch >= 90)
+    image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
+    if image is None:
+        bc = min(128, _power(g.c))
+        image = Tile(bh, bw, bc, min(64 if arch > 80 else 32, _power(g.o)), 8 if bc == 128 or arch == 80 else 4, 2, arch >= 90)
+    else:
+        image = replace(image, bc=image.bo, bo=image.bc)
+    group = 1 if rank == 0 or g.taps == 1 else 4 if rank <= 16 else 2
+    return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs)

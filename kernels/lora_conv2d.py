@@ -1,0 +1,401 @@
+"""LoRA convolution, forward, in one launch.
+
+What it computes (the form of :mod:`lorun_fast.adapters` called peft; r = 0 is a plain or merged convolution)
+
+    u[m, r]  =  sum_{kh, kw, c}  x[m at (kh, kw), c] * down[r, c, kh, kw]
+    y[m, o]  =  act( sum_{kh, kw, c} x[m at (kh, kw), c] * W[o, c, kh, kw]  +  scale * sum_r u[m, r] * up[o, r]  +  bias[o] )
+                +  residual[m, o]
+
+over the output pixels m = (n, p, q); x at (kh, kw) is pixel (p*stride + kh*dilation - padding, ...), zero outside.
+With one stage per sample, down and up (peft) or W (merged weights of every stage, r = 0) are those of stage[n].
+
+Bytes and operations. Memory: x once, y once, the weights. Arithmetic: 2 * pixels * O * C * k^2, and R / O of that
+for the adapter, R being r padded to 16. Below C = 41 (3 x 3, bf16, H200) memory is the limit, above it the tensor cores.
+
+Two ways to tile, because between memory and tensor cores lies the cache:
+
+``taps``  A program computes BH x BW pixels and BO channels, and reads its patch of x again for each of the k^2 taps,
+          and all weights, from L2: k^2 * (pixels*C + pixels/BM * O*C) elements in all. Base and low-rank product use the
+          same loaded tile. Any kernel size, stride, dilation and width.
+``rows``  (3 x 3 and 5 x 5, stride 1, C and O at most 64.) The weights of all taps stay in shared memory, merged there
+          with the adapter in fp32 before the first pixel: the low-rank product costs nothing per pixel. A program
+          walks down a strip BW wide; a row of x, read at k horizontal offsets, serves the k output rows under it,
+          held in k accumulators that move up by one each row. x leaves L2 k times instead of k^2 times. At C = 64
+          that is 64 instead of 192 operations per L2 byte ... which is what keeps `taps` from the tensor-core limit.
+
+Where the channels suit a descriptor (a multiple of 16 bytes per pixel), x arrives by bulk-tensor copies, which supply the
+zero padding; elsewhere (28 or 31 channels) by masked loads as wide as the alignment allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lorun_fast.kernels import configs
+from lorun_fast.kernels._device import activate, derivative, load_patch, stage_of
+from lorun_fast.kernels._geometry import Geometry, base_layout, factor_layout, nhwc, stage_arguments
+from lorun_fast.kernels._launch import Launch, can_describe, ceil_div, next_power
+
+
+@triton.jit
+def _tap(
+    x, weight, down, acc, low, n, h, w, tap, c0, o0, H, W, x_n, x_h,
+    XP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, TAPS: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    R: tl.constexpr, BASE: tl.constexpr, LOW: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tap and BC channels of accumulate_taps."""
+    tile = load_patch(x, n, h, w, c0, H, W, x_n, x_h, XP, C, SH, SW, BH, BW, BC, DESC)
+    c = (c0 + tl.arange(0, BC))[:, None]
+    if BASE:
+        o = (o0 + tl.arange(0, BO))[None, :]
+        base = tl.load(weight + (o * TAPS + tap) * C + c, mask=(o < O) & (c < C), other=0.0)
+        acc = tl.dot(tile, base.to(tile.dtype), acc, input_precision=PRECISION)
+    if LOW:
+        r = tl.arange(0, R)[None, :]
+        factor = tl.load(down + (r * TAPS + tap) * C + c, mask=(r < RANK) & (c < C), other=0.0)
+        low = tl.dot(tile, factor.to(tile.dtype), low, input_precision=PRECISION)
+    return acc, low
+
+
+@triton.jit
+def accumulate_taps(
+    x, weight, down, acc, low, n, h0, w0, o0, H, W, x_n, x_h,
+    XP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, R: tl.constexpr,
+    BASE: tl.constexpr, LOW: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc (BH*BW, BO) += x * W if BASE, low (BH*BW, R) += x * down if LOW, for the patch whose first tap is (h0, w0).
+
+    The innermost loop is the one Triton pipelines: over channel blocks, or over kw where one block holds all channels.
+    Nothing is flattened over (kh, kw, channels): Triton has miscompiled that loop at 8 warps.
+    """
+    for kh in tl.static_range(KH):
+        if C <= BC:
+            for kw in range(KW):
+                acc, low = _tap(
+                    x, weight, down, acc, low, n, h0 + kh * DH, w0 + kw * DW, kh * KW + kw, 0, o0, H, W, x_n, x_h,
+                    XP, C, O, RANK, KH * KW, SH, SW, BH, BW, BC, BO, R, BASE, LOW, DESC, PRECISION,
+                )  # fmt: skip
+        else:
+            for kw in tl.static_range(KW):
+                for c0 in range(0, C, BC):
+                    acc, low = _tap(
+                        x, weight, down, acc, low, n, h0 + kh * DH, w0 + kw * DW, kh * KW + kw, c0, o0, H, W, x_n, x_h,
+                        XP, C, O, RANK, KH * KW, SH, SW, BH, BW, BC, BO, R, BASE, LOW, DESC, PRECISION,
+                    )  # fmt: skip
+    return acc, low
+
+
+@triton.jit
+def finish(
+    acc, bias, other, n, p, q, o, inside, other_n, other_h, OP: tl.constexpr, O: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: act(acc + bias) + residual; or, with OTHER == "gradient", gradient * act'(acc + bias).
+
+    acc (BM, BO) fp32; p, q (BM,) pixels; o (BO,) channels; other: the residual or the gradient, (N, P, Q, O).
+    """
+    if BIAS:
+        acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    if OTHER == "none":
+        acc = activate(acc, ACT)
+    else:
+        at = other + n.to(tl.int64) * other_n + (p * other_h + q * OP)[:, None] + o[None, :]
+        beside = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if OTHER == "residual":
+            acc = activate(acc, ACT) + beside
+        else:
+            acc = beside * derivative(acc, ACT)
+    return acc
+
+
+@triton.jit
+def lora_conv2d_taps(
+    x, weight, bias, down, up, stage, other, y, H, W, P, Q, patches, across, x_n, x_h, other_n, other_h, y_n, y_h, scale,
+    XP: tl.constexpr, OP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
+    STAGES: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+    OTHER: tl.constexpr, MIXED: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    R: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One patch of BH x BW pixels and BO channels. Channel blocks of a patch are neighbours, so that they share x in L2."""
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = (O + BO - 1) // BO
+    o0 = pid % blocks * BO
+    patch = pid // blocks % patches
+    n = pid // (blocks * patches)
+    p0 = patch // across * BH
+    q0 = patch % across * BW
+    poison = 0.0
+    if MIXED:
+        k, poison = stage_of(stage, n, STAGES)
+        if RANK == 0:
+            weight += k.to(tl.int64) * (O * KH * KW * C)
+        else:
+            down += k * (RANK * KH * KW * C)
+            up += k * (O * RANK)
+    acc = tl.zeros((BH * BW, BO), tl.float32)
+    low = tl.zeros((BH * BW, R), tl.float32)
+    acc, low = accumulate_taps(
+        x, weight, down, acc, low, n, p0 * SH - PH, q0 * SW - PW, o0, H, W, x_n, x_h, XP, C, O, RANK, KH, KW, SH, SW,
+        DH, DW, BH, BW, BC, BO, R, True, RANK > 0, DESC, PRECISION,
+    )  # fmt: skip
+    o = o0 + tl.arange(0, BO)
+    if RANK > 0:
+        r = tl.arange(0, R)[:, None]
+        factor = tl.load(up + o[None, :] * RANK + r, mask=(o < O)[None, :] & (r < RANK), other=0.0)
+        low = (low * scale).to(y.dtype.element_ty)
+        acc = tl.dot(low, factor.to(low.dtype), acc, input_precision=PRECISION)
+    if MIXED:
+        acc += poison
+    m = tl.arange(0, BH * BW)
+    p = p0 + m // BW
+    q = q0 + m % BW
+    inside = ((p < P) & (q < Q))[:, None] & (o < O)[None, :]
+    acc = finish(acc, bias, other, n, p, q, o, inside, other_n, other_h, OP, O, ACT, BIAS, OTHER)
+    at = y + n.to(tl.int64) * y_n + (p * y_h + q * YP)[:, None] + o[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def convolve_strip(
+    x, weight, bias, left, right, other, y, n, strip, part, poison, H, W, P, Q, ROWS,
+    x_n, x_h, other_n, other_h, y_n, y_h, scale,
+    XP: tl.constexpr, OP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
+    W_IN: tl.constexpr, W_OUT: tl.constexpr, W_TAP: tl.constexpr, L_IN: tl.constexpr, L_R: tl.constexpr,
+    L_TAP: tl.constexpr, R_OUT: tl.constexpr, R_R: tl.constexpr, R_TAP: tl.constexpr, FLIP: tl.constexpr,
+    K: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, OTHER: tl.constexpr, MIXED: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, R: tl.constexpr, DESC: tl.constexpr,
+    PRECISION: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Rows p0, p0 + DH, ... (ROWS of them) of one strip of BW columns.
+
+    left (in, r) and right (r, out) are the factors of one tap's update, whose strides say which of them is tap-wise:
+    down and up going forward, up and down going back (FLIP turns the taps round).
+    """
+    q0 = strip * BW
+    p0 = part % DH + part // DH * ROWS * DH
+    c = tl.arange(0, BC)[:, None]
+    o = tl.arange(0, BO)
+    inside_w = (c < C) & (o < O)[None, :]
+    r = tl.arange(0, R)
+    inside_l = (c < C) & (r < RANK)[None, :]
+    inside_r = (r < RANK)[:, None] & (o < O)[None, :]
+    weights = ()
+    for t in tl.static_range(K * K):
+        tap = K * K - 1 - t if FLIP else t
+        merged = tl.load(weight + c * W_IN + o[None, :] * W_OUT + tap * W_TAP, mask=inside_w, other=0.0).to(tl.float32)
+        if RANK > 0:
+            a = tl.load(left + c * L_IN + r[None, :] * L_R + tap * L_TAP, mask=inside_l, other=0.0)
+            b = tl.load(right + r[:, None] * R_R + o[None, :] * R_OUT + tap * R_TAP, mask=inside_r, other=0.0)
+            merged += scale * tl.dot(a, b, input_precision=MERGE)
+        weights = weights + (merged.to(y.dtype.element_ty),)
+    accs = ()
+    for _ in tl.static_range(K):
+        accs = accs + (tl.zeros((BW, BO), tl.float32),)
+    q = q0 + tl.arange(0, BW)
+    for i in range(ROWS + K - 1):
+        for kw in tl.static_range(K):
+            tile = load_patch(
+                x, n, p0 - PH + i * DH, q0 - PW + kw * DW, 0, H, W, x_n, x_h, XP, C, 1, 1, 1, BW, BC, DESC
+            )  # fmt: skip
+            added = ()
+            for j in tl.static_range(K):
+                added = added + (tl.dot(tile, weights[(K - 1 - j) * K + kw], accs[j], input_precision=PRECISION),)
+            accs = added
+        # This row of x was the last of accs[0]'s output row; every other accumulator moves up by one.
+        done = accs[0]
+        accs = accs[1:] + (tl.zeros((BW, BO), tl.float32),)
+        p = p0 + (i - (K - 1)) * DH + tl.zeros((BW,), tl.int32)
+        inside = ((p >= p0) & (p < P) & (q < Q))[:, None] & (o < O)[None, :]
+        if MIXED:
+            done += poison
+        done = finish(done, bias, other, n, p, q, o, inside, other_n, other_h, OP, O, ACT, BIAS, OTHER)
+        at = y + n.to(tl.int64) * y_n + (p * y_h + q * YP)[:, None] + o[None, :]
+        tl.store(at, done.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def lora_conv2d_rows(
+    x, weight, bias, down, up, stage, other, y, H, W, P, Q, ROWS, strips, parts,
+    x_n, x_h, other_n, other_h, y_n, y_h, scale,
+    XP: tl.constexpr, OP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
+    STAGES: tl.constexpr, K: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, OTHER: tl.constexpr, MIXED: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, R: tl.constexpr, DESC: tl.constexpr,
+    PRECISION: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """One strip of BW columns and ROWS rows, DH apart, of one sample."""
+    pid = tl.program_id(0)
+    strip = pid % strips
+    part = pid // strips % parts
+    n = pid // (strips * parts)
+    poison = 0.0
+    if MIXED:
+        k, poison = stage_of(stage, n, STAGES)
+        if RANK == 0:
+            weight += k.to(tl.int64) * (O * K * K * C)
+        else:
+            down += k * (RANK * K * K * C)
+            up += k * (O * RANK)
+    convolve_strip(
+        x, weight, bias, down, up, other, y, n, strip, part, poison, H, W, P, Q, ROWS,
+        x_n, x_h, other_n, other_h, y_n, y_h, scale, XP, OP, YP, C, O, RANK,
+        1, K * K * C, C, 1, K * K * C, C, RANK, 1, 0, False, K, PH, PW, DH, DW,
+        ACT, BIAS, OTHER, MIXED, BW, BC, BO, R, DESC, PRECISION, MERGE,
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    """How tl.dot multiplies: fp32 strictly unless tf32 is asked for; 16-bit types have one way only."""
+    return "tf32" if tf32 or dtype != torch.float32 else "ieee"
+
+
+def merge_precision(factors: Tensor | None, dtype: torch.dtype) -> str:
+    """How the update is formed: exactly for 16-bit factors, to 21 bits where it is rounded to 16-bit weights after."""
+    if factors is None or factors.dtype != torch.float32:
+        return "tf32"
+    return "ieee" if dtype == torch.float32 else "tf32x3"
+
+
+def rows_per_program(rows: int, strips: int, programs: int) -> int:
+    """Rows of one strip: as many programs as the GPU holds at once, but at least 4 rows to share the weights."""
+    parts = max(1, min(ceil_div(rows, 4), programs // strips))
+    return ceil_div(rows, parts)
+
+
+def image_argument(view: Tensor, block: tuple[int, ...], describe: bool) -> tuple[Tensor | TensorDescriptor, bool]:
+    """(what the kernel reads an NHWC image through, whether that is a descriptor)."""
+    if describe and can_describe(view):
+        return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, *block]), True
+    return view, False
+
+
+@dataclass
+class Operands:
+    """Everything a launch reads, in the layouts the kernels want. down and up are None without an adapter."""
+
+    g: Geometry
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    stage: Tensor | None
+    stages: int
+    scale: float
+
+    @staticmethod
+    def of(x, weight, bias, down, up, scale, stage, stride, padding, dilation) -> Operands:
+        g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
+        if weight.ndim == 5:
+            stage, stages, (weight,) = stage_arguments(stage, weight)
+        else:
+            stage, stages, (down, up) = stage_arguments(stage, down, up)
+        view = nhwc(x)
+        if down is not None:
+            down, up = factor_layout(down), up.contiguous().to(down.dtype)
+        if g.plain and (g.h == 1 or view.stride(1) == g.w * view.stride(2)):
+            g = g.flat()
+            view = view.as_strided((g.n, 1, g.w, g.c), (view.stride(0), g.w * view.stride(2), view.stride(2), 1))
+        return Operands(g, view, base_layout(weight), bias, down, up, stage, stages, scale)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.down is None else self.up.shape[-1]
+
+    def image(self, t: Tensor) -> Tensor:
+        """The NHWC view of an output-sized tensor, in this geometry; a copy only where t is no channels_last tensor."""
+        view = nhwc(t)
+        if view.shape[1:3] == (self.g.p, self.g.q):
+            return view
+        return view.reshape(self.g.n, self.g.p, self.g.q, self.g.o)
+
+    def output(self, t: Tensor) -> Tensor:
+        """image(t) that can be written: never a copy."""
+        view = t.permute(0, 2, 3, 1)
+        if view.stride(3) != 1 and view.shape[3] != 1:
+            raise ValueError(f"out: expected channels that lie together, got strides {t.stride()}")
+        return view if view.shape[1:3] == (self.g.p, self.g.q) else view.view(self.g.n, self.g.p, self.g.q, self.g.o)
+
+
+def launch(
+    a: Operands, y: Tensor, other: Tensor | None, kind: str, activation: str | None, tile, tf32: bool = False
+) -> Launch:
+    """The launch that writes y (N, P, Q, O); ``kind`` of ``other``: "none", "residual" or "gradient" (see finish)."""
+    g, size = a.g, tile.rows is not None
+    x, described = image_argument(a.x, (1 if size else tile.bh, tile.bw, tile.bc), tile.descriptors and g.stride == (1, 1))
+    beside = y if other is None else other
+    args = {
+        "x": x, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "other": other, "y": y,
+        "H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": a.x.stride(0), "x_h": a.x.stride(1),
+        "other_n": beside.stride(0), "other_h": beside.stride(1), "y_n": y.stride(0), "y_h": y.stride(1),
+        "scale": float(a.scale),
+    }  # fmt: skip
+    constants = {
+        "XP": a.x.stride(2), "OP": beside.stride(2), "YP": y.stride(2), "C": g.c, "O": g.o, "RANK": a.rank,
+        "STAGES": a.stages, "PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1],
+        "ACT": activation, "BIAS": a.bias is not None, "OTHER": kind, "MIXED": a.stage is not None,
+        "BW": tile.bw, "BC": tile.bc, "BO": tile.bo, "R": next_power(a.rank or 1), "DESC": described,
+        "PRECISION": precision(a.x.dtype, tf32),
+    }  # fmt: skip
+    if tile.rows is None:
+        across, down = ceil_div(g.q, tile.bw), ceil_div(g.p, tile.bh)
+        args |= {"patches": across * down, "across": across}
+        constants |= {"KH": g.kernel[0], "KW": g.kernel[1], "SH": g.stride[0], "SW": g.stride[1], "BH": tile.bh}
+        programs = g.n * across * down * ceil_div(g.o, tile.bo)
+        return Launch(lora_conv2d_taps, programs, args, constants, tile.warps, tile.stages)
+    strips = ceil_div(g.q, tile.bw)
+    per_residue = ceil_div(g.p, g.dilation[0])
+    rows = rows_per_program(per_residue, g.n * strips * g.dilation[0], tile.rows)
+    parts = ceil_div(per_residue, rows) * g.dilation[0]
+    args |= {"ROWS": rows, "strips": strips, "parts": parts}
+    constants |= {"K": g.kernel[0], "MERGE": merge_precision(a.down, a.x.dtype)}
+    return Launch(lora_conv2d_rows, g.n * strips * parts, args, constants, tile.warps, tile.stages)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    *,
+    scale: float = 1.0,
+    stage: int | Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    tf32: bool = False,
+    tile: configs.Tile | None = None,
+) -> Tensor:
+    """act(conv2d(x, W + scale * dW) + bias) + residual, (N, out, P, Q) in channels_last.
+
+    x: (N, in, H, W), bf16, fp16 or fp32; read in place where its channels lie together, whatever the other strides.
+    weight: (out, in, kh, kw); or (K, out, in, kh, kw), merged weights of every stage, with down = up = None.
+    down: (r, in, kh, kw), up: (out, r), with a leading axis K exactly when ``stage`` is given. Any float dtype.
+    stage: None, an int, or an int tensor (N,) on x's device, one stage per sample. A sample whose stage is out of range
+        becomes NaN: the device cannot raise.
+    out: (N, out, P, Q) with channels together, written instead of a new tensor. residual: as the result.
+    tf32: let fp32 products round to tf32. tile: instead of the shipped one (configs.py).
+    """
+    a = Operands.of(x, weight, bias, down, up, scale, stage, stride, padding, dilation)
+    g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
+    if out is None:
+        out = x.new_empty(g.n, g.p, g.q, g.o).permute(0, 3, 1, 2)
+    tile = tile or configs.forward(a.g, x.dtype, configs.architecture(x.device), a.rank, a.stage is not None)
+    other = None if residual is None else a.image(residual)
+    launch(a, a.output(out), other, "none" if residual is None else "residual", activation, tile, tf32).run()
+    return out
