@@ -53,10 +53,10 @@ def measure(
 
 def psnr(restored: np.ndarray, x: np.ndarray, scale: int, name: str) -> float:
     """dB of a restored image (3, H, W) against x by the protocol ``name``; inf where they are equal."""
-    levels = 255 * np.clip(restored.astype(np.float64), 0, 1)
+    levels, truth = 255 * np.clip(restored.astype(np.float64), 0, 1), 255 * x.astype(np.float64)
     if name == "usrnet":
-        levels = np.rint(levels)
+        levels, truth = np.rint(levels), np.rint(truth)
     border = scale * scale
-    difference = levels - np.rint(255 * x.astype(np.float64))
+    difference = levels - truth
     error = np.mean(difference[:, border:-border, border:-border] ** 2) / 255**2
     return math.inf if error == 0 else float(-10 * np.log10(error))
