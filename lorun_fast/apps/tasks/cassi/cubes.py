@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import images, matrices, measurements
+from lorun_fast.apps import images, matlab, measurements
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.files import replacing
 from lorun_fast.apps.progress import note
@@ -71,7 +71,7 @@ def load_variables(path: Path, what: str) -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix not in _ARRAYS:
         raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}")
-    return matrices.load_mat(path) if suffix == ".mat" else measurements.load_arrays(path, what)
+    return matlab.load(path) if suffix == ".mat" else measurements.load_arrays(path, what)
 
 
 def pick(
