@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--bands", type=at_least_one, default=28, help="L (default 28)")
     options.add_cubes(parser)
+    add(
+        "--data-step",
+        choices=("gradient", "prox"),
+        default="gradient",
+        help="of a stage: a gradient step (default), or the exact minimiser, which also divides by how many bands reach "
+        "a column of the detector",
+    )
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
     add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
     add("--blocks", type=int, nargs="+", help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)")
@@ -122,13 +129,15 @@ class Recipe:
         return CASSI(mask, self.args.bands, self.args.step)
 
     def base(self) -> LoRun:
-        """Phase 1: a single block. Step sizes start at 1 / ||Phi||^2, where the gradient step still converges.
+        """Phase 1: a single block. Gradient steps start at 1 / ||Phi||^2, where they still converge.
 
         The operator that is saved with the network holds a random mask of its own: it only stands in where neither
         the measurements nor the command line bring one.
         """
         op = CASSI(random_mask(_OWN_MASK, _OWN_MASK, np.random.default_rng(0)), self.args.bands, self.args.step)
-        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=1 / op.norm().square().item())
+        data_step = self.args.data_step
+        step_size = 1.0 if data_step == "prox" else 1 / op.norm().square().item()
+        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=step_size, data_step=data_step)
 
     def _measure(self, op: CASSI, x: Tensor, step: int) -> Tensor:
         y = op(x)
