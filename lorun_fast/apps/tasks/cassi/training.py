@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-step",
         choices=("gradient", "prox"),
         default="gradient",
-        help="of a stage: a gradient step (default), or the exact minimiser, which also divides by how many bands reach "
+        help="of a stage: a gradient step (default), or the exact minimiser, which divides by the number of bands that reach "
         "a column of the detector",
     )
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
@@ -62,21 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory-gib", type=not_negative, default=4.0, help="for decoded scenes; others are read again (default 4)")
 
 
-def _base(args: argparse.Namespace) -> nn.Module:
+def _base(args: argparse.Namespace) -> Callable[[], nn.Module]:
+    """What builds the base denoiser that the options describe. Raises UserError where they do not fit together."""
+    bands, blocks = args.bands, args.blocks
     if args.base == "transformer":
-        channels = tuple(args.channels or (28, 56, 112))
-        blocks = tuple(args.blocks or (1,) * len(channels))
+        channels = args.channels or (28, 56, 112)
+        blocks = blocks or (1,) * len(channels)
         if len(blocks) != len(channels):
             raise UserError(f"--blocks: expected {len(channels)} numbers for --channels, got {len(blocks)}")
-        return SpectralTransformer(args.bands, args.bands, channels, blocks)
-    if args.blocks is not None and len(args.blocks) != 1:
-        raise UserError(f"--blocks: expected one number for --base {args.base}, got {len(args.blocks)}")
+        return partial(SpectralTransformer, bands, bands, tuple(channels), tuple(blocks))
+    if blocks is not None and len(blocks) != 1:
+        raise UserError(f"--blocks: expected one number for --base {args.base}, got {len(blocks)}")
     if args.base == "resunet":
-        return ResUNet(args.bands, args.bands, tuple(args.channels or (32, 64, 64)), *(args.blocks or (1,)))
+        return partial(ResUNet, bands, bands, tuple(args.channels or (32, 64, 64)), *(blocks or (1,)))
     channels = args.channels or (48,)
     if len(channels) != 1:
         raise UserError(f"--channels: expected one number for --base cnn, got {len(channels)}")
-    return ResCNN(args.bands, args.bands, channels[0], *(args.blocks or (4,)))
+    return partial(ResCNN, bands, bands, channels[0], *(blocks or (4,)))
 
 
 class Recipe:
@@ -84,6 +88,7 @@ class Recipe:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self._base = _base(args)
         if len(args.patch) > 2:
             raise UserError(f"--patch: expected a side, or height and width, got {len(args.patch)} numbers")
         self.size = (args.patch[0], args.patch[-1])
@@ -137,7 +142,7 @@ class Recipe:
         op = CASSI(random_mask(_OWN_MASK, _OWN_MASK, np.random.default_rng(0)), self.args.bands, self.args.step)
         data_step = self.args.data_step
         step_size = 1.0 if data_step == "prox" else 1 / op.norm().square().item()
-        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=step_size, data_step=data_step)
+        return LoRun(op, self._base(), stages=1, sharing="tied", step_size=step_size, data_step=data_step)
 
     def _measure(self, op: CASSI, x: Tensor, step: int) -> Tensor:
         y = op(x)
