@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-step",
         choices=("gradient", "prox"),
         default="gradient",
-        help="of a stage: a gradient step (default), or the exact minimiser, which divides by the number of bands that reach "
-        "a column of the detector",
+        help="of a stage: a gradient step (default), or the exact minimiser, which divides by what reaches a pixel "
+        "of the detector",
     )
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
     add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
