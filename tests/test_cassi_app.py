@@ -139,6 +139,17 @@ def test_a_real_measurement_with_its_own_mask(files, model, capsys):
         want = lf.load(model)(y * brightest, op=op)[0].numpy()
     np.testing.assert_allclose(np.load(files / "two" / "real.npy"), want, atol=1e-5)
 
+    savemat(files / "two.mat", {"meas": y[0].numpy(), "other": np.ones((2, 2)), "exposure": 3.0})
+    options = ("--model", model, "--mask", files / "mask.npy", "-o", files / "three")
+    line = refused(capsys, "restore", files / "two.mat", *options)
+    assert "two.mat: expected one variable (or --key), got exposure, meas, other" in line
+    assert "expected a variable 'x' (--key), got" in refused(
+        capsys, "restore", files / "two.mat", *options, "--key", "x"
+    )
+    accepted(capsys, "restore", files / "two.mat", *options, "--key", "meas", "--tile", 64)
+    (files / "cut.mat").write_bytes((files / "two.mat").read_bytes()[:-100])
+    assert "expected a complete .mat file, got" in refused(capsys, "restore", files / "cut.mat", *options)
+
 
 def test_restore_refuses_what_does_not_fit(files, model, capsys):
     measured(capsys, files, files / "a.npy", "--mask", files / "mask.npy")
