@@ -294,7 +294,7 @@ def test_synthetic_cube():
 def test_demo(model, capsys, tmp_path):
     out = accepted(capsys, "demo", "cassi", "--model", model, "-o", tmp_path / "demo")
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {
-        "cassi.png", "cassi_bands.png", "cassi_colour.png", "cassi.npy",
+        "comparison.png", "cassi_bands.png", "cassi_colour.png", "cassi.npy",
     }  # fmt: skip
     truth = synthetic.cube(HEIGHT, WIDTH, colour.default_wavelengths(BANDS))
     psnr = scores.score(np.load(tmp_path / "demo" / "cassi.npy"), truth)["psnr"]
