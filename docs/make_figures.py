@@ -1,6 +1,6 @@
 """Makes the pictures of the README and of docs/ from the shipped weights.
 
-make figures                                          # docs/figures/demo.jpg and demo-sr.jpg
+make figures                                          # docs/figures/demo.jpg, demo-sr.jpg and demo-cassi.jpg
 python docs/make_figures.py --runs LORA_RUN TIED_RUN  # also docs/figures/training-cs-25.png, from two run folders
 """
 
@@ -55,6 +55,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     demo("cs", "demo.jpg")
     demo("sr", "demo-sr.jpg")
+    demo("cassi", "demo-cassi.jpg")
     if args.runs:
         training(*args.runs)
 

@@ -208,6 +208,11 @@ def test_companded_scenes(tmp_path):
     values = (codes / 255.0) ** 2 * 0.5
     want = np.stack([values[0], (values[0] + values[1]) / 2, values[2]])
     np.testing.assert_allclose(scene.crop(1, 2, 4, 5), want[:, 1:5, 2:7], rtol=1e-6, atol=1e-7)
+    read = cubes.load_cube(path, bands=3)  # 400, 550, 700 nm
+    assert read.name == "s"
+    np.testing.assert_allclose(
+        read.values, np.stack([values[0], 0.25 * values[1] + 0.75 * values[2], values[2]]), atol=1e-6
+    )
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"expected a scene that .* describes, got .*s\.npy\.xz"):
         scenes.companded(path, np.array([500.0]))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps.errors import UserError, first_line
+from lorun_fast.apps import matlab
+from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.measurements import load_arrays, numbers
 
 
@@ -21,32 +22,10 @@ def load(path: Path, key: str) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix not in (".mat", ".npy", ".npz"):
         raise UserError(f"expected a matrix file (.mat, .npy or .npz), got {path}")
-    arrays = load_mat(path) if suffix == ".mat" else load_arrays(path, "a matrix file")
+    arrays = matlab.load(path) if suffix == ".mat" else load_arrays(path, "a matrix file")
     values = arrays.get("" if "" in arrays else key)
     if values is None:
         raise UserError(f"{path}: expected a variable {key!r} (see --key), got {', '.join(sorted(arrays)) or 'none'}")
     if values.ndim != 2 or values.size == 0:
         raise UserError(f"{path}: expected a matrix, got shape {values.shape}")
     return numbers(path, key, values)
-
-
-def load_mat(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .mat file of any version, by name. Raises UserError for a file that cannot be read."""
-    from scipy.io import loadmat
-
-    try:
-        try:
-            found = loadmat(path)
-        except NotImplementedError:  # MATLAB 7.3 files are HDF5
-            return _load_hdf5(path)
-    except Exception as error:  # readers of damaged files raise nearly anything
-        raise UserError(f"expected a complete .mat file, got {path}: {first_line(error)}") from error
-    return {k: v for k, v in found.items() if not k.startswith("__") and isinstance(v, np.ndarray)}
-
-
-def _load_hdf5(path: Path) -> dict[str, np.ndarray]:
-    import h5py
-
-    with h5py.File(path, "r") as f:
-        # MATLAB stores columns first: what h5py reads is transposed.
-        return {k: np.asarray(v).T for k, v in f.items() if isinstance(v, h5py.Dataset)}

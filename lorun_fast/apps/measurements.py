@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorun_fast.apps import matlab
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.files import replacing
 from lorun_fast.apps.progress import note
@@ -104,11 +105,17 @@ def load_arrays(path: Path, what: str) -> dict[str, np.ndarray]:
 
 
 class Raw:
-    """A file as it was read, whose task is known before its y can be checked. Raises UserError for anything else."""
+    """A file as it was read, whose task is known before its y can be checked. Raises UserError for anything else.
 
-    def __init__(self, path: Path):
+    A .mat file brings y alone: its variable ``key``, or the only one that is more than a number.
+    """
+
+    def __init__(self, path: Path, key: str | None = None):
         self.path = path
-        arrays = load_arrays(path, "a measurement file (.npz)")
+        if path.suffix.lower() == ".mat" and path.is_file():
+            arrays = {"": _only_variable(path, matlab.load(path), key)}
+        else:
+            arrays = load_arrays(path, "a measurement file (.npz)")
         self.arrays = {"y": arrays[""]} if "" in arrays else arrays
         task = _read_strings(path, self.arrays, "task", 1)
         self.task: str | None = task[0] if task else None
@@ -116,6 +123,14 @@ class Raw:
     def checked(self, layout: Sequence[str], operator_keys: Sequence[str]) -> MeasurementFile:
         """As :func:`read`."""
         return _check(self.path, self.arrays, self.task, layout, operator_keys)
+
+
+def _only_variable(path: Path, arrays: dict[str, np.ndarray], key: str | None) -> np.ndarray:
+    fitting = [k for k, v in arrays.items() if v.size > 1] if key is None else [k for k in (key,) if k in arrays]
+    if len(fitting) != 1:
+        want = "one variable (or --key)" if key is None else f"a variable {key!r} (--key)"
+        raise UserError(f"{path}: expected {want}, got {', '.join(sorted(arrays)) or 'none'}")
+    return arrays[fitting[0]]
 
 
 def read(path: Path, layout: Sequence[str], operator_keys: Sequence[str]) -> MeasurementFile:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import files, measurements, models, progress, restoring, runtime, tables, tasks
+from lorun_fast.apps import files, measurements, models, progress, restoring, runtime, tables, tasks, tiling
 from lorun_fast.apps.errors import UserError
 
 EPILOG = """\
@@ -25,12 +25,19 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast restore``."""
-    parser.add_argument("measurements", type=Path, metavar="Y.NPZ", help="measurement file")
+    parser.add_argument("measurements", type=Path, metavar="Y.NPZ", help="measurement file; a .mat file brings y alone")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
     parser.add_argument(
         "--model", metavar="NAME|FILE", help="the network (default: the shipped one that fits the measurements)"
     )
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the PNGs (default: 8)")
+    parser.add_argument("--key", metavar="NAME", help="variable of a .mat file that holds y (default: the only one)")
+    parser.add_argument(
+        "--tile",
+        type=runtime.at_least_one,
+        metavar="PIXELS",
+        help="work in overlapping pieces that contribute squares of this side: less memory (default: whole images)",
+    )
     for name in tasks.NAMES:
         tasks.get(name).add_restore_arguments(parser)
     runtime.add_arguments(parser)
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
-    raw = measurements.Raw(args.measurements)
+    raw = measurements.Raw(args.measurements, args.key)
     if args.model is None:
         task = tasks.get(raw.task or tasks.NAMES[0])
     else:
@@ -57,8 +64,11 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     op = task.operator_for(file, model.net.op, args.measurements, args.model, args)
     op = op.to(how.device) if op is not None else None
     settings = {"op": op, "sigma": task.sigma(file, args)}
+    net = model.net
     if hasattr(task, "restore"):
-        settings["args"] = args
+        settings["args"] = args  # it sees to --tile itself
+    elif args.tile is not None:
+        net = tiling.Tiled(net, args.tile)
     restored = partial(getattr(task, "restore", restoring.restore), **settings)
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
@@ -71,7 +81,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         for members in restoring.batches(keys, how.batch):
             y = np.stack([file.items[i].y for member in members for i in pictures[member]])
             size = keys[members[0]][2]
-            x, elapsed = restored(model.net, y, size, how)
+            x, elapsed = restored(net, y, size, how)
             seconds += elapsed
             for name, image in zip(
                 (names[m] for m in members), x.reshape(len(members), -1, *x.shape[-2:]), strict=True

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorun_fast.denoisers import _inputs
+
 
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(x)))."""
@@ -77,25 +79,11 @@ class ResUNet(nn.Module):
             "residual": self.residual,
         }
 
-    def _with_noise_map(self, z: Tensor, sigma: float | Tensor | None) -> Tensor:
-        if not self.noise_level:
-            if sigma is not None:
-                raise ValueError("this ResUNet was built without noise_level=True and takes no sigma")
-            return z
-        if sigma is None:
-            raise ValueError("this ResUNet was built with noise_level=True: pass sigma")
-        n, _, h, w = z.shape
-        sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
-        return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
-
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
-        if z.ndim != 4 or z.shape[1] != self.in_channels:
-            raise ValueError(f"z: expected (N, {self.in_channels}, H, W), got shape {tuple(z.shape)}")
+        _inputs.check_images(z, self.in_channels)
         height, width = z.shape[2:]
-        cell = 2 ** len(self.down)
-        x = self._with_noise_map(z, sigma)
-        if height % cell or width % cell:
-            x = F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate")
+        x = _inputs.with_noise_map(z, sigma, self.noise_level, "ResUNet")
+        x = _inputs.whole_cells(x, 2 ** len(self.down))
         # One-channel inputs cannot say which layout they are in; without this, CPU convolutions train 2x slower.
         x = self.head(x).contiguous(memory_format=torch.channels_last)
         skips = []

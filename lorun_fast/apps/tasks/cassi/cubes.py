@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import images, matrices, measurements
+from lorun_fast.apps import images, matlab, measurements
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.files import replacing
 from lorun_fast.apps.progress import note
+from lorun_fast.apps.tasks.cassi import colour, scenes
 
 AXES = ("auto", "lhw", "hwl")
 _ARRAYS = (".mat", ".npy", ".npz")
@@ -71,7 +72,7 @@ def load_variables(path: Path, what: str) -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix not in _ARRAYS:
         raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}")
-    return matrices.load_mat(path) if suffix == ".mat" else measurements.load_arrays(path, what)
+    return matlab.load(path) if suffix == ".mat" else measurements.load_arrays(path, what)
 
 
 def pick(
@@ -126,10 +127,14 @@ def load_cube(
 ) -> Cube:
     """A cube from a .mat, .npy or .npz file, or from a folder of gray band images, in the order of their numbers.
 
+    Scenes packed as ``.npy.xz`` (scenes.py) are interpolated to the usual wavelengths of ``bands`` bands, or of 28.
     bands, axes: see :func:`bands_first`. key: variable in the file. peak: the value that stands for 1 (default: 1 for
     floating point, 255 and 65535 for 8- and 16-bit integers).
     Raises UserError for what cannot be read, other band counts, NaN, and values outside [0, 1] after the division.
     """
+    if path.name.lower().endswith(_PACKED):
+        scene = scenes.companded(path, colour.default_wavelengths(bands or 28))
+        return Cube(name_of(path), scene.crop(0, 0, scene.height, scene.width))
     if path.is_dir():
         values = _band_images(path)
         if bands not in (None, len(values)):

@@ -15,7 +15,7 @@ from lorun_fast.apps.tasks.cassi import colour, cubes, pictures, scores, synthet
 
 EPILOG = """\
 The cube is made from a photograph inside scikit-image, with smooth spectra: nothing is downloaded. It is an example
-of the command, not a test: real spectra are harder. Writes cassi.png (original, restored, measurement, spectra),
+of the command, not a test: real spectra are harder. Writes comparison.png (original, restored, measurement, spectra),
 cassi_bands.png (original above, restored below), cassi_colour.png and cassi.npy into the output folder.
 
 examples:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     restored = x[0]
     before, after = scores.score(start, truth), scores.score(restored, truth)
     pictures.overview(
-        args.output / "cassi.png",
+        args.output / "comparison.png",
         [("original", truth), (f"restored, {after['psnr']:.2f} dB", restored)],
         wavelengths,
         f"{op.bands} bands from one measurement, {model.net.stages} stages",
@@ -68,5 +68,5 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(tables.table(["synthetic cube", "PSNR dB", "SSIM", "SAM deg"], rows))
     total = time.perf_counter() - began
-    print(f"{args.output / 'cassi.png'} shows it; {seconds:.2f} s in the network, {total:.1f} s in all")
+    print(f"{args.output / 'comparison.png'} shows it; {seconds:.2f} s in the network, {total:.1f} s in all")
     return 0

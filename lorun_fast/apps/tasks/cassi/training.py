@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--bands", type=at_least_one, default=28, help="L (default 28)")
     options.add_cubes(parser)
+    add(
+        "--data-step",
+        choices=("gradient", "prox"),
+        default="gradient",
+        help="of a stage: a gradient step (default), or the exact minimiser, which divides by what reaches a pixel "
+        "of the detector",
+    )
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
     add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
     add("--blocks", type=int, nargs="+", help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)")
@@ -55,21 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory-gib", type=not_negative, default=4.0, help="for decoded scenes; others are read again (default 4)")
 
 
-def _base(args: argparse.Namespace) -> nn.Module:
+def _base(args: argparse.Namespace) -> Callable[[], nn.Module]:
+    """What builds the base denoiser that the options describe. Raises UserError where they do not fit together."""
+    bands, blocks = args.bands, args.blocks
     if args.base == "transformer":
-        channels = tuple(args.channels or (28, 56, 112))
-        blocks = tuple(args.blocks or (1,) * len(channels))
+        channels = args.channels or (28, 56, 112)
+        blocks = blocks or (1,) * len(channels)
         if len(blocks) != len(channels):
             raise UserError(f"--blocks: expected {len(channels)} numbers for --channels, got {len(blocks)}")
-        return SpectralTransformer(args.bands, args.bands, channels, blocks)
-    if args.blocks is not None and len(args.blocks) != 1:
-        raise UserError(f"--blocks: expected one number for --base {args.base}, got {len(args.blocks)}")
+        return partial(SpectralTransformer, bands, bands, tuple(channels), tuple(blocks))
+    if blocks is not None and len(blocks) != 1:
+        raise UserError(f"--blocks: expected one number for --base {args.base}, got {len(blocks)}")
     if args.base == "resunet":
-        return ResUNet(args.bands, args.bands, tuple(args.channels or (32, 64, 64)), *(args.blocks or (1,)))
+        return partial(ResUNet, bands, bands, tuple(args.channels or (32, 64, 64)), *(blocks or (1,)))
     channels = args.channels or (48,)
     if len(channels) != 1:
         raise UserError(f"--channels: expected one number for --base cnn, got {len(channels)}")
-    return ResCNN(args.bands, args.bands, channels[0], *(args.blocks or (4,)))
+    return partial(ResCNN, bands, bands, channels[0], *(blocks or (4,)))
 
 
 class Recipe:
@@ -77,6 +88,7 @@ class Recipe:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self._base = _base(args)
         if len(args.patch) > 2:
             raise UserError(f"--patch: expected a side, or height and width, got {len(args.patch)} numbers")
         self.size = (args.patch[0], args.patch[-1])
@@ -122,13 +134,15 @@ class Recipe:
         return CASSI(mask, self.args.bands, self.args.step)
 
     def base(self) -> LoRun:
-        """Phase 1: a single block. Step sizes start at 1 / ||Phi||^2, where the gradient step still converges.
+        """Phase 1: a single block. Gradient steps start at 1 / ||Phi||^2, where they still converge.
 
         The operator that is saved with the network holds a random mask of its own: it only stands in where neither
         the measurements nor the command line bring one.
         """
         op = CASSI(random_mask(_OWN_MASK, _OWN_MASK, np.random.default_rng(0)), self.args.bands, self.args.step)
-        return LoRun(op, _base(self.args), stages=1, sharing="tied", step_size=1 / op.norm().square().item())
+        data_step = self.args.data_step
+        step_size = 1.0 if data_step == "prox" else 1 / op.norm().square().item()
+        return LoRun(op, self._base(), stages=1, sharing="tied", step_size=step_size, data_step=data_step)
 
     def _measure(self, op: CASSI, x: Tensor, step: int) -> Tensor:
         y = op(x)

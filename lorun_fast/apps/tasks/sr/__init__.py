@@ -12,7 +12,7 @@ from lorun_fast.apps import images
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.measurements import MeasurementFile, numbers
 from lorun_fast.apps.progress import note
-from lorun_fast.apps.runtime import Runtime, at_least_one, not_negative
+from lorun_fast.apps.runtime import Runtime, not_negative
 from lorun_fast.apps.tasks.sr import kernels, pictures
 from lorun_fast.network import LoRun
 from lorun_fast.operators import BlurDownsample
@@ -66,12 +66,6 @@ def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
         choices=pictures.EDGES,
         help="how the image goes on beyond its edges: periodically, as simulated measurements do, or mirrored, for "
         "photographs (default: what the file says, else wrap)",
-    )
-    group.add_argument(
-        "--tile",
-        type=at_least_one,
-        metavar="PIXELS",
-        help="restore in overlapping pieces that contribute squares of this side: less memory (default: whole)",
     )
 
 
