@@ -1,9 +1,11 @@
 // Single-disperser CASSI on the CPU (formulas in cassi.h).
 //
-// The step moves few bytes per operation, so what counts is that x is read and z written once. A thread takes a run of
-// rows; of a row it needs all bands twice, first for the sum over bands, then for z. Between the two only one row of
-// all bands passes, which the second-level cache holds; a and r, one row of a measurement each, stay in the first.
-// The gradient never exists. Results too large for the caches go past them, so that z is not read before it is written.
+// The step moves few bytes per operation, so what counts is that memory is walked well. A thread takes a few rows at a
+// time, through all bands twice, first for the sum over bands, then for z. Within a band rows are consecutive: a few
+// kilobytes in one piece, which the hardware's prefetchers and few entries of the TLB serve, where single rows of 28
+// bands would jump from page to page. a and r, the rows of a measurement, stay in the first-level cache, and what is
+// left of x between the two in the second. The gradient never exists. Results too large for the caches go past them,
+// so that z is not read before it is written.
 
 #include "cassi/cassi.h"
 
@@ -28,45 +30,35 @@
 
 namespace lorun::cassi {
 
-// What happens to a row: kGather adds it up, kSpread writes its z, kBoth writes its z and adds up the next row,
-// kAdjoint writes Phi^T.
-enum class Part { kGather, kSpread, kBoth, kAdjoint };
+// What happens to a row: kGather adds it up, kSpread writes its z, kAdjoint writes Phi^T.
+enum class Part { kGather, kSpread, kAdjoint };
 
-// One band of one row, and the same band of the row to gather, x_row after which another follows. A second band, the
-// partner, is reached by offsets that take a column of the first to the one that lies under it on the detector.
+// One band of one row. A second band, the partner, is reached by offsets that take a column of the first to the one
+// that lies under it on the detector.
 template <class T>
 struct Band {
   T* z;
-  const T *x, *next_x;
-  const Wide<T>*m, *next_m, *r;
+  const T* x;
+  const Wide<T>*m, *r;
   Wide<T>* a;
   Wide<T> k, partner_k;
-  int64_t x_row, partner_z, partner_x, partner_m;
+  int64_t partner_z, partner_x, partner_m;
 };
 
-// All bands of one row, and of the row to gather.
+// All bands of a few rows. Rows of z and of the mask are `width` apart, those of r and a `pitch`.
 template <class T>
-struct Line {
-  int64_t bands, width, step, z_band, x_band, x_row, m_band, k_band;
+struct Lines {
+  int64_t rows, bands, width, step, z_band, x_band, x_row, m_band, k_band, pitch;
   T* z;
-  const T *x, *next_x;
-  const Wide<T>*m, *next_m, *r, *k;
+  const T* x;
+  const Wide<T>*m, *r, *k;
   Wide<T>* a;
 
-  Band<T> band(int64_t c, int64_t partner) const {
+  Band<T> band(int64_t i, int64_t c, int64_t partner) const {
     const int64_t bands_on = partner - c, back = bands_on * step;
-    return {z + c * z_band,
-            x + c * x_band,
-            next_x + c * x_band,
-            m + c * m_band,
-            next_m + c * m_band,
-            r + c * step,
-            a + c * step,
-            k[c * k_band],
-            k[partner * k_band],
-            x_row,
-            bands_on * z_band - back,
-            bands_on * x_band - back,
+    return {z + c * z_band + i * width, x + c * x_band + i * x_row, m + c * m_band + i * width,
+            r + c * step + i * pitch,   a + c * step + i * pitch,   k[c * k_band],
+            k[partner * k_band],        bands_on * z_band - back,   bands_on * x_band - back,
             bands_on * m_band - back};
   }
 };
@@ -78,6 +70,8 @@ struct Line {
 
 namespace lorun::cassi {
 namespace {
+
+constexpr int64_t kRowBytes = 16 << 10;  // of measurements that a thread works on: half a first-level cache
 
 // An image as the kernels take it, its row pointers, and its mask.
 template <class T>
@@ -101,21 +95,22 @@ struct Coded {
     return (row / g.height * g.bands * g.height + row % g.height) * g.width;
   }
 
-  Line<T> line() const {
+  // Rows [begin, end) of one sample.
+  Lines<T> lines(int64_t begin, int64_t end, int64_t pitch) const {
     static constexpr W kOne = 1;
-    Line<T> l{};
-    l.bands = g.bands, l.width = g.width, l.step = g.step;
+    Lines<T> l{};
+    l.rows = end - begin, l.bands = g.bands, l.width = g.width, l.step = g.step, l.pitch = pitch;
     l.z_band = g.height * g.width, l.x_band = strides.band, l.x_row = strides.row, l.m_band = m_band;
-    l.k = &kOne;
+    l.x = row_of_x(begin), l.m = row_of_mask(begin), l.k = &kOne;
     return l;
   }
 
-  // Phi x of one row.
-  void gather(int64_t row, W* a) const {
-    std::fill_n(a, g.measured(), W(0));
-    Line<T> l = line();
-    l.next_x = row_of_x(row), l.next_m = row_of_mask(row), l.a = a;
-    LORUN_PICK(line<T, Part::kGather, false>)(l);
+  // Phi x of these rows.
+  void gather(int64_t begin, int64_t end, int64_t pitch, W* a) const {
+    std::fill_n(a, (end - begin) * pitch, W(0));
+    Lines<T> l = lines(begin, end, pitch);
+    l.a = a;
+    LORUN_PICK(lines<T, Part::kGather, false>)(l);
   }
 };
 
@@ -124,10 +119,28 @@ Coded<T> coded(const Tensor& x, const OperatorTensors& op) {
   return {op.g, strides_of(x), x.const_data_ptr<T>(), op.mask.const_data_ptr<Wide<T>>(), op.m_band};
 }
 
-// f(begin, end) over the rows of all samples.
-template <class F>
+// Streaming stores are not ordered with what follows; the thread that reads z next must see them.
+void finish_streaming() {
+#ifdef LORUN_X86
+  _mm_sfence();
+#endif
+}
+
+// f(begin, end, pitch, work) over the rows of all samples, a few of one sample at a time; `work` holds as many rows of
+// measurements, `pitch` apart.
+template <class W, class F>
 void parallel_rows(const Geometry& g, const F& f) {
-  parallel(g.rows(), g.bands * g.width, f);
+  const int64_t pitch = (g.measured() + 15) / 16 * 16;
+  const int64_t together = std::clamp<int64_t>(kRowBytes / (pitch * static_cast<int64_t>(sizeof(W))), 1, 8);
+  parallel(g.rows(), g.bands * g.width, [&](int64_t begin, int64_t end) {
+    W* work = static_cast<W*>(scratch<Geometry>(together * pitch * sizeof(W)));
+    while (begin < end) {
+      const int64_t stop = std::min({begin + together, end, (begin / g.height + 1) * g.height});
+      f(begin, stop, pitch, work);
+      begin = stop;
+    }
+    finish_streaming();
+  });
 }
 
 // Whether a result of this size would not stay in the caches beside what it was made from.
@@ -142,13 +155,6 @@ bool past_caches(int64_t bytes) {
   return bytes > last_level / 2;
 }
 
-// Streaming stores are not ordered with what follows; the thread that reads z next must see them.
-void finish_streaming() {
-#ifdef LORUN_X86
-  _mm_sfence();
-#endif
-}
-
 Tensor forward(Tensor x, Tensor mask, int64_t step) {
   const OperatorTensors op = operator_of_image(x, mask, step);
   const Geometry g = op.g;
@@ -159,11 +165,10 @@ Tensor forward(Tensor x, Tensor mask, int64_t step) {
     using W = Wide<T>;
     const Coded<T> image = coded<T>(in, op);
     T* out = y.mutable_data_ptr<T>();
-    parallel_rows(g, [&](int64_t begin, int64_t end) {
-      W* a = static_cast<W*>(scratch<Geometry>(g.measured() * sizeof(W)));
+    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* a) {
+      image.gather(begin, end, pitch, a);
       for (int64_t row = begin; row < end; ++row) {
-        image.gather(row, a);
-        LORUN_PICK(narrow_row<T>)(a, out + row * g.measured(), g.measured());
+        LORUN_PICK(narrow_row<T>)(a + (row - begin) * pitch, out + row * g.measured(), g.measured());
       }
     });
   });
@@ -182,15 +187,13 @@ Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
     const T* measured = in.const_data_ptr<T>();
     T* out = x.mutable_data_ptr<T>();
     const bool stream = past_caches(x.numel() * sizeof(T));
-    parallel_rows(g, [&](int64_t begin, int64_t end) {
-      W* r = static_cast<W*>(scratch<Geometry>(g.measured() * sizeof(W)));
+    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
       for (int64_t row = begin; row < end; ++row) {
-        LORUN_PICK(widen_row<T>)(measured + row * g.measured(), r, g.measured());
-        Line<T> l = image.line();
-        l.z = out + image.row_of_z(row), l.m = image.row_of_mask(row), l.r = r;
-        (stream ? LORUN_PICK(line<T, Part::kAdjoint, true>) : LORUN_PICK(line<T, Part::kAdjoint, false>))(l);
+        LORUN_PICK(widen_row<T>)(measured + row * g.measured(), r + (row - begin) * pitch, g.measured());
       }
-      finish_streaming();
+      Lines<T> l = image.lines(begin, end, pitch);
+      l.z = out + image.row_of_z(begin), l.r = r;
+      (stream ? LORUN_PICK(lines<T, Part::kAdjoint, true>) : LORUN_PICK(lines<T, Part::kAdjoint, false>))(l);
     });
   });
   return x;
@@ -214,28 +217,18 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
     const StepArguments<W> with = tensors.arguments<W>(g);
     W* keep = keep_residual ? residual.mutable_data_ptr<W>() : nullptr;
     const bool stream = past_caches(z.numel() * sizeof(T));
-    parallel_rows(g, [&](int64_t begin, int64_t end) {
-      const int64_t pitch = (g.measured() + 63) / 64 * 64;
-      W* r = static_cast<W*>(scratch<Geometry>(2 * pitch * sizeof(W)));
-      W* a = r + pitch;
-      image.gather(begin, a);
+    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
+      image.gather(begin, end, pitch, r);
       for (int64_t row = begin; row < end; ++row) {
-        std::swap(r, a);
-        LORUN_PICK(weigh_row<W>)(
-            r, with.y ? with.y + row * g.measured() : nullptr, keep ? keep + row * g.measured() : nullptr,
-            with.weight ? with.weight + row % with.weight_rows * g.measured() : nullptr, g.measured());
-        Line<T> l = image.line();
-        l.z = out + image.row_of_z(row), l.x = image.row_of_x(row), l.m = image.row_of_mask(row), l.r = r;
-        l.k = with.rho + row / g.height * with.rho_sample, l.k_band = with.rho_band;
-        if (row + 1 < end) {
-          std::fill_n(a, g.measured(), W(0));
-          l.next_x = image.row_of_x(row + 1), l.next_m = image.row_of_mask(row + 1), l.a = a;
-          (stream ? LORUN_PICK(line<T, Part::kBoth, true>) : LORUN_PICK(line<T, Part::kBoth, false>))(l);
-        } else {
-          (stream ? LORUN_PICK(line<T, Part::kSpread, true>) : LORUN_PICK(line<T, Part::kSpread, false>))(l);
-        }
+        LORUN_PICK(weigh_row<W>)(r + (row - begin) * pitch, with.y ? with.y + row * g.measured() : nullptr,
+                                 keep ? keep + row * g.measured() : nullptr,
+                                 with.weight ? with.weight + row % with.weight_rows * g.measured() : nullptr,
+                                 g.measured());
       }
-      finish_streaming();
+      Lines<T> l = image.lines(begin, end, pitch);
+      l.z = out + image.row_of_z(begin), l.r = r;
+      l.k = with.rho + begin / g.height * with.rho_sample, l.k_band = with.rho_band;
+      (stream ? LORUN_PICK(lines<T, Part::kSpread, true>) : LORUN_PICK(lines<T, Part::kSpread, false>))(l);
     });
   });
   return {z, residual};

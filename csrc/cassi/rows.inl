@@ -1,10 +1,8 @@
-// One row of an image through CASSI, band by band (formulas in cassi.h).
+// A few rows of an image through CASSI, band by band (formulas in cassi.h).
 //
-// spread: z[j] = x[j] - k m[j] r[j] for a band of a row whose r is complete;
-// gather: a[j] += m[j] x[j]         for the same band of the next row,
-// together, so that the second row's reads overlap the first one's writes. r and a begin at the band's shift, which
-// makes their accesses straddle cache lines. Bands whose shifts differ by whole vectors share them: such a pair loads
-// r, and loads and stores a, once for two bands.
+// gather: a[j] += m[j] x[j];  spread: z[j] = x[j] - k m[j] r[j];  adjoint: z[j] = k m[j] r[j].
+// r and a begin at the band's shift, which makes their accesses straddle cache lines. Bands whose shifts differ by
+// whole vectors share them: such a pair loads r, or loads and stores a, once for two bands.
 
 namespace lorun::cassi::LORUN_VARIANT {
 
@@ -111,10 +109,9 @@ LORUN_TARGET LORUN_INLINE inline void columns(const Band<T>& b, int64_t j, typen
       spread(b.partner_k, j + b.partner_z, j + b.partner_x, j + b.partner_m);
     }
   }
-  if constexpr (P == Part::kGather || P == Part::kBoth) {
+  if constexpr (P == Part::kGather) {
     const auto coded = [&](int64_t x, int64_t m, Vec sum) LORUN_TARGET LORUN_INLINE {
-      __builtin_prefetch(b.next_x + x + b.x_row);
-      Vec in = load(b.next_x + x), mask = load(b.next_m + m);
+      Vec in = load(b.x + x), mask = load(b.m + m);
       if constexpr (Masked) {
         in = reinterpret_cast<Vec>(reinterpret_cast<Bits>(in) & keep);
         mask = reinterpret_cast<Vec>(reinterpret_cast<Bits>(mask) & keep);
@@ -141,7 +138,7 @@ LORUN_TARGET LORUN_INLINE inline void range(const Band<T> b, int64_t begin, int6
   for (int l = 0; l < kCount; ++l) {
     lane[l] = l;
   }
-  const auto address = reinterpret_cast<uintptr_t>((P == Part::kGather ? b.next_x : b.z) + begin);
+  const auto address = reinterpret_cast<uintptr_t>((P == Part::kGather ? b.x : b.z) + begin);
   const int64_t head = static_cast<int64_t>(-address % kBytes / sizeof(T));
   int64_t j = begin + head;
   if (head != 0) {
@@ -160,23 +157,24 @@ LORUN_TARGET LORUN_INLINE inline void range(const Band<T> b, int64_t begin, int6
 template <class T, Part P>
 LORUN_TARGET void narrow_range(const Band<T>& b, int64_t width) {
   for (int64_t j = 0; j < width; ++j) {
-    if constexpr (P == Part::kAdjoint) {
+    if constexpr (P == Part::kGather) {
+      b.a[j] += widen(b.x[j]) * b.m[j];
+    } else if constexpr (P == Part::kAdjoint) {
       b.z[j] = narrow<T>(b.k * b.r[j] * b.m[j]);
-    } else if constexpr (P != Part::kGather) {
+    } else {
       b.z[j] = narrow<T>(widen(b.x[j]) - b.k * b.r[j] * b.m[j]);
-    }
-    if constexpr (P == Part::kGather || P == Part::kBoth) {
-      b.a[j] += widen(b.next_x[j]) * b.next_m[j];
     }
   }
 }
 
 template <class T, Part P, bool Stream>
-LORUN_TARGET void line(const Line<T>& l) {
+LORUN_TARGET void lines(const Lines<T>& l) {
   constexpr int64_t kCount = Lanes<Wide<T>>::kCount;
   if (l.width < kCount) {
     for (int64_t c = 0; c < l.bands; ++c) {
-      narrow_range<T, P>(l.band(c, c), l.width);
+      for (int64_t i = 0; i < l.rows; ++i) {
+        narrow_range<T, P>(l.band(i, c, c), l.width);
+      }
     }
     return;
   }
@@ -187,19 +185,21 @@ LORUN_TARGET void line(const Line<T>& l) {
   for (int64_t block = 0; block < l.bands; block += 2 * distance) {
     for (int64_t c = block; c < std::min(block + distance, l.bands); ++c) {
       const int64_t partner = c + distance;
-      if (partner >= l.bands) {
-        range<T, P, false, Stream>(l.band(c, c), 0, l.width);
-      } else if (!pairs) {
-        range<T, P, false, Stream>(l.band(c, c), 0, l.width);
-        range<T, P, false, Stream>(l.band(partner, partner), 0, l.width);
-      } else {
-        const Band<T> both = l.band(c, partner);
-        if (apart != 0) {
-          range<T, P, false, Stream>(both, 0, apart);
-        }
-        range<T, P, true, Stream>(both, apart, l.width);
-        if (apart != 0) {
-          range<T, P, false, Stream>(l.band(partner, partner), l.width - apart, l.width);
+      for (int64_t i = 0; i < l.rows; ++i) {
+        if (partner >= l.bands) {
+          range<T, P, false, Stream>(l.band(i, c, c), 0, l.width);
+        } else if (!pairs) {
+          range<T, P, false, Stream>(l.band(i, c, c), 0, l.width);
+          range<T, P, false, Stream>(l.band(i, partner, partner), 0, l.width);
+        } else {
+          const Band<T> both = l.band(i, c, partner);
+          if (apart != 0) {
+            range<T, P, false, Stream>(both, 0, apart);
+          }
+          range<T, P, true, Stream>(both, apart, l.width);
+          if (apart != 0) {
+            range<T, P, false, Stream>(l.band(i, partner, partner), l.width - apart, l.width);
+          }
         }
       }
     }
