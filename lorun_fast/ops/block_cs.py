@@ -145,11 +145,10 @@ def _backward_step(ctx, grad):
     wide = grad.to(phi.dtype)
     grad_x = grad_y = grad_phi = grad_rho = None
     per_sample = per_channel(rho)
-    if need_x:
-        zero = torch.zeros_like(y)
-        grad_x = _step(grad, zero, phi, rho, b)
     if need_y or need_phi or need_rho:
         q = _forward(wide, phi, b)
+        if need_x:  # with q at hand, one product less than the step
+            grad_x = (wide - per_sample * _adjoint(q, phi, b, x.shape[2], x.shape[3])).to(x.dtype)
         if need_y:
             grad_y = per_sample * q
         if need_phi or need_rho:
@@ -158,6 +157,8 @@ def _backward_step(ctx, grad):
             grad_rho = sum_to_step(-(q * r).sum((1, 2, 3)).reshape(-1, 1), rho)
         if need_phi:
             grad_phi = -_grad_phi(x, per_sample * q, b) - _grad_phi(wide, per_sample * r, b)
+    elif need_x:
+        grad_x = _step(grad, torch.zeros_like(y), phi, rho, b)
     return grad_x, grad_y, grad_phi, grad_rho, None
 
 
