@@ -86,7 +86,8 @@ def readable(names: list[str], cuda_home: Path) -> dict[str, str]:
         except FileNotFoundError:
             continue
         plain = [line.removeprefix("void ").replace("(anonymous namespace)::", "") for line in done.stdout.splitlines()]
-        plain = [re.sub(r"(lorun|block_cs|<unnamed>|torch|headeronly|c10)::", "", line) for line in plain]
+        ours = "|".join(folder.name for folder in recipe.CSRC.iterdir() if folder.is_dir())
+        plain = [re.sub(rf"(lorun|{ours}|<unnamed>|torch|headeronly|c10)::", "", line) for line in plain]
         return {name: line.split("(")[0] for name, line in zip(names, plain, strict=True)}
     return {name: name for name in names}
 
