@@ -48,7 +48,7 @@ class OptimizedLoRun(LoRun):
     report: Report
 
     def __init__(self, net: LoRun, staged: MergedStages):
-        super().__init__(copy.deepcopy(net.op), staged)
+        super().__init__(copy.deepcopy(net.op), staged, data_step=net.data_step)
         self.gamma, self.form = net.gamma, net.form
         self.step_size = nn.Parameter(net.step_size.detach().clone(), requires_grad=False)
         self.requires_grad_(False)
@@ -158,6 +158,10 @@ def fast_bf16(device: torch.device) -> tuple[bool, str]:
     return False, "this CPU has neither AMX nor AVX512-bf16"
 
 
+def _base(net: LoRun) -> nn.Module:
+    return net.denoiser.copies[0] if isinstance(net.denoiser, UntiedDenoiser) else net.denoiser.base
+
+
 def demo_images(net: LoRun) -> Tensor:
     """Two of scikit-image's photographs, (2, C, H, W) in [0, 1], in the channels and size that the operator measures.
 
@@ -165,9 +169,10 @@ def demo_images(net: LoRun) -> Tensor:
     """
     from skimage import data
 
-    base = net.denoiser.copies[0] if isinstance(net.denoiser, UntiedDenoiser) else net.denoiser.base
     mask = getattr(net.op, "mask", None)
-    channels = {"cs": 1, "cassi": getattr(net.op, "bands", None)}.get(net.op.task, getattr(base, "out_channels", 3))
+    channels = {"cs": 1, "cassi": getattr(net.op, "bands", None)}.get(
+        net.op.task, getattr(_base(net), "out_channels", 3)
+    )
     height, width = (240, 240) if mask is None else mask.shape[-2:]
     photographs = [torch.from_numpy(image()).permute(2, 0, 1).float() / 255 for image in (data.astronaut, data.coffee)]
     resized = [nn.functional.interpolate(p[None], (height, width), mode="area") for p in photographs]
@@ -268,10 +273,14 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
         except ImportError:
             return math.inf, "score not checked (pass images=, or install scikit-image for its photographs)"
     images = images.to(net.step_size.device)
+    if sigma is None and getattr(_base(net), "noise_level", False):
+        sigma = 0.0
     training = net.training
     net.eval()
     try:
         change = score(other, images, sigma) - score(net, images, sigma)
+    except (TypeError, ValueError) as error:
+        return math.inf, f"score not checked, pass images= and sigma= that the network takes ({error})"
     finally:
         net.train(training)
     return change, f"score moves by {change:+.4f} dB on {len(images)} images"

@@ -32,9 +32,9 @@ class Base(nn.Module):
         return z + 0.1 * self.tail(x) + 0.1 * self.alias(z)[:, :1]
 
 
-def network(sharing="lora", denoiser=None, stages=3, form="loralib") -> lf.LoRun:
+def network(sharing="lora", denoiser=None, stages=3, form="loralib", **settings) -> lf.LoRun:
     denoiser = lf.ResUNet(channels=(4, 8), blocks=1) if denoiser is None else denoiser
-    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), denoiser, stages=stages, sharing=sharing, form=form)
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), denoiser, stages=stages, sharing=sharing, form=form, **settings)
     for p in net.denoiser.adapter_parameters():
         nn.init.normal_(p, std=0.1)
     with torch.no_grad():
@@ -122,6 +122,17 @@ def test_the_capabilities_that_count(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         fast, why = optimize.fast_bf16(torch.device("cpu"))
         assert fast == (amx or avx512) and expected in why
+
+
+def test_the_exact_data_step_and_a_noise_level_come_along(monkeypatch, x):
+    whole = torch.rand(2, 1, 16, 24)
+    net = network(denoiser=lf.ResUNet(channels=(4,), blocks=1, noise_level=True), data_step="prox")
+    fast, y = net.optimize(), net.op(whole)
+    torch.testing.assert_close(fast(y, sigma=0.1), net(y, sigma=0.1))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert "score moves by" in net.optimize(images=whole).report["dtype"][1]
+    wrong = net.optimize(images=torch.rand(1, 2, 8, 8)).report["dtype"]
+    assert wrong[0] == "float32" and "score not checked" in wrong[1]
 
 
 def test_merged_weights_are_rounded_once_from_fp32():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import files, measurements, models, progress, restoring, runtime, tables, tasks, tiling
+from lorun_fast.apps import background, files, measurements, models, progress, restoring, runtime, tables, tasks, tiling
 from lorun_fast.apps.errors import UserError
 
 EPILOG = """\
@@ -77,16 +77,16 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     seconds = 0.0
     began = time.perf_counter()
     keys = [(len(group), file.items[group[0]].y.shape, file.items[group[0]].size) for group in pictures]
-    with progress.bar(len(pictures), "restoring") as bar:
-        for members in restoring.batches(keys, how.batch):
-            y = np.stack([file.items[i].y for member in members for i in pictures[member]])
-            size = keys[members[0]][2]
-            x, elapsed = restored(net, y, size, how)
+
+    def stacked(members: list[int]) -> np.ndarray:
+        return np.stack([file.items[i].y for member in members for i in pictures[member]])
+
+    with progress.bar(len(pictures), "restoring") as bar, background.Workers(2, most=2 * how.batch) as savers:
+        for members, y in background.ahead(restoring.batches(keys, how.batch), stacked):
+            x, elapsed = restored(net, y, keys[members[0]][2], how)
             seconds += elapsed
-            for name, image in zip(
-                (names[m] for m in members), x.reshape(len(members), -1, *x.shape[-2:]), strict=True
-            ):
-                task.save(args.output / name, image, args)
+            for member, image in zip(members, x.reshape(len(members), -1, *x.shape[-2:]), strict=True):
+                savers.submit(task.save, args.output / names[member], image, args)
             bar.update(len(members))
     total = time.perf_counter() - began
     rows = [
