@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench gpu figures wheel-test clean help
+.PHONY: demo test lint format bench gpu figures wheel-test kernels-check clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ format: $(BUILT)  ## the same, changing files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+kernels-check: $(BUILT)  ## compile every Triton kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
+	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.check
 
 bench: $(BUILT)  ## every benchmark on this CPU, with tables and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks --plot

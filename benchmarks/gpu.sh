@@ -131,6 +131,16 @@ print("one step:", tuple(op.gradient_step(x, op(x), 1.0).shape))
 PYTHON
 }
 
+# Compiles the kernels for this card with all cores, which also fills Triton's cache for the tests.
+kernels() {
+    use_site
+    local arch
+    arch=$("$PYTHON" -c 'import torch
+from lorun_fast.kernels import configs
+print(configs.architecture(torch.device("cuda")))') || return 1
+    "$PYTHON" -m lorun_fast.kernels.check --arch "$arch" --jobs "$(nproc)"
+}
+
 tests() {
     use_site
     "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
@@ -148,7 +158,7 @@ suite() {
 }
 
 # Functions do not pass through timeout: each part calls this script's own functions in a fresh shell.
-export -f environment build use_site backends tests suite
+export -f environment build use_site backends kernels tests suite
 export PYTHON device out root site
 run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' part "$@"; }
 
@@ -158,7 +168,8 @@ quick=
 run environment 60 environment
 run build 170 build
 run backends 60 backends
-run tests 130 tests
+[ "$device" = cuda ] && run kernels 150 kernels
+run tests 170 tests
 # The soft limit (--limit) ends a suite between tables and keeps its rows; timeout is for what hangs.
 # shellcheck disable=SC2086
 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from benchmarks.harness.registry import (
     Problem,
     Run,
     Size,
+    Unavailable,
     Work,
     case,
     size,
 )
-from lorun_fast import adapters
+from lorun_fast import adapters, kernels
+from lorun_fast.ops import _lora_triton
 from lorun_fast.reference import lora as reference
 
 GAMMA, STAGES = 10, 9
@@ -92,6 +95,22 @@ def _problem(form: str, dtype, device, n: int, channels: int, px: int, last: boo
     return Problem(inputs, definition, forward, train, wrt=("x", "down", "up"), items=n)
 
 
+def _first_sizes() -> list[Size]:
+    cuda = {"dtypes": ("bf16",), "devices": ("cuda",), "regimes": (WARM,), "modes": (FORWARD,)}
+    sizes = [
+        size(f"{n}x{channels}x256x256 nhwc", n=n, channels=channels, px=256, last=True, **cuda)
+        for n, channels in itertools.product((16, 1), (64, 32))
+    ]
+    tiny = {"n": 1, "channels": 8, "px": 8, "last": True}
+    return [*sizes, size("1x8x8x8 nhwc", quick=True, regimes=(WARM,), modes=(FORWARD,), **tiny)]
+
+
+@case("lora_conv2d.first_experiment", suite="layers", sizes=_first_sizes())
+def first_experiment(dtype, device, *, n, channels, px, last) -> Problem:
+    """Does the fused forward earn its place? cuDNN on merged weights against it; below 0.9x it does not."""
+    return _problem("peft", dtype, device, n, channels, px, last)
+
+
 @case("lora_conv2d.peft", suite="layers", sizes=_sizes())
 def peft_form(dtype, device, *, n, channels, px, last) -> Problem:
     """dW = a 3 x 3 to r channels, then a 1 x 1."""
@@ -115,6 +134,34 @@ def _both(name: str, **settings):
     return register
 
 
+class _Fused(torch.autograd.Function):
+    """The Triton kernels whatever the table says: forward in one launch, backward in three, x kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, stage):
+        ctx.save_for_backward(x, weight, bias, down, up, stage)
+        return _lora_triton.conv2d(x, weight, bias, down, up, stage, None, *_GEOMETRY)
+
+    @staticmethod
+    def backward(ctx, grad):
+        mask = [True, False, False, True, True]
+        dx, d_down, d_up = _lora_triton.conv2d_backward(grad, *ctx.saved_tensors, None, *_GEOMETRY, mask)
+        return dx, None, None, d_down, d_up, None
+
+
+# scale, stride, padding, dilation, groups, activation, transposed, output padding
+_GEOMETRY = (1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+
+
+def _fused(p: Problem, stage: Tensor | None = None):
+    """The forced kernel, on CUDA only."""
+    if p.device.type != "cuda":
+        raise Unavailable("the kernels run on CUDA")
+    if kernels.unavailable():
+        raise Unavailable(kernels.unavailable())
+    return lambda: _Fused.apply(p.x, p.weight, p.bias, p.down, p.up, stage)
+
+
 def _form(p: Problem) -> str:
     return "peft" if p.down.ndim == 4 else "loralib"
 
@@ -122,6 +169,12 @@ def _form(p: Problem) -> str:
 @_both("lorun_fast", kind=OURS, graphed=True)
 def _(p: Problem):
     return lambda: lf.functional.lora_conv2d(p.x, p.weight, p.bias, p.down, p.up, padding=1)
+
+
+@_both("fused kernel", kind=OURS, devices=("cuda",), graphed=True)
+def _(p: Problem):
+    """The Triton kernels; in the loralib form after the merge kernel."""
+    return _fused(p)
 
 
 @_both("lorun_fast merged", kind=OURS, modes=(FORWARD,), compiled=True, graphed=True)
@@ -156,6 +209,18 @@ def _(p: Problem):
         if p.args["last"]:
             weight = weight.contiguous(memory_format=torch.channels_last)
     return lambda: F.conv2d(p.x, weight, p.bias, padding=1)
+
+
+@_both("merged beforehand, max-autotune", modes=(FORWARD,), devices=("cuda",), graphed=True)
+def _(p: Problem):
+    """Inductor's search over its own kernels and cuDNN; as all others, compared with the definition before timing."""
+    if (p.args["n"], p.args["channels"], p.args["px"]) not in ((16, 64, 256), (16, 32, 256)):
+        raise Unavailable("searched for at the headline sizes only: a search takes half a minute")
+    with torch.no_grad():
+        weight = _weight(p).contiguous(memory_format=torch.channels_last)
+    return torch.compile(
+        lambda: F.conv2d(p.x, weight, p.bias, padding=1), mode="max-autotune-no-cudagraphs", dynamic=False
+    )
 
 
 @_both("merged at every call", compiled=True, graphed=True)
@@ -225,6 +290,30 @@ def _(p: Problem):
     return Run(lambda: layer(p.x), parameters=(p.x, layer.lora_A, layer.lora_B))
 
 
+@first_experiment.contender("fused kernel", kind=OURS, graphed=True)
+def _(p: Problem):
+    """Base and low-rank product in one launch, factors as they are trained."""
+    return _fused(p)
+
+
+@first_experiment.contender("fused kernel on merged weights", kind=OURS, graphed=True)
+def _(p: Problem):
+    """The same kernel without an adapter: what its convolution alone costs."""
+    _fused(p)
+    with torch.no_grad():
+        weight = _weight(p)
+    convolve = importlib.import_module("lorun_fast.kernels.lora_conv2d").forward
+    return lambda: convolve(p.x, weight, p.bias, None, None, padding=1)
+
+
+@first_experiment.contender("cuDNN on merged weights", graphed=True)
+def _(p: Problem):
+    """channels_last, cudnn.benchmark; merged beforehand, untimed."""
+    with torch.no_grad():
+        weight = _weight(p).contiguous(memory_format=torch.channels_last)
+    return lambda: F.conv2d(p.x, weight, p.bias, padding=1)
+
+
 @_both("bare convolution", kind=LIMIT, graphed=True)
 def _(p: Problem):
     """The base alone, no adapter; in training with the gradient for x only."""
@@ -260,6 +349,12 @@ def mixed(dtype, device, *, n, channels, px, last) -> Problem:
 @mixed.contender("lorun_fast", kind=OURS)
 def _(p: Problem):
     return lambda: lf.functional.lora_conv2d(p.x, p.weight, p.bias, p.down, p.up, stage=p.stage, padding=1)
+
+
+@mixed.contender("fused kernel", kind=OURS, devices=("cuda",), graphed=True)
+def _(p: Problem):
+    """The Triton kernels: every sample with its own stage, in one launch."""
+    return _fused(p, p.stage)
 
 
 def _stage_weights(p: Problem) -> Tensor:

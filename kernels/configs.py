@@ -73,7 +73,7 @@ def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     """The patch tile: any kernel size, stride, dilation and width."""
     flat = g.p == 1
     if dtype == torch.float32:
-        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, _power(g.o)), 4, 2)
+        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, _power(g.o)), 4, 1 if arch == 100 else 2)
     bc, bo = min(64, _power(g.c)), min(128, _power(g.o))
     bh, bw = (1, 128) if flat else (8, 16)
     if arch == 80:
@@ -109,19 +109,21 @@ def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardT
     programs = {80: 216, 90: 264, 100: 296}[arch]
     if dtype == torch.float32:
         out = Tile(*((1, 32) if flat else (4, 8)), 16, min(32, _power(g.o)), 8, 2)
-        image = Tile(*((1, 64) if flat else (8, 8)), min(32, _power(g.c)), 16, 4, 2)
-        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, _power(g.c)), min(2, _power(g.taps, 1)), 32)
+        image = Tile(*((1, 64) if flat else (8, 8)), 16, 16, 4, 2)
+        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, _power(g.c)), 1, 32)
         return BackwardTile(out, image, factor, programs)
     wide = _power(g.o) >= 128
     bh, bw = (1, 128) if flat else (8, 16)
     half = (1, 64) if flat else (8, 8)
-    small = wide or arch == 80 or g.c % 2
+    small = wide or arch != 90 or g.c % 2
     bc = min(32 if arch == 80 else 64, _power(g.c))
-    out = Tile(*(half if small else (bh, bw)), bc, min(32 if arch == 80 else 64, _power(g.o)), 8, 2, arch >= 90)
+    out = Tile(*(half if small else (bh, bw)), bc, min(64 if arch == 90 else 32, _power(g.o)), 8, 2, arch >= 90)
     image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
     if image is None:
         bc = min(128, _power(g.c))
-        image = Tile(bh, bw, bc, min(64 if arch > 80 else 32, _power(g.o)), 8 if bc == 128 or arch == 80 else 4, 2, arch >= 90)
+        image = Tile(
+            bh, bw, bc, min(64 if arch > 80 else 32, _power(g.o)), 8 if bc == 128 or arch == 80 else 4, 2, arch >= 90
+        )
     else:
         image = replace(image, bc=image.bo, bo=image.bc)
     group = 1 if rank == 0 or g.taps == 1 else 4 if rank <= 16 else 2

@@ -3,28 +3,28 @@
 What it computes (the form of :mod:`lorun_fast.adapters` called peft; r = 0 is a plain or merged convolution)
 
     u[m, r]  =  sum_{kh, kw, c}  x[m at (kh, kw), c] * down[r, c, kh, kw]
-    y[m, o]  =  act( sum_{kh, kw, c} x[m at (kh, kw), c] * W[o, c, kh, kw]  +  scale * sum_r u[m, r] * up[o, r]  +  bias[o] )
-                +  residual[m, o]
+    y[m, o]  =  act( sum_{kh, kw, c} x[m at (kh, kw), c] * W[o, c, kh, kw]
+                     +  scale * sum_r u[m, r] * up[o, r]  +  bias[o] )  +  residual[m, o]
 
 over the output pixels m = (n, p, q); x at (kh, kw) is pixel (p*stride + kh*dilation - padding, ...), zero outside.
 With one stage per sample, down and up (peft) or W (merged weights of every stage, r = 0) are those of stage[n].
 
-Bytes and operations. Memory: x once, y once, the weights. Arithmetic: 2 * pixels * O * C * k^2, and R / O of that
-for the adapter, R being r padded to 16. Below C = 41 (3 x 3, bf16, H200) memory is the limit, above it the tensor cores.
+Bytes and operations. Memory: x once, y once, the weights. Arithmetic: 2 * pixels * O * C * k^2, and R / O of that for
+the adapter, R being r padded to 16. Below C = 41 (3 x 3, bf16, H200) memory is the limit, above it the tensor cores.
 
 Two ways to tile, because between memory and tensor cores lies the cache:
 
 ``taps``  A program computes BH x BW pixels and BO channels, and reads its patch of x again for each of the k^2 taps,
-          and all weights, from L2: k^2 * (pixels*C + pixels/BM * O*C) elements in all. Base and low-rank product use the
-          same loaded tile. Any kernel size, stride, dilation and width.
+          and all weights, from L2: k^2 * (pixels*C + pixels/BM * O*C) elements in all. Base and low-rank product
+          use the same loaded tile. Any kernel size, stride, dilation and width.
 ``rows``  (3 x 3 and 5 x 5, stride 1, C and O at most 64.) The weights of all taps stay in shared memory, merged there
           with the adapter in fp32 before the first pixel: the low-rank product costs nothing per pixel. A program
-          walks down a strip BW wide; a row of x, read at k horizontal offsets, serves the k output rows under it,
-          held in k accumulators that move up by one each row. x leaves L2 k times instead of k^2 times. At C = 64
-          that is 64 instead of 192 operations per L2 byte ... which is what keeps `taps` from the tensor-core limit.
+          walks down a strip BW wide; a row of x, read at k horizontal offsets, serves the k output rows that it
+          touches, held in k accumulators that move up by one each row. x leaves L2 k times instead of k^2 times,
+          and the weights once per strip instead of once per patch.
 
-Where the channels suit a descriptor (a multiple of 16 bytes per pixel), x arrives by bulk-tensor copies, which supply the
-zero padding; elsewhere (28 or 31 channels) by masked loads as wide as the alignment allows.
+Where the channels suit a descriptor (a multiple of 16 bytes per pixel), x arrives by bulk-tensor copies, which supply
+the zero padding; elsewhere (28 or 31 channels) by masked loads as wide as the alignment allows.
 """
 
 from __future__ import annotations
@@ -119,14 +119,15 @@ def finish(
 
 @triton.jit
 def lora_conv2d_taps(
-    x, weight, bias, down, up, stage, other, y, H, W, P, Q, patches, across, x_n, x_h, other_n, other_h, y_n, y_h, scale,
+    x, weight, bias, down, up, stage, other, y, H, W, P, Q, patches, across,
+    x_n, x_h, other_n, other_h, y_n, y_h, scale,
     XP: tl.constexpr, OP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
     STAGES: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     OTHER: tl.constexpr, MIXED: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     R: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One patch of BH x BW pixels and BO channels. Channel blocks of a patch are neighbours, so that they share x in L2."""
+    """One patch of BH x BW pixels and BO channels. Blocks of channels are neighbours, so that they share x in L2."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (O + BO - 1) // BO
     o0 = pid % blocks * BO
@@ -333,10 +334,13 @@ def launch(
 ) -> Launch:
     """The launch that writes y (N, P, Q, O); ``kind`` of ``other``: "none", "residual" or "gradient" (see finish)."""
     g, size = a.g, tile.rows is not None
-    x, described = image_argument(a.x, (1 if size else tile.bh, tile.bw, tile.bc), tile.descriptors and g.stride == (1, 1))
+    x, described = image_argument(
+        a.x, (1 if size else tile.bh, tile.bw, tile.bc), tile.descriptors and g.stride == (1, 1)
+    )
     beside = y if other is None else other
     args = {
-        "x": x, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "other": other, "y": y,
+        "x": x, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "other": other,
+        "y": y,
         "H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": a.x.stride(0), "x_h": a.x.stride(1),
         "other_n": beside.stride(0), "other_h": beside.stride(1), "y_n": y.stride(0), "y_h": y.stride(1),
         "scale": float(a.scale),

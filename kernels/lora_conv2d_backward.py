@@ -2,7 +2,7 @@
 
 With pre = conv(x, W) + scale * up u + bias, y = act(pre) + residual and the gradient dy of y
 
-    g          =  dy * act'(pre)                                          pre is recomputed, where there is an activation
+    g          =  dy * act'(pre)                    pre is recomputed, where there is an activation
     t[m, r]    =  scale * sum_o g[m, o] * up[o, r]
     dx         =  g against W, transposed  +  t against down, transposed
     d up[o,r]  =  scale * sum_m g[m, o] * u[m, r]
@@ -10,16 +10,17 @@ With pre = conv(x, W) + scale * up u + bias, y = act(pre) + residual and the gra
     d bias     =  sum_m g[m, :]
 
 1. ``output_side``: u again, g and t, and partial sums of d up and d bias.
-2. ``input_side``: two roles in one grid. The first programs write dx (patches, or strips as in the forward pass where its
-   rows kernel fits); the rest add up d down: each owns a group of taps and a block of channels, and walks over
-   patches of x, reading t at the group's shifted pixels, so that a patch of x is loaded once per group, not once per tap.
+2. ``input_side``: two roles in one grid. The first programs write dx (patches, or strips as in the forward pass where
+   its rows kernel fits); the rest add up d down: each owns a group of taps and a block of channels, and walks over
+   patches of x, reading t at the group's shifted pixels: a patch of x is loaded once per group, not once per tap.
 3. ``reduce_parts``: sums the partial results in a fixed order. No atomics: the same bits at every run.
 
 The gradient of W is never formed in the peft form. In units of the base convolution, with R = r padded to 16: forward
-1 + R/O, dx 1 + R/O, u R/O, d down R/O; merged weights and autograd take 3. With merged weights (r = 0, the loralib form)
-step 2 forms d W instead, per stage, and two small products take it apart.
+1 + R/O, dx 1 + R/O, u R/O, d down R/O; merged weights and autograd take 3. With merged weights (r = 0, the loralib
+form) step 2 forms d W instead, per stage, and two small products take it apart.
 
-Partial sums belong to one sample, so that samples of one batch may be at different stages: step 3 adds up those of a stage.
+Partial sums belong to one sample, so that samples of one batch may be at different stages: step 3 adds up those of
+a stage.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import derivative, load_patch, stage_of
-from lorun_fast.kernels._geometry import Geometry, nhwc
+from lorun_fast.kernels._geometry import Geometry
 from lorun_fast.kernels._launch import Launch, ceil_div, next_power
 from lorun_fast.kernels.lora_conv2d import (
     Operands,
@@ -242,8 +243,9 @@ def factor_part(
 
 @triton.jit
 def input_side(
-    x, g, t, weight, down, up, stage, dx, source, part, H, W, P, Q, image_programs, patches, across, ROWS, strips, parts,
-    factor_patches, factor_across, splits, x_n, x_h, g_n, g_h, dx_n, dx_h, source_n, source_h, scale,
+    x, g, t, weight, down, up, stage, dx, source, part, H, W, P, Q, image_programs, patches, across,
+    ROWS, strips, parts, factor_patches, factor_across, splits,
+    x_n, x_h, g_n, g_h, dx_n, dx_h, source_n, source_h, scale,
     XP: tl.constexpr, GP: tl.constexpr, DXP: tl.constexpr, SP: tl.constexpr, C: tl.constexpr, O: tl.constexpr,
     RANK: tl.constexpr, FACTOR: tl.constexpr, STAGES: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -303,9 +305,7 @@ def input_side(
 
 
 @triton.jit
-def sum_parts(
-    part, stage, k, chosen, e, size, count, splits, MIXED: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr
-):
+def sum_parts(part, stage, k, chosen, e, size, count, splits, MIXED: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr):
     """(BE,): the elements e of ``part`` (count, size), added over the entries that belong to stage k, in order."""
     total = tl.zeros((BE,), tl.float32)
     if MIXED or k == chosen:
@@ -460,7 +460,9 @@ def plan(
             "FC": f.bc, "FR": f_rows, "G": f.group, "DESC": described, "FDESC": x_described,
             "MERGE": merge_precision(a.down, x.dtype),
         }  # fmt: skip
-        launches.append(Launch(input_side, image_programs + factor_programs, args, constants, image.warps, image.stages))
+        launches.append(
+            Launch(input_side, image_programs + factor_programs, args, constants, image.warps, image.stages)
+        )
 
     d_down = d_up = d_bias = None
     if need_factors or need_bias:

@@ -7,9 +7,10 @@ What it computes
 
 for x (..., in), and its backward pass as in lora_conv2d_backward.py.
 
-Bytes and operations. 2 * in * out per row, R / out of that for the adapter (R: r padded to 16); x and y once. In bf16 on an
-H200 the ridge lies at in = out = 367: the projections of a denoiser (28 to 256) are limited by memory, and what fusing
-saves is traffic: torch's base product, two thin products and an addition read or write x twice and y three times.
+Bytes and operations. 2 * in * out per row, R / out of that for the adapter (R: r padded to 16); x and y once. In bf16
+on an H200 the ridge lies at in = out = 367: the projections of a denoiser (28 to 256) are limited by memory, and what
+fusing saves is traffic: torch's base product, two thin products and an addition read or write x twice and y three
+times.
 
 Tiling. The rows of one sample are an image one pixel high: 128 pixels x BO channels per program, no tile cut by a row's
 end, the loop over input channels pipelined. With one stage per sample, the rows of a sample share its adapter.

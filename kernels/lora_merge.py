@@ -8,13 +8,13 @@ In both forms of :mod:`lorun_fast.adapters`, and for linear layers, dW is one ma
 up (M, q) @ down (q, N) with (M, N, q) = (out, in*kh*kw, r) for peft, (out//groups*k, in*k, r*k) for loralib,
 (out, in, r) for a linear layer. Element (m, n) of it is element m*N + n of the weight in its own order.
 
-Bytes and operations. Every stage's weights are written once, W is read once per stage (from L2 after the first): 2 bytes
-out, 2 in and 2q operations per weight in bf16. The nine stages of a 0.6 M parameter network are 11 MB: 3 us of an
+Bytes and operations. Every stage's weights are written once, W is read once per stage (from L2 after the first): 2
+bytes out, 2 in and 2q operations per weight in bf16. The nine stages of a 0.6 M parameter network are 11 MB: 3 us of an
 H200's bandwidth, about one launch; what this kernel removes is the other launches, four per layer.
 
 Tiling. A program owns a 32 x 64 block of one layer's product at one stage. Layers differ in shape and live at unrelated
-addresses: a table on the device holds a row per layer, and behind the rows the layer of every program. It is copied once
-for given addresses and shapes, so that later calls are one launch and a CUDA graph can record them.
+addresses: a table on the device holds a row per layer, and behind the rows the layer of every program. It is copied
+once for given addresses and shapes, so that later calls are one launch and a CUDA graph can record them.
 Products are in fp32 on the ordinary cores: exact, and too few to matter.
 """
 
@@ -87,7 +87,7 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's tensors. weight: (out, in) or (a, b, kh, kw). down, up: stacked factors, contiguous. out: (K, ...)."""
+    """One layer's tensors. weight: (out, in) or (a, b, kh, kw). down, up: stacked, contiguous. out: (K, ...)."""
 
     weight: Tensor
     down: Tensor

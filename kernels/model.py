@@ -1,0 +1,170 @@
+"""A model of the kernels: what each launch must move and compute, and the time that predicts on an H200.
+
+    python -m lorun_fast.kernels.model      the table of docs/kernels.md; compiles for sm_90, needs no GPU
+
+Four limits per launch: device memory, L2 to shared memory, shared memory to the tensor cores, the tensor cores. The
+last three are per multiprocessor, so their time is stretched to whole waves of programs. Limits overlap; the largest
+one, plus a launch, is the prediction. Predictions are lower bounds: latency that nothing hides is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorun_fast.kernels._launch import Launch, ceil_div
+
+# H200. Copy and product rates were measured elsewhere (docs/kernels.md); the rest is clock times width.
+MULTIPROCESSORS = 132
+MEMORY = 4.3e12  # bytes/s
+TENSOR = 790e12  # operations/s, bf16
+L2 = 5.5e12  # bytes/s into shared memory
+SHARED = 29.6e12  # bytes/s: 128 bytes per clock and multiprocessor
+LAUNCH = 3e-6  # s
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, operations and predicted seconds of one launch."""
+
+    memory: float
+    l2: float
+    shared: float
+    flops: float
+    programs: int
+    per_sm: int
+
+    @property
+    def waves(self) -> float:
+        return self.programs / (MULTIPROCESSORS * self.per_sm)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Seconds by each limit."""
+        stretch = ceil_div(self.programs, MULTIPROCESSORS * self.per_sm) / self.waves
+        return {
+            "memory": self.memory / MEMORY,
+            "L2": stretch * self.l2 / L2,
+            "shared memory": stretch * self.shared / SHARED,
+            "tensor cores": stretch * self.flops / TENSOR,
+        }
+
+    @property
+    def seconds(self) -> float:
+        return max(self.limits.values()) + LAUNCH
+
+    @property
+    def limit(self) -> str:
+        return max(self.limits, key=self.limits.get)
+
+
+def _product(m: int, k: int, n: int, size: int) -> tuple[float, float]:
+    """(operations, bytes from shared memory) of one tl.dot: A once, B once per 64 rows, as wgmma reads them."""
+    return 2.0 * m * k * n, size * (m * k + ceil_div(m, 64) * k * n)
+
+
+def _patches(v: dict, size: int, pixels: int, tiles: int, blocks_in: int, base: bool, low: bool):
+    """(operations, shared, L2 bytes) of accumulate_taps over ``tiles`` patches."""
+    taps, bc, bo, r = v["KH"] * v["KW"], v["BC"], v["BO"], v["R"]
+    steps = tiles * taps * blocks_in
+    flops = shared = 0.0
+    l2 = steps * pixels * bc
+    for wanted, n in ((base, bo), (low, r)):
+        if wanted:
+            f, s = _product(pixels, bc, n, size)
+            flops, shared, l2 = flops + steps * f, shared + steps * s, l2 + steps * bc * n
+    return flops, shared, size * l2
+
+
+def _strips(v: dict, size: int, programs: int, rows: int, k: int, inner: int, outer: int):
+    """(operations, shared, L2 bytes) of convolve_strip."""
+    steps = programs * (rows + k - 1) * k
+    flops, shared = _product(v["BW"], inner, outer, size)
+    return steps * k * flops, steps * k * shared, size * (steps * v["BW"] * inner + programs * k * k * inner * outer)
+
+
+def estimate(launch: Launch, n: int, per_sm: int) -> Estimate:
+    """The estimate of one launch of the convolution kernels for a batch of n.
+
+    per_sm: programs that share a multiprocessor, from the compiler's report (check.py).
+    """
+    v, a = launch.constants, launch.args
+    name = launch.kernel.fn.__name__
+    if name == "reduce_parts":
+        parts = sum(4 * a[key].numel() for key in ("part_down", "part_up", "part_bias") if a[key] is not None)
+        return Estimate(parts, parts, 0, 0, launch.programs, per_sm)
+    size = (a["weight"]).element_size()
+    x, y = n * a["H"] * a["W"] * v["C"] * size, n * a["P"] * a["Q"] * v["O"] * size
+    if name == "lora_conv2d_taps":
+        pixels = v["BH"] * v["BW"]
+        inner = ceil_div(v["C"], v["BC"])
+        flops, shared, l2 = _patches(v, size, pixels, launch.programs, inner, True, v["RANK"] > 0)
+        return Estimate(x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops, launch.programs, per_sm)
+    if name == "lora_conv2d_rows":
+        flops, shared, l2 = _strips(v, size, launch.programs, a["ROWS"], v["K"], v["BC"], v["BO"])
+        return Estimate(x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops, launch.programs, per_sm)
+    t = n * a["P"] * a["Q"] * v["R"] * size if v["RANK"] else 0
+    if name == "output_side":
+        pixels, blocks = v["BH"] * v["BW"], ceil_div(v["O"], v["BO"])
+        tiles, inner = n * a["patches"], ceil_div(v["C"], v["BC"])
+        active = v["ACT"] is not None
+        flops, shared, l2 = _patches(v, size, pixels, tiles * blocks, inner, active, False) if active else (0, 0, 0)
+        if v["RANK"]:
+            f, s, b = _patches(v, size, pixels, tiles, inner, False, True)
+            small = _product(pixels, v["BO"], v["R"], size), _product(v["BO"], pixels, v["R"], size)
+            flops += f + tiles * blocks * (small[0][0] + small[1][0])
+            shared += s + tiles * blocks * (small[0][1] + small[1][1])
+            l2 += b
+        return Estimate(x + y * (1 + active) + t, l2 + y, shared, flops, launch.programs, per_sm)
+    # input_side: both roles
+    if v["STRIPS"]:
+        flops, shared, l2 = _strips(v, size, a["image_programs"], a["ROWS"], v["KH"], v["BO"], v["BC"])
+    else:
+        swapped = v | {"BC": v["BO"], "BO": v["BC"]}
+        phases = v["SH"] * v["SW"]
+        pixels, inner = v["BH"] * v["BW"], ceil_div(v["O"], v["BO"])
+        flops, shared, l2 = _patches(swapped, size, pixels, a["image_programs"], inner, True, False)
+        if v["RANK"]:
+            f, s, b = _patches(swapped | {"BC": v["R"]}, size, pixels, a["image_programs"], 1, True, False)
+            flops, shared, l2 = flops + f, shared + s, l2 + b
+        flops, shared, l2 = flops / phases, shared / phases, l2 / phases
+    pixels = v["FH"] * v["FW"]
+    cells = (launch.programs - a["image_programs"]) // max(1, n * a["splits"])
+    tiles = n * a["factor_patches"] * cells
+    f, s = _product(v["G"] * v["FR"], pixels, v["FC"], size)
+    l2 += tiles * pixels * (v["FC"] + v["G"] * v["FR"]) * size
+    source = t or y
+    return Estimate(x * 2 + y + source * (1 if v["RANK"] else 0), l2, shared + tiles * s, flops + tiles * f,
+                    launch.programs, per_sm)  # fmt: skip
+
+
+def main() -> None:
+    from lorun_fast.kernels import check
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compiled", type=Path, help="rows of check.py --json, instead of compiling again")
+    args = parser.parse_args()
+    rows = json.loads(args.compiled.read_text()) if args.compiled else []
+    compiled = {(row["case"], row["kernel"]): row["per_sm"] for row in rows if row["arch"] == 90}
+    print("| layer, bf16 | launch | programs per SM, waves | memory | L2 | shared | tensor | predicted us | measured |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for batch in (1, 16):
+        for channels in (28, 32, 64, 128, 256):
+            for backward in (False, True):
+                problem = check.Problem(channels, batch=batch, backward=backward)
+                for index, one in enumerate(check.launches(problem, 90)):
+                    kernel = one.kernel.fn.__name__
+                    per_sm = compiled.get((problem.name, kernel)) or check.inspect(problem, index, 90).per_sm
+                    e = estimate(one, batch, per_sm)
+                    limits = " | ".join(f"{1e6 * t:.1f}" for t in e.limits.values())
+                    print(
+                        f"| {batch}x{channels}x256x256 | {kernel} | {e.per_sm}, {e.waves:.2f} | {limits} "
+                        f"| **{1e6 * e.seconds:.0f}** ({e.limit}) | not measured |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The merge kernel: every layer and stage in one launch, against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels_help import DEVICE, assert_as_good_as_torch, channels_last, needs_triton
+
+from lorun_fast import adapters
+from lorun_fast.reference import lora as reference
+
+needs_triton()
+
+from lorun_fast.kernels import lora_merge  # noqa: E402
+
+
+def _layers(dtype):
+    shapes = [
+        ((7, 5, 3, 3), "peft", False),
+        ((6, 4, 3, 3), "loralib", True),
+        ((40, 33), "peft", False),
+        ((5, 6, 1, 2), "peft", True),
+    ]
+    weights, downs, ups = [], [], []
+    for shape, form, last in shapes:
+        weight = torch.randn(shape).to(DEVICE, dtype)
+        weights.append(channels_last(weight) if last else weight)
+        for factors, s in zip((downs, ups), adapters.factor_shapes(shape, 3, form), strict=True):
+            factors.append(torch.randn(2, *s, device=DEVICE))
+    return weights, downs, ups
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_layers_and_stages_in_one_launch(dtype, monkeypatch):
+    scales, flat = [0.5, 1.0, 2.0, 0.3], [False] * 4
+    launched = []
+    run = lora_merge.Launch.run
+    monkeypatch.setattr(lora_merge.Launch, "run", lambda self: (launched.append(self), run(self)))
+    weights, downs, ups = _layers(dtype)
+    outs = [reference.empty_merged(w, 2, dtype, None).fill_(torch.nan) for w in weights]
+    lora_merge.forward(weights, downs, ups, scales, outs)
+    assert len(launched) == 1
+    wide = [[t.double() for t in ts] for ts in (weights, downs, ups)]
+    truth = reference.lora_merge(*wide, scales, flat)
+    own = reference.lora_merge(weights, downs, ups, scales, flat)
+    assert_as_good_as_torch(outs, own, truth)
+
+
+def test_new_values_at_the_same_addresses_are_seen():
+    """The table of addresses is kept; the values behind it are read every time."""
+    weights, downs, ups = _layers(torch.float32)
+    outs = [reference.empty_merged(weights[2], 2, torch.float32, None)]
+    layer = (weights[2:3], downs[2:3], ups[2:3], [1.0], outs)
+    lora_merge.forward(*layer)
+    weights[2].zero_()
+    ups[2].zero_()
+    lora_merge.forward(*layer)
+    assert (outs[0] == 0).all()
