@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     with progress.bar(len(paths) * len(blur) * len(args.scale), "evaluating") as bar:
         for scale in args.scale:
             for i, kernel in blur.items():
-                rows.append(_one_kernel(args, how, model, pixels, names, scale, i, kernel, bar))
+                rows.append(_one_kernel(args, how, model, pixels, names, scale, i, kernel, bar, not rows))
     report = {
         **reports.network(model),
         "protocol": args.protocol,
@@ -129,13 +129,12 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     return 0
 
 
-def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar) -> dict:
+def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar, warm_up) -> dict:
     """The scores of all images for one kernel and scale."""
     op = BlurDownsample(torch.from_numpy(kernel), scale).to(how.device)
     originals = [protocol.original(image, scale) for image in pixels]
     scores: list[dict] = [{} for _ in pixels]
     seconds = []
-    warm = False
     for members in restoring.batches([x.shape for x in originals], how.batch):
         y = np.stack(
             [
@@ -145,9 +144,9 @@ def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar) -> d
                 for i in members
             ]
         )
-        if not warm:
-            restoring.restore(model.net, y[:1], None, how, op=op, sigma=args.noise)
-            warm = True
+        if warm_up:
+            warm_up = False
+            pictures.restore(model.net, y[:1], None, how, op=op, sigma=args.noise)
         x, elapsed = pictures.restore(model.net, y, None, how, op=op, sigma=args.noise)
         with torch.inference_mode():
             start = op.initial(torch.from_numpy(y).to(how.device)).cpu().numpy()
