@@ -100,6 +100,11 @@ def test_random_shapes_against_the_reference(poisoned, n, b, m, height, width, l
             reference.block_cs_adjoint(low.double(), pd, b, height, width),
         ),
         (OPS.block_cs_step(x, y, phi, rho, b), reference.block_cs_step(xd, yd, pd, rd, b)),
+        *zip(
+            OPS.block_cs_step_residual(x, y, phi, rho, b),
+            reference.block_cs_step_residual(xd, yd, pd, rd, b),
+            strict=True,
+        ),
         (OPS.block_cs_grad_phi(x, y, b), reference.block_cs_grad_phi(xd, yd, b)),
     ]
     for got, want in pairs:
@@ -154,8 +159,18 @@ def test_gradients(scalar_rho):
     def step(x, y, phi, rho):
         return block_cs_step(x, y, phi, rho, block_size=3)
 
-    assert torch.autograd.gradcheck(step, leaves)
+    for f in (
+        step,
+        lambda x, y, phi, rho: OPS.block_cs_step(x, y, phi, rho.reshape(-1, 1) if rho.ndim else rho.view(1), 3),
+        lambda x, y, phi, rho: OPS.block_cs_step_residual(
+            x, y, phi, rho.reshape(-1, 1) if rho.ndim else rho.view(1), 3
+        ),
+    ):
+        assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(step, leaves)
+    fixed = leaves[2].detach()
+    assert torch.autograd.gradcheck(lambda x, y, rho: step(x, y, fixed, rho), (leaves[0], leaves[1], leaves[3]))
+    assert torch.autograd.gradcheck(lambda x, y: step(x, y, fixed, 0.7), leaves[:2])
     assert torch.autograd.gradcheck(lambda x, phi: block_cs(x, phi, block_size=3), (leaves[0], leaves[2]))
     assert torch.autograd.gradcheck(lambda y, p: block_cs_adjoint(y, p, block_size=3, size=(4, 5)), leaves[1:3])
 
@@ -174,6 +189,7 @@ def test_opcheck(layout, dtype):
     torch.library.opcheck(OPS.block_cs.default, (leaves[0], leaves[2], 4))
     torch.library.opcheck(OPS.block_cs_adjoint.default, (leaves[1], leaves[2], 4, 7, 9))
     torch.library.opcheck(OPS.block_cs_step.default, (*leaves, 4))
+    torch.library.opcheck(OPS.block_cs_step_residual.default, (*leaves, 4))
     torch.library.opcheck(OPS.block_cs_grad_phi.default, (leaves[0], leaves[1], 4))
     for op, arguments in (
         (OPS.block_cs, (x, phi, 4)),

@@ -20,7 +20,7 @@ from lorun_fast.reference import cassi as cassi_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPS = {
-    "block_cs": ("block_cs", "block_cs_adjoint", "block_cs_step", "block_cs_grad_phi"),
+    "block_cs": ("block_cs", "block_cs_adjoint", "block_cs_step", "block_cs_step_residual", "block_cs_grad_phi"),
     "blur_downsample": tuple(
         f"blur_downsample{suffix}" for suffix in ("", "_adjoint", "_descend", "_step", "_grad_kernel")
     ),
@@ -258,6 +258,9 @@ def check_block_cs(kernels, n, block, m, height, width, dtype, layout=lambda t: 
     for r in (rho, rho.new_full((1,), 0.7)):
         want = block_reference.block_cs_step(x64, y64, p64, r.double(), block)
         close(kernels("block_cs_step", x, y, phi, r, block), want, 4 * terms)
+    wants = block_reference.block_cs_step_residual(x64, y64, p64, r.double(), block)
+    for got, want in zip(kernels("block_cs_step_residual", x, y, phi, r, block), wants, strict=True):
+        close(got, want, 4 * terms)
     want = block_reference.block_cs_grad_phi(x64, y64, block)
     close(kernels("block_cs_grad_phi", x, y, block), want, terms * (1 + n * rows * cols))
 

@@ -10,6 +10,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include <algorithm>
 
 #include "block_cs/checks.h"
@@ -243,7 +245,9 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
   return x;
 }
 
-Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+// z, and in `residual`, unless null, Phi x - y.
+Tensor step_of(const Tensor& x, const Tensor& y, const Tensor& phi, const Tensor& rho, int64_t block_size,
+               const Tensor* residual) {
   const Grid grid = grid_of(x, block_size);
   check_step(x, y, phi, rho, grid);
   const int64_t m = phi.size(0), each = grid.per_sample();
@@ -252,20 +256,34 @@ Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const W* phis = dense_phi.const_data_ptr<W>();
+    const W *const phis = dense_phi.const_data_ptr<W>(), *const ys = dense_y.const_data_ptr<W>();
+    W* const kept = residual != nullptr ? residual->mutable_data_ptr<W>() : nullptr;
     for_each_batch<W, const W>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
-      locate<const W, W>(dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, m,
-                         first, blocks, work.beside);
+      locate<const W, W>(ys, dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, m, first, blocks,
+                         work.beside);
       measure_all(work, phis, blocks, [&](int64_t b, int64_t k, W value) LORUN_INLINE {
         const auto& at = work.beside[b];
-        work.tiles[work.tile_index(b, m, k)] = at.rho * (at.y[k * each] - value);
+        const W* const measured = at.y + k * each;
+        if (kept != nullptr) {
+          kept[measured - ys] = value - *measured;
+        }
+        work.tiles[work.tile_index(b, m, k)] = at.rho * (*measured - value);
       });
       spread_all(work, work.block_slices(blocks), phis, m, grid.pixels(), true, work.packed);
       unpack<T>(work.packed, grid, first, blocks, z.mutable_data_ptr<T>());
     });
   });
   return z;
+}
+
+Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+  return step_of(x, y, phi, rho, block_size, nullptr);
+}
+
+std::tuple<Tensor, Tensor> step_residual(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+  const Tensor residual = empty_residual(y);
+  return {step_of(x, y, phi, rho, block_size, &residual), residual};
 }
 
 Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
@@ -307,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("block_cs", TORCH_BOX(&forward));
   m.impl("block_cs_adjoint", TORCH_BOX(&adjoint));
   m.impl("block_cs_step", TORCH_BOX(&step));
+  m.impl("block_cs_step_residual", TORCH_BOX(&step_residual));
   m.impl("block_cs_grad_phi", TORCH_BOX(&grad_phi));
 }
 

@@ -12,6 +12,8 @@
 #include <mma.h>
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "block_cs/block_cs.h"
 #include "block_cs/checks.h"
 #include "common/cuda.cuh"
@@ -161,9 +163,9 @@ struct StoreMeasurement {  // rows: measurements, columns: blocks
 };
 
 template <class W>
-struct StoreResidual {  // rows: measurements, columns: blocks; r = rho (y - value)
+struct StoreResidual {  // rows: measurements, columns: blocks; r = rho (y - value), kept = value - y unless null
   const W *y, *rho;
-  W* r;
+  W *r, *kept;
   int64_t m, each, rho_by_sample;
   struct Column {
     int64_t offset;
@@ -178,6 +180,9 @@ struct StoreResidual {  // rows: measurements, columns: blocks; r = rho (y - val
   __device__ void store(int64_t row, const Column& col, W value) const {
     const int64_t i = row + col.offset;
     r[i] = col.rho * (y[i] - value);
+    if (kept != nullptr) {
+      kept[i] = value - y[i];
+    }
   }
 };
 
@@ -473,7 +478,9 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
   return x;
 }
 
-Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+// z, and in `kept`, unless null, Phi x - y.
+Tensor step_of(const Tensor& x, const Tensor& y, const Tensor& phi, const Tensor& rho, int64_t block_size,
+               const Tensor* kept) {
   const Grid grid = grid_of(x, block_size);
   check_step(x, y, phi, rho, grid);
   const int64_t m = phi.size(0), each = grid.per_sample();
@@ -485,14 +492,25 @@ Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
     const W* phis = dense_phi.const_data_ptr<W>();
-    product<T>(device, PhiRows<W>{phis, grid.pixels()}, ImageBlocks<T>{image_of<T>(x, grid)},
-               StoreResidual<W>{dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(),
-                                residual.mutable_data_ptr<W>(), m, each, rho.dim() == 1 ? 0 : 1},
-               m, grid.blocks(), grid.pixels());
+    product<T>(
+        device, PhiRows<W>{phis, grid.pixels()}, ImageBlocks<T>{image_of<T>(x, grid)},
+        StoreResidual<W>{dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(), residual.mutable_data_ptr<W>(),
+                         kept != nullptr ? kept->mutable_data_ptr<W>() : nullptr, m, each, rho.dim() == 1 ? 0 : 1},
+        m, grid.blocks(), grid.pixels());
     product<T>(device, MeasurementBlocks<W>{residual.const_data_ptr<W>(), m, each}, PhiColumns<W>{phis, grid.pixels()},
                StoreImage<T, true>{image_of<T>(x, grid), z.mutable_data_ptr<T>()}, grid.blocks(), grid.pixels(), m);
   });
   return z;
+}
+
+Tensor step(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+  return step_of(x, y, phi, rho, block_size, nullptr);
+}
+
+std::tuple<Tensor, Tensor> step_residual(Tensor x, Tensor y, Tensor phi, Tensor rho, int64_t block_size) {
+  const OnDeviceOf device(x);
+  const Tensor residual = empty_residual(y);
+  return {step_of(x, y, phi, rho, block_size, &residual), residual};
 }
 
 Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
@@ -518,6 +536,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CUDA, m) {
   m.impl("block_cs", TORCH_BOX(&forward));
   m.impl("block_cs_adjoint", TORCH_BOX(&adjoint));
   m.impl("block_cs_step", TORCH_BOX(&step));
+  m.impl("block_cs_step_residual", TORCH_BOX(&step_residual));
   m.impl("block_cs_grad_phi", TORCH_BOX(&grad_phi));
 }
 

@@ -38,4 +38,9 @@ inline void check_step(const Tensor& x, const Tensor& y, const Tensor& phi, cons
   check_step_size(rho, grid.samples, 1, wide_type(x.scalar_type()));
 }
 
+inline Tensor empty_residual(const Tensor& y) {
+  STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
+  return empty_beside(y, {y.size(0), y.size(1), y.size(2), y.size(3)}, y.scalar_type());
+}
+
 }  // namespace lorun::block_cs

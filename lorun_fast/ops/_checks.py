@@ -52,6 +52,8 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
         rho = rho.to(dtype)
     if rho.ndim == 0:
         return rho.view(1)
+    if rho.ndim == 1 and rho.shape[0] == 1:
+        return rho
     n, c = x.shape[0], x.shape[1]
     want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
     if rho.ndim > 4 or any(s != 1 for s in rho.shape[max(rho.ndim - 2, 0) :]):

@@ -96,6 +96,10 @@ def _fake_step(x, y, phi, rho, block_size):
     return x.new_empty(x.shape)
 
 
+def _fake_step_residual(x, y, phi, rho, block_size):
+    return x.new_empty(x.shape), phi.new_empty(y.shape)
+
+
 def _fake_grad_phi(x, y, block_size):
     return y.new_empty((y.shape[1], block_size * block_size))
 
@@ -138,27 +142,61 @@ def _setup_step(ctx, inputs, output):
 
 
 def _backward_step(ctx, grad):
+    # Where phi or rho learns, block_cs_step keeps the residual; here it is computed once more.
+    x, y, phi, rho, b = *ctx.saved_tensors, ctx.block_size
+    _, _, need_phi, need_rho, _ = ctx.needs_input_grad
+    residual = _forward(x.to(phi.dtype), phi, b) - y if need_phi or need_rho else None
+    return _gradients(ctx, grad, x, phi, rho, residual)
+
+
+def _setup_step_residual(ctx, inputs, output):
+    x, _, phi, rho, ctx.block_size = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, phi, rho, output[1])
+    ctx.size, ctx.x_dtype = x.shape[2:], x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward_step_residual(ctx, grad, grad_residual):
+    x, phi, rho, residual = ctx.saved_tensors
+    need_x, need_y, need_phi = ctx.needs_input_grad[:3]
+    found = [None] * 5
+    if grad is not None:
+        found = list(_gradients(ctx, grad, x, phi, rho, residual))
+    if grad_residual is not None:
+        b, size = ctx.block_size, ctx.size
+        parts = (
+            _adjoint(grad_residual, phi, b, *size).to(ctx.x_dtype) if need_x else None,
+            -grad_residual if need_y else None,
+            _grad_phi(x, grad_residual, b) if need_phi else None,
+        )
+        for i, part in enumerate(parts):
+            if part is not None:
+                found[i] = part if found[i] is None else found[i] + part
+    return tuple(found)
+
+
+def _gradients(ctx, grad, x, phi, rho, residual):
     # z = x - rho Phi^T (Phi x - y). With q = Phi g and r = Phi x - y:
     #   dx = g - rho Phi^T q,  dy = rho q,  drho = -<q, r>,  dPhi = -(rho q) x^T - (rho r) g^T.
-    x, y, phi, rho, b = *ctx.saved_tensors, ctx.block_size
+    # dx is the step again, with y = 0, and q the residual of that step.
     need_x, need_y, need_phi, need_rho, _ = ctx.needs_input_grad
-    wide = grad.to(phi.dtype)
+    b, per_sample = ctx.block_size, per_channel(rho)
     grad_x = grad_y = grad_phi = grad_rho = None
-    per_sample = per_channel(rho)
+    zero = phi.new_zeros((grad.shape[0], phi.shape[0], *_grid(grad.shape[2], grad.shape[3], b)))
     if need_y or need_phi or need_rho:
-        q = _forward(wide, phi, b)
-        if need_x:  # with q at hand, one product less than the step
-            grad_x = (wide - per_sample * _adjoint(q, phi, b, x.shape[2], x.shape[3])).to(x.dtype)
+        if need_x:
+            grad_x, q = _step_residual(grad, zero, phi, rho, b)
+        else:
+            q = _forward(grad.to(phi.dtype), phi, b)
         if need_y:
             grad_y = per_sample * q
-        if need_phi or need_rho:
-            r = _forward(x.to(phi.dtype), phi, b) - y
         if need_rho:
-            grad_rho = sum_to_step(-(q * r).sum((1, 2, 3)).reshape(-1, 1), rho)
+            grad_rho = sum_to_step(-(q * residual).sum((1, 2, 3)).reshape(-1, 1), rho)
         if need_phi:
-            grad_phi = -_grad_phi(x, per_sample * q, b) - _grad_phi(wide, per_sample * r, b)
+            wide = grad.to(phi.dtype)
+            grad_phi = -_grad_phi(x, per_sample * q, b) - _grad_phi(wide, per_sample * residual, b)
     elif need_x:
-        grad_x = _step(grad, torch.zeros_like(y), phi, rho, b)
+        grad_x = _step(grad, zero, phi, rho, b)
     return grad_x, grad_y, grad_phi, grad_rho, None
 
 
@@ -201,6 +239,14 @@ _step = define(
     setup_context=_setup_step,
     direct=True,
 )
+_step_residual = define(
+    "block_cs_step_residual(Tensor x, Tensor y, Tensor phi, Tensor rho, int block_size) -> (Tensor, Tensor)",
+    reference=reference.block_cs_step_residual,
+    fake=_fake_step_residual,
+    backward=_backward_step_residual,
+    setup_context=_setup_step_residual,
+    direct=True,
+)
 _grad_phi = define(
     "block_cs_grad_phi(Tensor x, Tensor y, int block_size) -> Tensor",
     reference=reference.block_cs_grad_phi,
@@ -241,4 +287,7 @@ def block_cs_step(x: Tensor, y: Tensor, phi: Tensor, rho: float | Tensor, *, blo
     Differentiable in x, y, phi and rho.
     """
     _check_step(x, y, phi, block_size)
-    return _step(x, as_dtype(y, phi.dtype), phi, step_size(rho, x), block_size)
+    y, rho = as_dtype(y, phi.dtype), step_size(rho, x)
+    if (phi.requires_grad or rho.requires_grad) and torch.is_grad_enabled():
+        return _step_residual(x, y, phi, rho, block_size)[0]
+    return _step(x, y, phi, rho, block_size)

@@ -50,6 +50,12 @@ def block_cs_step(x: Tensor, y: Tensor, phi: Tensor, rho: Tensor, block_size: in
     return (wide - per_channel(rho) * gradient).to(x.dtype)
 
 
+def block_cs_step_residual(x: Tensor, y: Tensor, phi: Tensor, rho: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The step, and the residual Phi x - y in phi's dtype."""
+    residual = (block_cs(x.to(phi.dtype), phi, block_size) - y).contiguous()
+    return block_cs_step(x, y, phi, rho, block_size), residual
+
+
 def block_cs_grad_phi(x: Tensor, y: Tensor, block_size: int) -> Tensor:
     """Sum over samples and blocks of y_block (outer) x_block: the gradient of <Phi x, y> for Phi, (m, B*B)."""
     blocks = to_blocks(x.to(y.dtype), block_size).flatten(0, 2)

@@ -45,6 +45,8 @@ def _compile(library: Path, torch_dir: Path) -> None:
     if compiler is None:
         raise RuntimeError(f"the CUDA kernels run on the CPU only where a C++20 compiler is: {detail}")
     library.parent.mkdir(parents=True, exist_ok=True)
+    for old in library.parent.glob("*.so"):
+        old.unlink()
     include = [part for path in recipe.torch_include_dirs(torch_dir) for part in ("-isystem", path)]
     define = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={recipe.target_macro()}"]
     command = [*compiler.split(), *FLAGS, *define, f"-I{HERE}", f"-I{recipe.CSRC}", *include]
