@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorun_fast as lf
+from benchmarks.harness import optional
 from benchmarks.harness.registry import (
     FORWARD,
     LIMIT,
@@ -145,7 +147,7 @@ WIDE, SMALL = (32, 64, 96, 128), (8, 16)
         ),
         *(
             size(
-                f"{n}x1x128x128", dtypes=("bf16",), modes=(FORWARD,), regimes=(WARM,), devices=("cpu",),
+                f"{n}x1x128x128", dtypes=("fp32", "bf16"), modes=(FORWARD,), regimes=(WARM,), devices=("cpu",),
                 n=n, px=128, channels=WIDE, stages=9,
             )
             for n in (1, 2, 4, 8)
@@ -222,12 +224,8 @@ def _(p: Problem):
 @inference.contender("lorun_fast, optimize()", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     """Whatever the library does on its own for this device."""
-    net = _lorun(p).eval()
-    if not hasattr(net, "optimize"):
-        raise Unavailable("not in this version")
-    best = net.optimize()
-    best = net if best is None else best
-    return lambda: best(p.y)
+    best = _lorun(p).optimize()
+    return _autocast(p, lambda: best(p.y))
 
 
 @inference.contender("lorun_fast, not merged", kind=OURS, ops=("block_cs_step",))
@@ -294,6 +292,41 @@ def _with_layers(p: Problem, kind: type[StagedLayer]) -> Run:
 @inference.contender("PEFT-style layers", compiled=True, graphed=True)
 def _(p: Problem):
     return _with_layers(p, AdapterBranch)
+
+
+@inference.contender("PEFT")
+def _(p: Problem):
+    """The peft package's own layers, one adapter a stage; it has none for transposed convolutions."""
+    peft = optional.package("peft")
+    denoiser = copy.deepcopy(p.base.denoiser)
+    branches = []
+    for name in filter(p.base.transposed, p.base.layers):
+        branches.append(AdapterBranch(denoiser.get_submodule(name), p.inputs[f"down.{name}"], p.inputs[f"up.{name}"]))
+        denoiser.set_submodule(name, branches[-1])
+        branches[-1].split()
+    names = [name for name in p.base.layers if not p.base.transposed(name)]
+    ranks = {name: p.inputs[f"up.{name}"].shape[-1] for name in names}
+    # "^" and "$": PEFT reads the keys as patterns, and "up" would fit others too.
+    pattern = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=names, rank_pattern=pattern, alpha_pattern=pattern)
+    model = peft.get_peft_model(denoiser, config, adapter_name="stage0", autocast_adapter_dtype=False)
+    for k in range(1, p.base.stages):
+        model.add_adapter(f"stage{k}", config)
+    model.to(p.device).eval()
+    with torch.no_grad():
+        for name in names:
+            layer = model.base_model.model.get_submodule(name)
+            for k in range(p.base.stages):
+                layer.lora_A[f"stage{k}"].weight.copy_(p.inputs[f"down.{name}"][k])
+                layer.lora_B[f"stage{k}"].weight.copy_(p.inputs[f"up.{name}"][k][:, :, None, None])
+
+    def denoise(z: Tensor, k: int) -> Tensor:
+        model.base_model.set_adapter(f"stage{k}")
+        for branch in branches:
+            branch.stage = k
+        return model(z)
+
+    return _autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, denoise))
 
 
 @training.contender("loralib-style layers")

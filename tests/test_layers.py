@@ -110,6 +110,17 @@ def test_what_drops_merged_weights(invalidate):
     assert not layer.merged
 
 
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_conversion_to_channels_last_reaches_the_merged_weights(form):
+    layer, x = randomise(lf.LoRAConv2d(4, 6, 3, padding=1, stages=2, rank=2, form=form)), torch.randn(2, 4, 7, 9)
+    expected = layer(x, 1)
+    layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x, 1), expected)
+    layer.merge()
+    assert layer.stage_weight(1).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x, 1), expected)
+
+
 def test_merged_weights_stay_out_of_the_state_dict():
     layer = lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)
     layer.merge()

@@ -114,6 +114,20 @@ def test_checkpointing_changes_no_gradient(x):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+def test_recomputing_some_stages_keeps_less_and_changes_no_gradient(x):
+    held, grads = {}, {}
+    for recomputed in (0, 2, True):
+        net, saved = trained(checkpoint=recomputed), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = net(net.op(x), size=SIZE).square().mean()
+            held[recomputed] = sum(saved)
+        loss.backward()
+        grads[recomputed] = [p.grad for p in net.parameters() if p.requires_grad]
+    assert held[True] < held[2] < held[0]
+    for recomputed in (2, True):
+        assert all(torch.equal(a, b) for a, b in zip(grads[recomputed], grads[0], strict=True))
+
+
 def test_gradients_reach_every_stage_step_size_and_phi(x):
     net = trained()
     net(net.op(x), size=SIZE).square().mean().backward()
@@ -188,6 +202,11 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
         (lambda: lf.LoRun("phi", lf.ResUNet()), TypeError, "op: expected a SensingOperator, got str"),
         (lambda: tiny("half"), ValueError, "sharing: expected one of lora, tied, untied"),
         (lambda: tiny(stages=0), ValueError, "stages: expected at least 1"),
+        (
+            lambda: tiny(checkpoint=4),
+            ValueError,
+            "checkpoint: expected True, False or a number of stages up to 3, got 4",
+        ),
         (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
     ],

@@ -171,6 +171,34 @@ def test_compile_without_graph_breaks_over_nine_stages(graph_counter):
     assert graph_counter.graphs <= 2
 
 
+def test_merged_stages_are_plain_aten_and_no_size_compiles_again_for_ever(graph_counter):
+    """Two graphs over nine stages; torch makes some more until sizes are symbols, and then none."""
+    staged = lf.adapt(lf.ResUNet(channels=(4,), blocks=1), stages=9)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+    staged.merge()
+    ours = []
+
+    def backend(graph, example_inputs):
+        ours.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "lorun" in str(n.target))
+        return graph_counter(graph, example_inputs)
+
+    compiled = torch.compile(staged, fullgraph=True, backend=backend)
+
+    def check(*sizes):
+        for n, height, width in sizes:
+            z = torch.randn(n, 1, height, width)
+            for k in range(9):
+                torch.testing.assert_close(compiled(z, stage=k), staged(z, stage=k))
+        return graph_counter.graphs
+
+    with torch.no_grad():
+        assert check((2, 8, 8)) == 2
+        settled = check((3, 8, 8), (2, 12, 16))
+        assert check((4, 8, 8), (5, 20, 12), (2, 16, 24)) == settled <= 6
+    assert ours == []
+
+
 def test_compile_with_one_stage_per_sample(graph_counter):
     staged = staged_foreign(stages=9)
     compiled = torch.compile(staged, fullgraph=True, backend=graph_counter)
