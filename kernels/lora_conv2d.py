@@ -40,7 +40,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import activate, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry, base_layout, factor_layout, nhwc, stage_arguments
-from lorun_fast.kernels._launch import Launch, can_describe, ceil_div, next_power, register_options
+from lorun_fast.kernels._launch import Launch, can_describe, ceil_div, next_power
 
 
 @triton.jit
@@ -357,8 +357,7 @@ def launch(
         args |= {"patches": across * down, "across": across}
         constants |= {"KH": g.kernel[0], "KW": g.kernel[1], "SH": g.stride[0], "SW": g.stride[1], "BH": tile.bh}
         programs = g.n * across * down * ceil_div(g.o, tile.bo)
-        options = register_options(a.x.dtype)
-        return Launch(lora_conv2d_taps, programs, args, constants, tile.warps, tile.stages, options)
+        return Launch(lora_conv2d_taps, programs, args, constants, tile.warps, tile.stages)
     strips = ceil_div(g.q, tile.bw)
     per_residue = ceil_div(g.p, g.dilation[0])
     rows = rows_per_program(per_residue, g.n * strips * g.dilation[0], tile.rows)
