@@ -207,7 +207,7 @@ def inspect(problem: Problem, index: int, arch: int) -> Report:
     kernel = one.kernel.fn.__name__
     report = Report(problem.name, kernel, arch, one.warps, one.programs)
     try:
-        options = {"num_warps": one.warps, "num_stages": one.stages}
+        options = {"num_warps": one.warps, "num_stages": one.stages} | one.options
         compiled = triton.compile(one.source(), target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
         report.wrong = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"

@@ -35,7 +35,7 @@ from torch import Tensor
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry
-from lorun_fast.kernels._launch import Launch, ceil_div, next_power
+from lorun_fast.kernels._launch import Launch, ceil_div, next_power, register_options
 from lorun_fast.kernels.lora_conv2d import (
     Operands,
     accumulate_taps,
@@ -410,7 +410,8 @@ def plan(
             "XP": x.stride(2), "DYP": dy.stride(2), "ACT": activation, "BIAS": a.bias is not None, "BH": one.bh,
             "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
         }  # fmt: skip
-        launches.append(Launch(output_side, g.n * up_splits, args, constants, one.warps, one.stages))
+        options = register_options(x.dtype)
+        launches.append(Launch(output_side, g.n * up_splits, args, constants, one.warps, one.stages, options))
 
     dx = part_down = None
     down_splits = 1
@@ -461,7 +462,15 @@ def plan(
             "MERGE": merge_precision(a.down, x.dtype),
         }  # fmt: skip
         launches.append(
-            Launch(input_side, image_programs + factor_programs, args, constants, image.warps, image.stages)
+            Launch(
+                input_side,
+                image_programs + factor_programs,
+                args,
+                constants,
+                image.warps,
+                image.stages,
+                register_options(x.dtype),
+            )
         )
 
     d_down = d_up = d_bias = None

@@ -134,7 +134,8 @@ def estimate(launch: Launch, n: int, per_sm: int) -> Estimate:
     cells = (launch.programs - a["image_programs"]) // max(1, n * a["splits"])
     tiles = n * a["factor_patches"] * cells
     f, s = _product(v["G"] * v["FR"], pixels, v["FC"], size)
-    l2 += tiles * pixels * (v["FC"] + v["G"] * v["FR"]) * size
+    shifted = n * a["factor_patches"] * ceil_div(v["C"], v["FC"]) * pixels * v["KH"] * v["KW"] * v["FR"]
+    l2 += (tiles * pixels * v["FC"] + shifted) * size
     source = t or y
     return Estimate(x * 2 + y + source * (1 if v["RANK"] else 0), l2, shared + tiles * s, flops + tiles * f,
                     launch.programs, per_sm)  # fmt: skip
