@@ -1,6 +1,6 @@
 """A network compiled ahead of time: torch.export and AOTInductor here, run from a fresh process.
 
-    python examples/export_and_run.py                    # a tiny network, half a minute
+    python examples/export_and_run.py                    # a tiny network, some seconds
     python examples/export_and_run.py --model cs-25 --size 256
 
 The package holds plain convolutions with merged weights and the sensing operator's ops; the process that runs it
@@ -20,6 +20,8 @@ from torch import nn
 
 import lorun_fast as lf
 
+# The code around the kernels calls them once a stage: compiling it fast matters more than running it fast.
+COMPILE = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
 RUN = """
 import sys
 import torch
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         package, data, out = (str(Path(folder) / name) for name in ("network.pt2", "y.pt", "x.pt"))
         program = torch.export.export(fast, (y,), {"size": size})
-        torch._inductor.aoti_compile_and_package(program, package_path=package)
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=COMPILE)
         torch.save(y, data)
         Path(data + ".size").write_text(" ".join(map(str, size)))
         subprocess.run([sys.executable, "-c", RUN, package, data, out], check=True)

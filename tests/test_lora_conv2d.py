@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import lorun_fast as lf
 from lorun_fast import _native, adapters
-from lorun_fast.ops import _backends
+from lorun_fast.ops import _backends, _lora_aten
 
 op = torch.ops.lorun_fast.lora_conv2d.default
 BACKENDS = [name for name, b in _backends.BACKENDS["lora_conv2d"].items() if "cpu" in b.devices]
@@ -137,6 +137,26 @@ def test_opcheck(form, stage):
     tensors = [t.requires_grad_(name in ("x", "down", "up")) for name, t in p.items()]
     tensors[0] = tensors[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     opcheck(op, (*tensors, stage, None, 0.5, [1, 2], [1, 1], [1, 1], 1, "relu", False, [0, 0]))
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": (0, 3), "dilation": (2, 1)}, {"padding": (4, 0)}])
+def test_gradients_of_large_channels_last_images_by_matrix_products(monkeypatch, form, geometry):
+    monkeypatch.setattr(_lora_aten, "_LARGE_IMAGE", 1)
+    monkeypatch.setattr(_lora_aten, "_UNFOLDED", 400)  # several pieces, the last one smaller
+    calls = []
+    products = _lora_aten._weight_gradient_by_products
+    monkeypatch.setattr(_lora_aten, "_weight_gradient_by_products", lambda *args: calls.append(1) or products(*args))
+    p = problem(form, n=2, stages=None, dtype=torch.float32)
+    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
+    leaves = {name: t.requires_grad_() for name, t in p.items() if name in ("x", "down", "up")}
+    y, expected = lf.functional.lora_conv2d(**p, **geometry), dense(**p, **geometry)
+    noise = torch.randn_like(y)
+    got = torch.autograd.grad((y * noise).sum(), leaves.values())
+    want = torch.autograd.grad((expected * noise).sum(), leaves.values())
+    assert len(calls) == 1
+    for name, a, b in zip(leaves, got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_opcheck_of_a_transposed_convolution():

@@ -81,16 +81,51 @@ def conv2d(
     return _finish(y, activation, residual)
 
 
-# On the CPU in fp32 the weight gradient of a channels_last convolution takes 2 to 2.5 times that of a contiguous one on
-# large images, copies included, and the same on small ones (32 and 64 channels; 256 against 12 to 96 pixels a side).
-_LARGE_IMAGE = 2**15
+# Channels innermost, fp32, on the CPU: oneDNN's weight gradient takes 2 to 4 times that of these products on images of
+# this many values and more (32 and 64 channels at 96 and 256 pixels a side), and about half on smaller ones.
+_LARGE_IMAGE = 2**18
+# Values of the unfolded gradient at a time, to stay in L2.
+_UNFOLDED = 2**18
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    large = x.shape[2] * x.shape[3] >= _LARGE_IMAGE
-    if large and x.device.type == "cpu" and x.dtype == torch.float32:
-        grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    """The gradient of conv(x, weight) for a weight of this shape."""
+    stride, padding, dilation, transposed, _, groups = geometry
+    products = (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x[0].numel() >= _LARGE_IMAGE
+        and is_channels_last(x)
+        and not transposed
+        and groups == 1
+        and all(s == 1 for s in stride)
+    )
+    if products:
+        return _weight_gradient_by_products(grad, x, weight.shape[2:], padding, dilation)
     return aten.convolution_backward(grad, x, weight, None, *geometry, [False, True, False])[1]
+
+
+def _weight_gradient_by_products(grad: Tensor, x: Tensor, kernel, padding, dilation) -> Tensor:
+    """Every pixel of x meets kh * kw shifted gradients: a matrix product over pixels, some rows at a time."""
+    (kh, kw), (n, out, _, _), (channels, height, width) = kernel, grad.shape, x.shape[1:]
+    above = dilation[0] * (kh - 1) - padding[0]
+    left = dilation[1] * (kw - 1) - padding[1]
+    padded = torch.nn.functional.pad(grad.permute(0, 2, 3, 1), (0, 0, left, left, above, above)).contiguous()
+    by_sample, by_row, by_column, _ = padded.stride()
+    # unfolded[n, h, w, p, q] = the gradient that tap (kh-1-p, kw-1-q) brings to x[n, h, w]
+    unfolded = padded.as_strided(
+        (n, height, width, kh, kw, out),
+        (by_sample, by_row, by_column, dilation[0] * by_row, dilation[1] * by_column, 1),
+    )
+    taps = kh * kw * out
+    rows = max(1, _UNFOLDED // (width * taps))
+    found = x.new_zeros(taps, channels)
+    pixels = x.permute(0, 2, 3, 1)
+    for i in range(n):
+        for top in range(0, height, rows):
+            some = slice(top, top + rows)
+            found.addmm_(unfolded[i, some].reshape(-1, taps).mT, pixels[i, some].reshape(-1, channels))
+    return found.view(kh, kw, out, channels).flip(0, 1).permute(2, 3, 0, 1)
 
 
 _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
@@ -99,7 +134,9 @@ _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
     """sum_nhw a[n, i, h, w] b[n, j, h, w], without a copy in either layout."""
     if is_channels_last(a):
-        return a.permute(0, 2, 3, 1).reshape(-1, a.shape[1]).mT @ b.permute(0, 2, 3, 1).reshape(-1, b.shape[1])
+        # A product per image row, r by out: one over all pixels takes twice as long, and out by r ten times.
+        narrow, wide = (t.permute(0, 2, 3, 1).flatten(0, 1) for t in (b, a))
+        return torch.bmm(narrow.mT, wide).sum(0).mT
     return torch.bmm(a.flatten(2), b.flatten(2).mT).sum(0)
 
 
@@ -117,7 +154,7 @@ def _conv2d_backward_one(
         narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
         if mask[3]:
             s = aten.convolution(grad, narrow_up.mT.contiguous()[:, :, None, None], None, *_POINTWISE)
-            grad_down = aten.convolution_backward(s, x, narrow_down, None, *geometry, [False, True, False])[1]
+            grad_down = _weight_gradient(s, x, narrow_down, geometry)
             found[3] = scale * grad_down.to(down.dtype)
             del s
         if mask[4]:
