@@ -138,7 +138,7 @@ kernels() {
     arch=$("$PYTHON" -c 'import torch
 from lorun_fast.kernels import configs
 print(configs.architecture(torch.device("cuda")))') || return 1
-    "$PYTHON" -m lorun_fast.kernels.check --arch "$arch" --jobs "$(nproc)"
+    "$PYTHON" -m lorun_fast.kernels.check --small --arch "$arch" --jobs "$(nproc)"
 }
 
 tests() {

@@ -1,6 +1,6 @@
 """Compiles every shipped configuration for GPUs that need not be here, and reports what the compiler made of it.
 
-    python -m lorun_fast.kernels.check [--arch 80 90 100] [--case PATTERN | --sample] [--jobs 2] [--json FILE]
+    python -m lorun_fast.kernels.check [--arch 80 90 100] [--case PATTERN | --sample] [--small] [--jobs 2] [--json FILE]
 
 Per kernel: registers, spilled bytes, shared memory, programs per multiprocessor, tensor-core and bulk-copy
 instructions. Exit status: 0 clean; 1 a kernel spills, does not fit, lacks tensor-core instructions where its products
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -82,6 +82,11 @@ def problems() -> Iterator[Problem]:
         yield Problem(64, dtype="float16", backward=backward)
     for dtype in ("bfloat16", "float32"):
         yield Problem(64, dtype=dtype, form="merge", factors="float32")
+
+
+def small(problem: Problem) -> Problem:
+    """The same tiles on an image that the tests on a GPU can compare in float64; compiling it fills Triton's cache."""
+    return replace(problem, px=80 if problem.px > 64 else 48, batch=3)
 
 
 # What the tests compile: every kernel, every architecture, each way of reading an image.
@@ -224,11 +229,11 @@ def _inspect(task: tuple[Problem, int, int]) -> Report:
     return inspect(*task)
 
 
-def tasks(archs, pattern: str | None = None) -> list[tuple[Problem, int, int]]:
+def tasks(archs, pattern: str | None = None, sized=lambda problem: problem) -> list[tuple[Problem, int, int]]:
     """Every (problem, launch, architecture) to compile; identical kernels appear once."""
     found, seen = [], set()
     for arch in archs:
-        for problem in problems():
+        for problem in map(sized, problems()):
             if pattern and not (pattern in problem.name or fnmatch.fnmatchcase(problem.name, pattern)):
                 continue
             for index, one in enumerate(launches(problem, arch)):
@@ -254,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--case", help="a part of a case's name, or a shell pattern")
     parser.add_argument("--sample", action="store_true", help="only what the tests compile")
+    parser.add_argument("--small", action="store_true", help="the image sizes of the tests on a GPU")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
@@ -266,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kernels check: {why}", file=sys.stderr)
         return 2
     reports = []
-    selected = tasks(args.arch, args.case)
+    selected = tasks(args.arch, args.case, small if args.small else lambda problem: problem)
     if args.sample:
         selected = [(problem, i, arch) for problem, arch in SAMPLE for i in range(len(launches(problem, arch)))]
     if not selected:

@@ -127,4 +127,6 @@ def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardT
     else:
         image = replace(image, bc=image.bo, bo=image.bc)
     group = 1 if rank == 0 or g.taps == 1 else 4 if rank <= 16 else 2
+    if group == 4 and g.taps == 9 and image.rows is not None and image.warps == 8 and arch == 90:
+        group = 16  # x once for all taps; narrower layers have too few warps to hold the sums
     return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs)
