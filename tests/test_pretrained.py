@@ -21,7 +21,7 @@ def photograph() -> torch.Tensor:
 
 
 def test_the_names_are_those_that_the_docs_promise():
-    assert pretrained_names() == ["cs-25", "sr"]
+    assert pretrained_names() == ["cassi", "cs-25", "sr"]
 
 
 @torch.no_grad()

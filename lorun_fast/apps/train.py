@@ -254,6 +254,7 @@ class Run:
         # The weights travel; the paths of the machine they were trained on do not.
         public = {k: v for k, v in self.settings.items() if k not in ("data", "init", "warm_start")}
         public["data"] = [folder.name for folder in self.args.data]
+        public |= {k: v.name for k, v in vars(self.args).items() if k in public and isinstance(v, Path)}
         facts = {k: summary[k] for k in ("seconds", "peak_memory_gib", "threads", "torch")}
         save(net, self.folder / "model.safetensors", notes={"training": {**facts, "settings": public}})
         _write(self.folder / "summary.json", json.dumps(summary, indent=1))
