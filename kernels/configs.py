@@ -29,6 +29,7 @@ class Tile:
     stages: int
     descriptors: bool = False
     rows: int | None = None
+    registers: int | None = None  # a bound for ptxas, which otherwise may spill to raise occupancy
 
 
 def architecture(device: torch.device) -> int:
@@ -118,6 +119,8 @@ def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardT
     small = wide or arch != 90 or g.c % 2
     bc = min(32 if arch == 80 else 64, _power(g.c))
     out = Tile(*(half if small else (bh, bw)), bc, min(64 if arch == 90 else 32, _power(g.o)), 8, 2, arch >= 90)
+    if arch == 100:
+        out = replace(out, registers=255)
     image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
     if image is None:
         bc = min(128, _power(g.c))

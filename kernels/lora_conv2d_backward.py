@@ -410,7 +410,7 @@ def plan(
             "XP": x.stride(2), "DYP": dy.stride(2), "ACT": activation, "BIAS": a.bias is not None, "BH": one.bh,
             "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
         }  # fmt: skip
-        options = register_options(x.dtype)
+        options = {"maxnreg": one.registers} if one.registers else register_options(x.dtype)
         launches.append(Launch(output_side, g.n * up_splits, args, constants, one.warps, one.stages, options))
 
     dx = part_down = None
