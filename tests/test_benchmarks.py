@@ -612,8 +612,8 @@ def test_every_environment_variable_is_in_the_table():
     used = set()
     for folder in ("lorun_fast", "csrc", "kernels", "benchmarks", ".ci"):
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and (path.suffix in (".py", ".sh") or folder == ".ci"):
-                used |= set(re.findall(r"(?:environ\S*?[\[(]|\$\{?)\"?(LORUN_\w+)", path.read_text()))
+            if path.is_file() and (path.suffix in (".py", ".sh", ".cpp", ".cu") or folder == ".ci"):
+                used |= set(re.findall(r"(?:environ\S*?[\[(]|getenv\(|\$\{?)\"?(LORUN_\w+)", path.read_text()))
     for name in ("setup.py", "Makefile"):
         used |= set(re.findall(r"environ\S*?[\[(]\"(LORUN_\w+)", (ROOT / name).read_text()))
     assert used == documented
