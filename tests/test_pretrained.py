@@ -21,7 +21,7 @@ def photograph() -> torch.Tensor:
 
 
 def test_the_names_are_those_that_the_docs_promise():
-    assert pretrained_names() == ["cassi", "cs-25", "sr"]
+    assert pretrained_names() == ["cassi", "cs-1", "cs-10", "cs-25", "cs-4", "sr"]
 
 
 @torch.no_grad()
@@ -34,6 +34,15 @@ def test_cs_25(photograph):
     iterates = [psnr(x, photograph) for x in net(y, return_stages=True)]
     assert iterates[-1] > 33
     assert iterates[-1] > iterates[0] + 14
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "m", "least"), [("cs-10", 102, 27), ("cs-4", 41, 24), ("cs-1", 10, 20)])
+def test_the_lower_ratios(photograph, name, m, least):
+    net = lf.load_pretrained(name)
+    assert (net.stages, net.sharing, tuple(net.op.phi.shape)) == (9, "lora", (m, 1024))
+    iterates = [psnr(x, photograph) for x in net(net.op(photograph), return_stages=True)]
+    assert iterates[-1] > max(least, iterates[0])
 
 
 @torch.no_grad()
