@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.apps import unrolling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative
 from lorun_fast.apps.sampling import held_out
@@ -160,8 +161,7 @@ class Recipe:
     def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
         """Root mean squared error per cube, averaged: between MSE, which dark scenes hardly move, and PSNR.
 
-        In phase 1 the block first runs 0 to ``--pretrain-unroll`` times without gradients, and learns from what it
-        then meets: a block that has only ever seen the start does harm when it is applied nine times.
+        In phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own.
         """
         x = torch.from_numpy(self.sampler(step)).to(device)
         rng = np.random.default_rng((self.args.seed, step, 1))
@@ -171,11 +171,7 @@ class Recipe:
             restored = net(y, op=op)
         else:
             passes = int(rng.integers(self.args.pretrain_unroll + 1))
-            restored = op.initial(y)
-            with torch.no_grad():
-                for _ in range(passes):
-                    restored = net.stage_step(0, restored, y, op)
-            restored = net.stage_step(0, restored.detach(), y, op)
+            restored = unrolling.trained_pass(net, y, passes, op)
         return ((restored - x).square().mean((1, 2, 3)) + 1e-10).sqrt().mean()
 
     @torch.no_grad()
@@ -186,10 +182,7 @@ class Recipe:
             x = x.to(device)
             op = self._window(*x.shape[-2:]).to(device)
             y = op(x)
-            restored = net(y, op=op)
-            if net.stages == 1:
-                for _ in range(self.args.pretrain_unroll):
-                    restored = net.stage_step(0, restored, y, op)
+            restored = unrolling.more_passes(net, net(y, op=op), y, self.args.pretrain_unroll, op)
             error = (restored.clamp(0, 1) - x).square().mean((-2, -1))
             total += (-10 * torch.log10(error.clamp(min=1e-12))).mean().item()
         return total / len(self.validation)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.apps import unrolling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_gray
@@ -76,21 +77,13 @@ class Recipe:
         return torch.linalg.eigh(moments).eigenvectors[:, -m:].flip(1).mT.float()
 
     def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Mean squared error of one batch. In phase 1 the block also learns from its own output.
-
-        A block that has only ever seen Phi^T y does harm when it is applied nine times. So the block is run
-        0 to ``--pretrain-unroll`` times without gradients first, and trained on what it then meets.
-        """
+        """Mean squared error of one batch; in phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own."""
         x = self.sampler(step).to(device)
         y = net.op(x)
         if net.stages > 1:
             return nn.functional.mse_loss(net(y), x)
         passes = int(np.random.default_rng((self.args.seed, step, 1)).integers(self.args.pretrain_unroll + 1))
-        estimate = net.op.initial(y)
-        with torch.no_grad():
-            for _ in range(passes):
-                estimate = net.stage_step(0, estimate, y)
-        return nn.functional.mse_loss(net.stage_step(0, estimate.detach() if passes else estimate, y), x)
+        return nn.functional.mse_loss(unrolling.trained_pass(net, y, passes), x)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:
@@ -99,9 +92,6 @@ class Recipe:
         for image in self.validation:
             x = torch.from_numpy(image.astype(np.float32) / 255)[None, None].to(device)
             y = net.op(x)
-            restored = net(y, size=x.shape[-2:])
-            if net.stages == 1:
-                for _ in range(self.args.pretrain_unroll):
-                    restored = net.stage_step(0, restored, y)
+            restored = unrolling.more_passes(net, net(y, size=x.shape[-2:]), y, self.args.pretrain_unroll)
             total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
         return total / len(self.validation)

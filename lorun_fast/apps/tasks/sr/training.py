@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.apps import unrolling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_colour
@@ -98,22 +99,14 @@ class Recipe:
         return torch.where(column > 0, y + column * noise, (255 * y).round() / 255), op, sigma
 
     def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Mean squared error of one batch. In phase 1 the block also learns from its own output.
-
-        A block that has only ever seen the bicubic start does harm when it is applied nine times. So the block is run
-        0 to ``--pretrain-unroll`` times without gradients first, and trained on what it then meets.
-        """
+        """Mean squared error of one batch; in phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own."""
         x = self.sampler(step).to(device)
         rng = np.random.default_rng((self.args.seed, step, 1))
         y, op, sigma = self.measure(x, rng)
         if net.stages > 1:
             return nn.functional.mse_loss(net(y, op=op, sigma=sigma), x)
         passes = int(rng.integers(self.args.pretrain_unroll + 1))
-        estimate = op.initial(y)
-        with torch.no_grad():
-            for _ in range(passes):
-                estimate = net.stage_step(0, estimate, y, op, sigma)
-        return nn.functional.mse_loss(net.stage_step(0, estimate.detach(), y, op, sigma), x)
+        return nn.functional.mse_loss(unrolling.trained_pass(net, y, passes, op, sigma), x)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:
@@ -124,8 +117,6 @@ class Recipe:
             scale = self.args.scales[i % len(self.args.scales)]
             y, op, sigma = self.measure(x, np.random.default_rng((self.args.seed, i, 2)), scale)
             restored = net(y, op=op, sigma=sigma)
-            if net.stages == 1:
-                for _ in range(self.args.pretrain_unroll):
-                    restored = net.stage_step(0, restored, y, op, sigma)
+            restored = unrolling.more_passes(net, restored, y, self.args.pretrain_unroll, op, sigma)
             total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
         return total / len(self.validation)
