@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     group.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads (default: all cores)")
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every demo: -o, --model, and how it runs."""
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
+    )
+    parser.add_argument("--model", metavar="NAME|FILE", help="another network than the shipped one")
+    add_arguments(parser)
 
 
 @dataclass(frozen=True)

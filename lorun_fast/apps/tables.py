@@ -35,6 +35,11 @@ def fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def scores(values: Sequence[float | None]) -> list[str]:
+    """The cells of PSNR, SSIM, the start's PSNR and SSIM, and seconds."""
+    return [fixed(value, digits) for value, digits in zip(values, (2, 4, 2, 4, 2), strict=True)]
+
+
 def image_size(height: int, width: int) -> str:
     """Width first, as image viewers write it."""
     return f"{width}x{height}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -26,11 +25,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo cassi``."""
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
-    )
-    parser.add_argument("--model", metavar="NAME|FILE", help="another network than the shipped one")
-    runtime.add_arguments(parser)
+    runtime.add_demo_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

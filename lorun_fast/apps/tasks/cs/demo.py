@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 from skimage import data
@@ -32,17 +31,13 @@ _PHOTOGRAPHS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo``."""
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
-    )
-    parser.add_argument("--model", metavar="NAME|FILE", help="another network than the shipped one")
+    runtime.add_demo_arguments(parser)
     parser.add_argument(
         "--colour",
         choices=images.COLOURS,
         default="channels",
         help="of a colour photograph: each of R, G, B is measured and restored (channels, default), or its luma (y)",
     )
-    runtime.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,16 +58,12 @@ def run(args: argparse.Namespace) -> int:
     print(
         tables.table(
             ["photograph", "size", "PSNR dB", "SSIM", "start dB", "start SSIM", "seconds"],
-            [[row[0], row[1], *_cells(row[2:])] for row in rows],
-            footer=["mean", "", *_cells(means)],
+            [[row[0], row[1], *tables.scores(row[2:])] for row in rows],
+            footer=["mean", "", *tables.scores(means)],
         )
     )
     print(f"{args.output / 'comparison.png'} shows them; {time.perf_counter() - began:.1f} s in all")
     return 0
-
-
-def _cells(values) -> list[str]:
-    return [tables.fixed(value, digits) for value, digits in zip(values, (2, 4, 2, 4, 2), strict=True)]
 
 
 def _one(name: str, model: models.Model, how: runtime.Runtime, args: argparse.Namespace):

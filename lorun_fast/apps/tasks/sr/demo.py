@@ -53,11 +53,7 @@ def _cases() -> list[_Case]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo sr``."""
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
-    )
-    parser.add_argument("--model", metavar="NAME|FILE", help="another network than the shipped one")
-    runtime.add_arguments(parser)
+    runtime.add_demo_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,16 +74,12 @@ def run(args: argparse.Namespace) -> int:
     print(
         tables.table(
             ["photograph", "size", "scale", "blur", "PSNR dB", "SSIM", "start dB", "start SSIM", "seconds"],
-            [[*row[:4], *_cells(row[4:])] for row in rows],
-            footer=["mean", "", "", "", *_cells(means)],
+            [[*row[:4], *tables.scores(row[4:])] for row in rows],
+            footer=["mean", "", "", "", *tables.scores(means)],
         )
     )
     print(f"{args.output / 'comparison.png'} shows them; {time.perf_counter() - began:.1f} s in all")
     return 0
-
-
-def _cells(values) -> list[str]:
-    return [tables.fixed(value, digits) for value, digits in zip(values, (2, 4, 2, 4, 2), strict=True)]
 
 
 def _one(case: _Case, model: models.Model, how: Runtime, folder: Path):
