@@ -33,6 +33,7 @@ def _config(net: LoRun) -> dict:
             "form": net.form,
             "sharing": net.sharing,
             "data_step": net.data_step,
+            "noise_map": net.noise_map,
         },
         "operator": {"type": type(net.op).__name__, "config": net.op.config()},
         "denoiser": {"type": type(base).__name__, "config": base.config() if known else None},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -10,11 +12,21 @@ from lorun_fast.operators import SensingOperator
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _DATA_STEPS = ("gradient", "prox")
+_NOISE_MAPS = ("measurement", "stage")
 # The proximal data step weighs two errors: that of y, at least the rounding to 8 bits, and that of x, a tenth of the
 # images' range at rho = 1.
 _ROUNDING = 1 / (255 * 12**0.5)
 _SPREAD = 0.1
 _KINDS = {"lora": StagedDenoiser, "tied": TiedDenoiser, "untied": UntiedDenoiser}
+
+
+def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 255) -> Tensor:
+    """(stages,) step sizes rho_k whose levels rho_k / 10 fall geometrically, for ``noise_map="stage"``."""
+    return torch.logspace(math.log10(first), math.log10(last), stages) / _SPREAD
+
+
+def _noise(sigma: float | Tensor | None, x: Tensor) -> Tensor:
+    return torch.as_tensor(0.0 if sigma is None else sigma, dtype=torch.float32, device=x.device)
 
 
 class LoRun(nn.Module):
@@ -32,6 +44,10 @@ class LoRun(nn.Module):
         ||Phi z - y||^2 / 2 + mu_k ||z - x||^2 / 2 with mu_k = (sigma^2 + 1 / (12 255^2)) / (rho_k / 10)^2, the ratio of
         the variances of y (noise of sigma, rounding) and x. It needs an operator with a closed form, and reaches in
         one step what gradient steps need many for where Phi is ill-conditioned, as blur is.
+    noise_map: what a denoiser that takes a noise level is told: "measurement", the sigma of y; or "stage", the level
+        s_k = sqrt((rho_k / 10)^2 + sigma^2) of z_k, for data_step="prox", which then weighs by s_k too. A base that
+        was trained on Gaussian noise of every level then works from the first pass, as in half-quadratic splitting,
+        when the rho_k fall from stage to stage (:func:`falling_step_sizes`).
 
     eval() merges the adapters into per-stage weights, train() drops them again. A fresh LoRun with
     sharing="lora" equals the tied network to the last bit.
@@ -49,6 +65,7 @@ class LoRun(nn.Module):
         checkpoint: bool | int = False,
         step_size: float = 1.0,
         data_step: str = "gradient",
+        noise_map: str = "measurement",
     ):
         super().__init__()
         if not isinstance(op, SensingOperator):
@@ -57,6 +74,10 @@ class LoRun(nn.Module):
             raise ValueError(f"sharing: expected one of {', '.join(_KINDS)}, got {sharing!r}")
         if data_step not in _DATA_STEPS:
             raise ValueError(f"data_step: expected one of {', '.join(_DATA_STEPS)}, got {data_step!r}")
+        if noise_map not in _NOISE_MAPS:
+            raise ValueError(f"noise_map: expected one of {', '.join(_NOISE_MAPS)}, got {noise_map!r}")
+        if noise_map == "stage" and data_step != "prox":
+            raise ValueError(f"noise_map='stage': expected data_step='prox', got {data_step!r}")
         if stages < 1:
             raise ValueError(f"stages: expected at least 1, got {stages}")
         if not 0 <= checkpoint <= stages:
@@ -69,7 +90,8 @@ class LoRun(nn.Module):
         else:
             staged = _KINDS[sharing](denoiser, stages)
         self.op, self.denoiser = op, staged
-        self.gamma, self.form, self.sharing, self.data_step = gamma, form, sharing, data_step
+        self.gamma, self.form, self.sharing = gamma, form, sharing
+        self.data_step, self.noise_map = data_step, noise_map
         self.checkpoint = checkpoint
         self.step_size = nn.Parameter(torch.full((staged.stages,), float(step_size)))
         self.register_load_state_dict_post_hook(LoRun._merge_again)
@@ -140,12 +162,18 @@ class LoRun(nn.Module):
     def denoise(self, k: int, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         """The second half, z_k -> x_{k+1}, in the denoiser's own dtype."""
         dtype = next(self.denoiser.parameters()).dtype
+        if self.noise_map == "stage":
+            sigma = self._variance(self.step_size[k].float(), _noise(sigma, z)).sqrt()
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
 
-    @staticmethod
-    def _mu(rho: Tensor, x: Tensor, sigma: float | Tensor | None) -> Tensor:
-        noise = torch.as_tensor(0.0 if sigma is None else sigma, dtype=rho.dtype, device=x.device)
-        return ((noise.square() + _ROUNDING**2) / (_SPREAD * rho).square()).reshape(-1, 1, 1, 1)
+    def _variance(self, rho: Tensor, noise: Tensor) -> Tensor:
+        """Of x_k's error, as the stage assumes it."""
+        own = (_SPREAD * rho).square()
+        return own + noise.square() if self.noise_map == "stage" else own
+
+    def _mu(self, rho: Tensor, x: Tensor, sigma: float | Tensor | None) -> Tensor:
+        noise = _noise(sigma, x)
+        return ((noise.square() + _ROUNDING**2) / self._variance(rho, noise)).reshape(-1, 1, 1, 1)
 
     def train(self, mode: bool = True) -> LoRun:
         super().train(mode)
@@ -203,4 +231,8 @@ class LoRun(nn.Module):
 
     def extra_repr(self) -> str:
         data_step = f", data_step={self.data_step!r}" if self.data_step != "gradient" else ""
-        return f"stages={self.stages}, sharing={self.sharing!r}, form={self.form!r}, gamma={self.gamma}{data_step}"
+        noise_map = f", noise_map={self.noise_map!r}" if self.noise_map != "measurement" else ""
+        return (
+            f"stages={self.stages}, sharing={self.sharing!r}, form={self.form!r}, gamma={self.gamma}"
+            f"{data_step}{noise_map}"
+        )

@@ -48,7 +48,7 @@ class OptimizedLoRun(LoRun):
     report: Report
 
     def __init__(self, net: LoRun, staged: MergedStages):
-        super().__init__(copy.deepcopy(net.op), staged, data_step=net.data_step)
+        super().__init__(copy.deepcopy(net.op), staged, data_step=net.data_step, noise_map=net.noise_map)
         self.gamma, self.form = net.gamma, net.form
         self.step_size = nn.Parameter(net.step_size.detach().clone(), requires_grad=False)
         self.requires_grad_(False)

@@ -25,7 +25,7 @@ from lorun_fast.apps.files import make_folder, replacing
 from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, not_negative, seed
 from lorun_fast.io import load, save
-from lorun_fast.network import LoRun
+from lorun_fast.network import LoRun, falling_step_sizes
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
 # What may change between two starts of one run: nothing that the numbers depend on.
@@ -307,9 +307,14 @@ def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
         args.sharing,
         checkpoint=args.checkpoint,
         data_step=base.data_step,
+        noise_map=base.noise_map,
     )
+    falling = base.noise_map == "stage"
     with torch.no_grad():
-        net.step_size.copy_(base.step_size if base.stages == args.stages else base.step_size.mean())
+        if base.stages == args.stages:
+            net.step_size.copy_(base.step_size)
+        else:
+            net.step_size.copy_(falling_step_sizes(args.stages) if falling else base.step_size.mean())
     return net
 
 
@@ -320,7 +325,7 @@ def _phase_two(path: Path, base: LoRun, args: argparse.Namespace) -> LoRun:
 
     def shape(net: LoRun) -> dict:
         shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
-        return shapes | {"sharing": net.sharing, "data_step": net.data_step}
+        return shapes | {"sharing": net.sharing, "data_step": net.data_step, "noise_map": net.noise_map}
 
     net = load(path)
     if shape(net) == shape(base):

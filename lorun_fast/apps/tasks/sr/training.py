@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorun_fast.apps import unrolling
 from lorun_fast.apps.errors import UserError
@@ -21,6 +21,9 @@ _VALIDATION_IMAGES = 12
 _VALIDATION_CROP = 144
 # The operator that a saved network carries; restoring brings the one of the measurements.
 _DEFAULT_WIDTH, _DEFAULT_SCALE = 1.6, 3
+
+# Levels of the Gaussian noise of phase 1, from the last stage's to beyond the first one's.
+_LEVELS = (0.5 / 255, 60 / 255)
 
 
 def share(text: str) -> float:
@@ -51,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data-step", choices=("prox", "gradient"), default="prox", help="of a stage (default prox, exact by FFT)")
     add(
+        "--noise-map",
+        choices=("stage", "measurement"),
+        help="what the denoiser is told: the level of its stage, and phase 1 then trains it on Gaussian noise of every "
+        "level, or the sigma of y (default: stage with the exact data step, else measurement)",
+    )
+    add(
         "--channels",
         type=at_least_one,
         nargs="+",
@@ -65,6 +74,9 @@ class Recipe:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.noise_map = args.noise_map or ("stage" if args.data_step == "prox" else "measurement")
+        if self.noise_map == "stage" and args.data_step != "prox":
+            raise UserError(f"--noise-map stage: expected --data-step prox, got {args.data_step}")
         cell = int(np.lcm.reduce(args.scales))
         if args.patch % cell:
             raise UserError(f"--patch: expected a multiple of {cell} for the scales {args.scales}, got {args.patch}")
@@ -80,7 +92,7 @@ class Recipe:
         args = self.args
         op = BlurDownsample(kernels.gaussian(_DEFAULT_WIDTH, args.kernel_size), _DEFAULT_SCALE)
         denoiser = ResUNet(3, 3, tuple(args.channels), noise_level=True)
-        return LoRun(op, denoiser, stages=1, sharing="tied", data_step=args.data_step)
+        return LoRun(op, denoiser, stages=1, sharing="tied", data_step=args.data_step, noise_map=self.noise_map)
 
     def measure(
         self, x: Tensor, rng: np.random.Generator, scale: int | None = None
@@ -99,24 +111,46 @@ class Recipe:
         return torch.where(column > 0, y + column * noise, (255 * y).round() / 255), op, sigma
 
     def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Mean squared error of one batch; in phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own."""
+        """Root mean squared error of each image, averaged: between MSE, which the blurred and noisy rule, and PSNR.
+
+        In phase 1 of removing Gaussian noise, or, without a noise map of the stage, of one pass after 0 to
+        ``--pretrain-unroll`` of the block's own.
+        """
         x = self.sampler(step).to(device)
         rng = np.random.default_rng((self.args.seed, step, 1))
-        y, op, sigma = self.measure(x, rng)
-        if net.stages > 1:
-            return nn.functional.mse_loss(net(y, op=op, sigma=sigma), x)
-        passes = int(rng.integers(self.args.pretrain_unroll + 1))
-        return nn.functional.mse_loss(unrolling.trained_pass(net, y, passes, op, sigma), x)
+        if net.stages == 1 and net.noise_map == "stage":
+            level = torch.from_numpy(_LEVELS[0] * (_LEVELS[1] / _LEVELS[0]) ** rng.random(len(x), dtype=np.float32))
+            restored = self._denoise(net, x, level.to(device), rng)
+        else:
+            y, op, sigma = self.measure(x, rng)
+            if net.stages > 1:
+                restored = net(y, op=op, sigma=sigma)
+            else:
+                passes = int(rng.integers(self.args.pretrain_unroll + 1))
+                restored = unrolling.trained_pass(net, y, passes, op, sigma)
+        return ((restored - x).square().mean((1, 2, 3)) + 1e-10).sqrt().mean()
+
+    @staticmethod
+    def _denoise(net: LoRun, x: Tensor, level: Tensor, rng: np.random.Generator) -> Tensor:
+        noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)).to(x.device)
+        return net.denoiser(x + level.reshape(-1, 1, 1, 1) * noise, stage=0, sigma=level)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:
-        """Mean PSNR in dB over crops of held-out training images, the scales in turn, the draws the same each time."""
+        """Mean PSNR in dB over crops of held-out training images, the scales in turn, the draws the same each time.
+
+        Of a block that phase 1 trains on Gaussian noise: its PSNR on noise of 15/255.
+        """
         total = 0.0
         for i, image in enumerate(self.validation):
             x = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)[None].to(device)
             scale = self.args.scales[i % len(self.args.scales)]
-            y, op, sigma = self.measure(x, np.random.default_rng((self.args.seed, i, 2)), scale)
-            restored = net(y, op=op, sigma=sigma)
-            restored = unrolling.more_passes(net, restored, y, self.args.pretrain_unroll, op, sigma)
+            rng = np.random.default_rng((self.args.seed, i, 2))
+            if net.stages == 1 and net.noise_map == "stage":
+                restored = self._denoise(net, x, torch.full((1,), 15 / 255, device=device), rng)
+            else:
+                y, op, sigma = self.measure(x, rng, scale)
+                restored = net(y, op=op, sigma=sigma)
+                restored = unrolling.more_passes(net, restored, y, self.args.pretrain_unroll, op, sigma)
             total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
         return total / len(self.validation)
