@@ -7,6 +7,7 @@ import torch
 from sr_help import tiny_sr_network
 
 import lorun_fast as lf
+from lorun_fast.network import falling_step_sizes
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,41 @@ def test_a_file_keeps_it_and_older_files_mean_the_gradient(tmp_path, net):
 def test_an_unknown_data_step_is_refused(net):
     with pytest.raises(ValueError, match="data_step: expected one of gradient, prox, got 'newton'"):
         lf.LoRun(net.op, lf.ResUNet(3, 3), data_step="newton")
+
+
+@torch.no_grad()
+def test_the_level_of_a_stage_weighs_the_data_and_is_what_the_denoiser_is_told(net):
+    torch.manual_seed(2)
+    own = lf.LoRun(net.op, net.denoiser, data_step="prox", noise_map="stage")
+    own.step_size.copy_(net.step_size)
+    x, sigma = torch.rand(2, 3, 12, 16), torch.tensor([0.0, 0.1])
+    y = own.op(torch.rand_like(x))
+    got = own.stage_step(1, x, y, sigma=sigma)
+    for i in range(2):
+        variance = 0.05**2 + float(sigma[i]) ** 2
+        z = own.op.prox(x[i : i + 1], y[i : i + 1], (float(sigma[i]) ** 2 + 1 / (12 * 255**2)) / variance)
+        want = own.denoiser(z, stage=1, sigma=variance**0.5)
+        torch.testing.assert_close(got[i : i + 1], want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(own(y), own(y, sigma=0.0))
+
+
+def test_levels_fall_geometrically():
+    levels = falling_step_sizes(9) / 10
+    assert levels[0].item() == pytest.approx(49 / 255) and levels[-1].item() == pytest.approx(2 / 255)
+    torch.testing.assert_close(levels[1:] / levels[:-1], (levels[1] / levels[0]).expand(8))
+
+
+def test_a_noise_map_of_the_stage_is_kept_copied_and_checked(tmp_path, net):
+    own = lf.LoRun(net.op, net.denoiser, data_step="prox", noise_map="stage")
+    lf.save(own, tmp_path / "net.safetensors")
+    again = lf.load(tmp_path / "net.safetensors")
+    assert again.noise_map == "stage" and "noise_map='stage'" in repr(again)
+    assert lf.load_pretrained("cs-25").noise_map == "measurement"
+    y = own.op(torch.rand(1, 3, 12, 16))
+    with torch.no_grad():
+        assert torch.equal(again(y), own.eval()(y))
+        torch.testing.assert_close(again.optimize()(y), again(y), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="noise_map: expected one of measurement, stage, got 'none'"):
+        lf.LoRun(net.op, lf.ResUNet(3, 3), noise_map="none")
+    with pytest.raises(ValueError, match="noise_map='stage': expected data_step='prox', got 'gradient'"):
+        lf.LoRun(net.op, lf.ResUNet(3, 3), noise_map="stage")

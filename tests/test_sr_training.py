@@ -44,6 +44,7 @@ def trained(photographs, tmp_path_factory):
 def test_the_trained_network_takes_other_kernels_scales_and_noise_levels(trained):
     net = lf.load(trained / "model.safetensors")
     assert (net.data_step, net.sharing, net.denoiser.base.noise_level) == ("prox", "lora", True)
+    assert net.noise_map == "stage" and net.step_size[0] > 10 * net.step_size[1]
     for scale, size in ((2, 25), (3, 8)):
         op = lf.BlurDownsample(kernels.gaussian(1.2, size), scale)
         assert net(torch.rand(2, 3, 8, 9), op=op, sigma=0.02).shape == (2, 3, 8 * scale, 9 * scale)
@@ -65,9 +66,39 @@ def test_phase_two_goes_on_from_a_saved_tied_network(photographs, trained, tmp_p
     assert lf.load(tmp_path / "more" / "model.safetensors").data_step == "prox"
 
 
-def test_the_gradient_step_can_be_trained_instead(photographs, tmp_path):
+@pytest.mark.parametrize("data_step", ["gradient", "prox"])
+def test_the_measurements_noise_and_the_gradient_step_can_be_trained_instead(photographs, tmp_path, data_step):
+    more = ("--data-step", data_step, "--noise-map", "measurement")
+    assert main(arguments(photographs, tmp_path / "run", *more)) == 0
+    net = lf.load(tmp_path / "run" / "model.safetensors")
+    assert (net.data_step, net.noise_map) == (data_step, "measurement")
+    assert net.step_size[0] < 2 * net.step_size[1]
+
+
+def test_the_gradient_step_has_no_level_of_its_own(photographs, tmp_path, capsys):
     assert main(arguments(photographs, tmp_path / "run", "--data-step", "gradient")) == 0
-    assert lf.load(tmp_path / "run" / "model.safetensors").data_step == "gradient"
+    assert lf.load(tmp_path / "run" / "model.safetensors").noise_map == "measurement"
+    more = ("--data-step", "gradient", "--noise-map", "stage")
+    assert main(arguments(photographs, tmp_path / "other", *more)) == 2
+    assert "--noise-map stage: expected --data-step prox, got gradient" in capsys.readouterr().err
+
+
+def test_phase_one_learns_gaussian_noise_of_every_level(photographs):
+    made = recipe(photographs, data_step="prox", batch=512)
+    net, seen = made.base(), []
+
+    def denoiser(z, stage, sigma):
+        seen.append((z, sigma))
+        return z
+
+    net.denoiser.forward = denoiser
+    x = made.sampler(3)
+    loss = made.loss(net, 3, torch.device("cpu"))
+    ((z, level),) = seen
+    assert level.min() < 0.7 / 255 and 40 / 255 < level.max() < 60 / 255
+    spread = (z - x).flatten(1).std(1)
+    assert ((spread / level - 1).abs() < 0.1).all()
+    assert loss.item() == pytest.approx(level.mean().item(), rel=0.01)
 
 
 def recipe(photographs, **changes) -> training.Recipe:

@@ -82,6 +82,17 @@ def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):
     assert all(t.abs().max() > 0 for name, t in model.items() if name.endswith(".up"))
 
 
+def test_the_base_is_trained_with_its_adapters_where_asked(photographs, uninterrupted, tmp_path):
+    more = ("--init", str(uninterrupted), "--train-base")
+    assert main(arguments(photographs, tmp_path / "run", *more)) == 0
+    base, model = load_file(uninterrupted / "base.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    weights = [name for name in base if name.startswith("denoiser.base.")]
+    assert weights and not any(torch.equal(model[name], base[name]) for name in weights)
+    assert all(t.abs().max() > 0 for name, t in model.items() if name.endswith(".up"))
+    net = lf.load(tmp_path / "run" / "model.safetensors")
+    assert not any(p.requires_grad for p in net.denoiser.base_parameters())
+
+
 @pytest.mark.parametrize("stop", [3, 9])
 def test_stopping_and_resuming_changes_nothing(photographs, uninterrupted, tmp_path, stop):
     assert main(arguments(photographs, tmp_path / "run", "--stop-after", str(stop))) == 0
@@ -177,6 +188,7 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
         ),
         (["--init", "{run}/model.safetensors", "--stages", "3"], "got {run}/model.safetensors: 2 stages, lora"),
         (["--init", "{run}/model.safetensors", "--gamma", "60"], "differ (denoiser.base.encoder.0.0.conv1.down, "),
+        (["--sharing", "tied", "--train-base"], "--train-base: expected --sharing lora, got tied"),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
     ],

@@ -63,6 +63,11 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=not_negative, default=10, help="rank in percent of min(in, out) (default 10)")
     add("--form", choices=("loralib", "peft"), default="loralib")
     add("--sharing", choices=("lora", "tied", "untied"), default="lora")
+    add(
+        "--train-base",
+        action="store_true",
+        help="phase 2 of --sharing lora also trains the shared base, which is frozen otherwise",
+    )
     add("--base-steps", type=at_least_one, default=3000, help="steps of phase 1 (default 3000)")
     add("--steps", type=at_least_one, default=4000, help="steps of phase 2 (default 4000)")
     add("--batch", type=at_least_one, default=8)
@@ -362,6 +367,8 @@ def run(args: argparse.Namespace) -> int:
     warm = load(models.locate(args.warm_start)) if args.warm_start else None
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a CUDA device that torch can use, got none")
+    if args.train_base and args.sharing != "lora":
+        raise UserError(f"--train-base: expected --sharing lora, got {args.sharing}, which trains every weight")
     training = Run(args)
     state = training.open()
     seconds: dict[str, float] = {}
@@ -378,6 +385,8 @@ def run(args: argparse.Namespace) -> int:
         state = None
     torch.manual_seed(args.seed + 1)
     net = _phase_two(base_file, base, args)
+    if args.sharing == "lora":
+        net.denoiser.freeze_base(not args.train_base)
     if not training.phase("stages", net, args.steps, state):
         return 0
     with (training.folder / "log.csv").open() as f:
