@@ -176,6 +176,45 @@ def test_evaluate_scores_every_kernel_and_scale(tmp_path, model, capsys):
         assert len(list((tmp_path / "x").iterdir())) == 8
 
 
+def test_a_stopped_evaluation_goes_on(tmp_path, model, capsys, monkeypatch):
+    from lorun_fast.apps.tasks.sr import evaluate
+
+    picture(tmp_path / "photos" / "a.png", 32, 40, mode="RGB")
+    np.save(tmp_path / "k.npy", np.stack(random_kernels((3, 3), (3, 3))))
+    scores, part = tmp_path / "s.json", tmp_path / "s.json.part"
+    command = ["evaluate", model, tmp_path / "photos", "--kernels", tmp_path / "k.npy", "--scale", 2, 3, "--json"]
+    accepted(capsys, *command, scores)
+    whole = json.loads(scores.read_text())
+    assert not part.exists()
+
+    scores.write_text("older")
+    one, calls = evaluate._one_kernel, []
+
+    class Killed(BaseException):
+        pass
+
+    def stopping(*args):
+        if len(calls) == 3:
+            raise Killed
+        calls.append(args)
+        return one(*args)
+
+    monkeypatch.setattr(evaluate, "_one_kernel", stopping)
+    with pytest.raises(Killed):
+        accepted(capsys, *command, scores)
+    assert scores.read_text() == "older" and len(json.loads(part.read_text())["kernels"]) == 3
+    assert "got another noise" in refused(capsys, *command, scores, "--noise", 0.1, "--resume")
+    assert "got another scales or kernels" in refused(capsys, *command, scores, "--index", 2, "--resume")
+    assert "--resume: expected --json FILE" in refused(capsys, *command[:-1], "--resume")
+    calls.clear()
+    accepted(capsys, *command, scores, "--resume")
+    again = json.loads(scores.read_text())
+    assert len(calls) == 1 and not part.exists()
+    assert [row["psnr"] for row in again["kernels"]] == [row["psnr"] for row in whole["kernels"]]
+    part.write_text("{")
+    assert "expected the rows of an evaluation, got" in refused(capsys, *command, scores, "--resume")
+
+
 def test_a_kernel_that_does_not_sum_to_one_is_used_and_noted(tmp_path, model, capsys):
     picture(tmp_path / "a.png", 24, 24)
     np.save(tmp_path / "k.npy", np.full((2, 2), 0.2, np.float32))

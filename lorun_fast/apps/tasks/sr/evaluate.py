@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables
-from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.runtime import at_least_one, not_negative, seed
 from lorun_fast.apps.tasks.sr import heatmap, kernels, pictures, protocol
 from lorun_fast.operators import BlurDownsample
@@ -23,6 +24,8 @@ Seconds run from y in memory to the image in memory, after one untimed image; in
 JSON keys: mean[], of each scale: scale, psnr, start_psnr, seconds; kernels[], of each scale and kernel: scale, kernel
 (from 1, its place in the file), psnr, start_psnr, seconds, images[].name, .psnr, .start_psnr; the model, settings and
 versions. Means over a kernel's images, then over the kernels. A value that is not finite is null.
+
+With --json, the rows so far are in FILE.part until FILE is written; --resume goes on from them.
 
 examples:
   lorun-fast evaluate sr BSD68/ --kernels kernels_12.mat --json bsd68.json --figure bsd68.png
@@ -57,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from FILE.part, which --json keeps until its FILE is complete: a row per kernel and scale",
+    )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write a heat map there, as a PNG")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the restored images there, as 8-bit PNGs")
     runtime.add_arguments(parser)
@@ -82,6 +90,8 @@ def _chosen_kernels(args: argparse.Namespace) -> dict[int, np.ndarray]:
 
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
+    if args.resume and args.json is None:
+        raise UserError("--resume: expected --json FILE, whose FILE.part has the rows so far, got none")
     model = models.load(args.model, how.device)
     blur = _chosen_kernels(args)
     paths = images.find(args.images)
@@ -101,24 +111,32 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     names = files.unique_names(paths)
     if args.save is not None:
         files.make_folder(args.save)
-    rows = []
-    with progress.bar(len(paths) * len(blur) * len(args.scale), "evaluating") as bar:
-        for scale in args.scale:
-            for i, kernel in blur.items():
-                rows.append(_one_kernel(args, how, model, pixels, names, scale, i, kernel, bar, not rows))
-    report = {
+    settings = {
         **reports.network(model),
         "protocol": args.protocol,
         "definition": protocol.__doc__,
         "kernels_file": args.kernels.name,
         "noise": args.noise,
         "seed": args.seed,
+    }
+    part = None if args.json is None else args.json.with_name(f"{args.json.name}.part")
+    planned = [(scale, i) for scale in args.scale for i in blur]
+    rows = _known_rows(part, settings, names, planned) if args.resume else []
+    with progress.bar(len(paths) * len(planned), "evaluating") as bar:
+        bar.update(len(paths) * len(rows))
+        for n, (scale, i) in enumerate(planned[len(rows) :]):
+            rows.append(_one_kernel(args, how, model, pixels, names, scale, i, blur[i], bar, n == 0))
+            if part is not None:
+                reports.write(part, {**settings, "kernels": rows})
+    report = {
+        **settings,
         **reports.machine(how),
         "mean": [_mean(rows, scale) for scale in args.scale],
         "kernels": rows,
     }
-    if args.json is not None:
+    if part is not None:
         reports.write(args.json, report)
+        part.unlink()
     if args.figure is not None:
         heatmap.save(args.figure, report, blur)
     print(_table(report))
@@ -127,6 +145,30 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         f"PSNR in dB, the start x_0 (bicubic) beside it; {how.describe()}"
     )
     return 0
+
+
+def _known_rows(part: Path, settings: dict, names: list[str], planned: list[tuple[int, int]]) -> list[dict]:
+    """The rows of an evaluation that was stopped: those of the first planned scales and kernels, or none yet.
+
+    Raises UserError for a file that is not the beginning of this evaluation.
+    """
+    if not part.exists():
+        return []
+    try:
+        before = json.loads(part.read_bytes())
+        rows = before.pop("kernels")
+        done = [(row["scale"], row["kernel"]) for row in rows]
+        scored = {tuple(image["name"] for image in row["images"]) for row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume: expected the rows of an evaluation, got {part}: {first_line(error)}") from error
+    changed = [key for key in settings if before.get(key) != settings[key]]
+    if scored - {tuple(names)}:
+        changed.append("images")
+    if done != planned[: len(done)]:
+        changed.append("scales or kernels")
+    if changed:
+        raise UserError(f"--resume: expected the settings of {part}, got another {', another '.join(changed)}")
+    return rows
 
 
 def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar, warm_up) -> dict:
