@@ -128,6 +128,18 @@ def test_info_describes_a_network(tmp_path, capsys):
     assert "ResUNet" in text
 
 
+def test_info_describes_measurements(tmp_path, capsys):
+    y = np.arange(12, dtype=np.float32).reshape(3, 4)
+    y[0, 0] = np.nan
+    np.savez(tmp_path / "y.npz", y=y, name=np.array(["a"]), noise=0.25)
+    text = accepted(capsys, "info", tmp_path / "y.npz")
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("  ")}
+    assert rows["y"] == "3 x 4 float32 1 to 11, mean 6 (1 NaN or infinite)"
+    assert (rows["name"], rows["noise"]) == ("1 <U1 a", "1 float64 0.25")
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "y.npz").read_bytes()[:100])
+    assert "expected a measurement file (.npz)" in refused(capsys, "info", tmp_path / "bad.npz")
+
+
 def test_a_task_stands_for_its_shipped_network_and_before_its_options(tmp_path, capsys):
     picture(tmp_path / "photos" / "a.png", 20, 28)
     by_task = accepted(capsys, "evaluate", "cs", tmp_path / "photos")

@@ -1,11 +1,14 @@
-"""``lorun-fast info``: this installation, and what a network's file holds."""
+"""``lorun-fast info``: this installation, and what a network's or a measurement's file holds."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from lorun_fast.apps import models, tables
+import numpy as np
+
+from lorun_fast.apps import measurements, models, tables
 from lorun_fast.config import show_config
 
 EPILOG = """\
@@ -13,22 +16,47 @@ examples:
   lorun-fast info
   lorun-fast info cs-25
   lorun-fast info runs/cs/model.safetensors
+  lorun-fast info measurements.npz
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast info``."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL|FILE", help="a network to describe as well; default: list the shipped ones"
+        "model",
+        nargs="?",
+        metavar="MODEL|FILE",
+        help="a network, or a file of measurements, to describe as well; default: list the shipped networks",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    # The network first: an unknown one must not hide below a page of versions.
-    model = _model(args.model) if args.model else _shipped()
+    # The file first: an unknown one must not hide below a page of versions.
+    if not args.model:
+        text = _shipped()
+    elif Path(args.model).suffix.lower() in (".npz", ".npy", ".mat"):
+        text = _measurements(Path(args.model))
+    else:
+        text = _model(args.model)
     show_config()
-    print(model)
+    print(text)
     return 0
+
+
+def _measurements(path: Path) -> str:
+    rows = []
+    for key, values in measurements.Raw(path).arrays.items():
+        if values.size <= 4:
+            what = ", ".join(map(str, values.ravel().tolist()))
+        elif values.dtype.kind in "fiu":
+            good = values[np.isfinite(values)]
+            bad = values.size - good.size
+            what = f"{good.min():.4g} to {good.max():.4g}, mean {good.mean(dtype=float):.4g}" if good.size else ""
+            what += f" ({bad} NaN or infinite)" if bad else ""
+        else:
+            what = f"{values.ravel()[0]}, ..."
+        rows.append([f"  {key}", " x ".join(map(str, values.shape)) or "1", str(values.dtype), what])
+    return f"measurements {path}\n" + tables.table(["  key", "shape", "type", "values"], rows)
 
 
 def _shipped() -> str:
