@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-compile", action="store_true", help="leave out the contenders under torch.compile")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     p.add_argument("--seconds", type=float, help="sampling time per contender and table (default 0.5)")
+    p.add_argument("--samples", type=int, metavar="N", help="so many samples per contender and table, slow ones too")
     p.add_argument("--limit", type=float, metavar="SECONDS", help="start no further table after this time")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--allocator", choices=("keep", "system"), default="keep", help="C allocator, docs/benchmarks.md")
@@ -65,6 +66,8 @@ def prepare(args: argparse.Namespace) -> Options:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     budget = QUICK if args.quick else Budget(seconds=args.seconds) if args.seconds else Budget()
+    if args.samples:
+        budget = Budget.exactly(args.samples)
     return Options(
         device,
         timer_for(device),
@@ -132,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [s for s in args.suites if s not in SUITES]
     if unknown:
         p.error(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if args.samples is not None and args.samples < 1:
+        p.error(f"--samples: expected at least 1, got {args.samples}")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch sees no CUDA device here")
     from benchmarks import cases  # noqa: F401 registers every case

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorun_fast as lf
-from benchmarks.harness import optional
+from benchmarks import staged_rivals as rivals
+from benchmarks.harness import variants
 from benchmarks.harness.registry import (
     FORWARD,
     LIMIT,
@@ -27,9 +27,8 @@ from benchmarks.harness.registry import (
     size,
 )
 from lorun_fast import adapters
-from lorun_fast.reference import block_cs as reference
 
-RATIO, BLOCK = 0.25, 32
+RATIO, BLOCK = 0.25, rivals.BLOCK
 ADAPTED = (nn.Conv2d, nn.ConvTranspose2d)
 # Relative to the image's largest value; bf16 activations through nine stages.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -68,22 +67,6 @@ class Base:
         return weight + adapters.delta(down, up, weight.shape, transposed=self.transposed(name))
 
 
-def gradient_step(x: Tensor, y: Tensor, phi: Tensor, rho: Tensor) -> Tensor:
-    """The best plain form of the rivals' gradient step, on whole blocks."""
-    n, m, rows, cols = y.shape
-    blocks = x.view(n, rows, BLOCK, cols, BLOCK).transpose(2, 3).reshape(-1, BLOCK * BLOCK)
-    back = torch.addmm(y.permute(0, 2, 3, 1).reshape(-1, m), blocks, phi.mT, beta=-1) @ phi
-    return x - rho * back.view(n, rows, cols, BLOCK, BLOCK).transpose(2, 3).reshape(x.shape)
-
-
-def unfold(y: Tensor, phi: Tensor, rho: Tensor, denoise: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """The rivals' network: x = D_k(z), K times."""
-    x = reference.block_cs_adjoint(y, phi, BLOCK, y.shape[2] * BLOCK, y.shape[3] * BLOCK)
-    for k, step_size in enumerate(rho.unbind()):
-        x = denoise(gradient_step(x, y, phi, step_size), k)
-    return x
-
-
 def _definition(base: Base, weights: Callable[[dict[str, Tensor], str], Tensor]) -> Callable[..., Tensor]:
     """The network in float64, from stacked weights per layer (K, ...), hand-merged."""
     denoiser = copy.deepcopy(base.denoiser).double()
@@ -95,7 +78,7 @@ def _definition(base: Base, weights: Callable[[dict[str, Tensor], str], Tensor])
         def denoise(z: Tensor, k: int) -> Tensor:
             return torch.func.functional_call(denoiser, {name: w[k] for name, w in stacked.items()}, (z,))
 
-        return unfold(inputs["y"], phi, inputs["step_size"], denoise)
+        return rivals.unfold(inputs["y"], phi, inputs["step_size"], denoise)
 
     return network
 
@@ -127,54 +110,94 @@ def _problem(dtype, device, n: int, px: int, channels: tuple[int, ...], stages: 
     return p
 
 
-WIDE, SMALL = (32, 64, 96, 128), (8, 16)
+# CS25 is the shipped network's; the wide one, for a GPU to have enough to do.
+CS25, WIDE, SMALL = (16, 32, 64, 64), (32, 64, 96, 128), (8, 16)
+WHOLE = {"modes": (FORWARD,), "regimes": (WARM,), "stages": 9}
+TINY = {"quick": True, "modes": (FORWARD,), "regimes": (WARM,), "channels": SMALL}
 
 
 @case(
     "network.cs25",
     suite="network",
     sizes=[
-        size(
-            "1x1x256x256", dtypes=("fp32", "bf16"), modes=(FORWARD,), regimes=(WARM,), compiled=True,
-            n=1, px=256, channels=WIDE, stages=9,
-        ),
+        size("1x1x256x256", dtypes=("fp32", "bf16"), compiled=True, n=1, px=256, channels=CS25, **WHOLE),
         *(
             size(
-                f"{n}x1x256x256", dtypes=("fp32", "bf16"), modes=(FORWARD,), regimes=(WARM,), devices=("cuda",),
-                compiled=n == 16, n=n, px=256, channels=WIDE, stages=9,
+                f"{n}x1x256x256 wide", dtypes=("fp32", "bf16"), devices=("cuda",), compiled=True,
+                n=n, px=256, channels=WIDE, **WHOLE,
             )
-            for n in (16, 4, 64)
+            for n in (16, 1)
         ),
-        *(
-            size(
-                f"{n}x1x128x128", dtypes=("fp32", "bf16"), modes=(FORWARD,), regimes=(WARM,), devices=("cpu",),
-                n=n, px=128, channels=WIDE, stages=9,
-            )
-            for n in (1, 2, 4, 8)
-        ),
-        size("1x1x64x64", quick=True, modes=(FORWARD,), regimes=(WARM,), n=1, px=64, channels=SMALL, stages=3),
+        size("1x1x64x64", n=1, px=64, stages=3, **TINY),
     ],
 )  # fmt: skip
-def inference(dtype, device, *, n, px, channels, stages, form="peft") -> Problem:
-    """One image, and throughput against batch size."""
-    return _problem(dtype, device, n, px, channels, stages, form)
+def inference(dtype, device, *, n, px, channels, stages) -> Problem:
+    """The network of the shipped weights, and on a GPU a wider one."""
+    return _problem(dtype, device, n, px, channels, stages, "peft")
+
+
+@case(
+    "network.merged",
+    suite="network",
+    sizes=[
+        size("1x1x256x256", n=1, px=256, channels=CS25, **WHOLE),
+        size("1x1x32x32", n=1, px=32, stages=2, **TINY),
+    ],
+)
+def merged(dtype, device, *, n, px, channels, stages) -> Problem:
+    """Do merged adapters cost anything? Few contenders, for many samples; the tied network is the rival."""
+    return _problem(dtype, device, n, px, channels, stages, "peft")
+
+
+@case(
+    "network.throughput",
+    suite="network",
+    sizes=[
+        *(
+            size(f"{n}x1x{px}x{px}", dtypes=(dtype,), devices=(device,), n=n, px=px, channels=CS25, **WHOLE)
+            for device, dtype, px, batches in (
+                ("cpu", "fp32", 128, (1, 2, 4, 8, 16)),
+                ("cuda", "bf16", 256, (1, 2, 4, 8, 16, 32, 64)),
+            )
+            for n in batches
+        ),
+        size("2x1x32x32", n=2, px=32, stages=2, **TINY),
+    ],
+)
+def throughput(dtype, device, *, n, px, channels, stages) -> Problem:
+    """Images per second and peak memory against the batch; ``--plot`` draws the curves."""
+    return _problem(dtype, device, n, px, channels, stages, "peft")
 
 
 @case(
     "network.training",
     suite="network",
     sizes=[
-        size("8x1x96x96", modes=(TRAIN,), regimes=(WARM,), devices=("cpu",), n=8, px=96, channels=WIDE, stages=9),
+        size("8x1x96x96", modes=(TRAIN,), regimes=(WARM,), devices=("cpu",), n=8, px=96, channels=CS25, stages=9),
         size(
-            "16x1x96x96", dtypes=("bf16",), modes=(TRAIN,), regimes=(WARM,), devices=("cuda",),
+            "16x1x96x96 wide", dtypes=("bf16",), modes=(TRAIN,), regimes=(WARM,), devices=("cuda",),
             n=16, px=96, channels=WIDE, stages=9,
         ),
         size("1x1x32x32", quick=True, modes=(TRAIN,), regimes=(WARM,), n=1, px=32, channels=SMALL, stages=2),
     ],
 )  # fmt: skip
-def training(dtype, device, *, n, px, channels, stages, form="loralib") -> Problem:
+def training(dtype, device, *, n, px, channels, stages) -> Problem:
     """Gradients of adapters and step sizes, the base frozen; time and peak memory against untied stages."""
-    return _problem(dtype, device, n, px, channels, stages, form)
+    return _problem(dtype, device, n, px, channels, stages, "loralib")
+
+
+def _contender(cases: tuple, name: str, **settings):
+    """Registers one contender for several cases."""
+
+    def register(build):
+        for one in cases:
+            one.contender(name, **settings)(build)
+        return build
+
+    return register
+
+
+EVERY = (inference, merged, throughput)
 
 
 def _lorun(p: Problem, **settings) -> lf.LoRun:
@@ -193,26 +216,14 @@ def _layer(net: lf.LoRun, name: str) -> nn.Module:
     return net.denoiser.base.get_submodule(name)
 
 
-def _autocast(p: Problem, fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """fn under bf16 autocast where the problem is in bf16."""
-    if p.dtype != "bf16":
-        return fn
-
-    def run() -> Tensor:
-        with torch.autocast(p.device.type, torch.bfloat16):
-            return fn().float()
-
-    return run
-
-
-@inference.contender("lorun_fast", kind=OURS, ops=("block_cs_step",), compiled=True, graphed=True)
+@_contender((inference, merged), "lorun_fast", kind=OURS, ops=("block_cs_step",), graphed=True)
 def _(p: Problem):
     """eval() merges; bf16 by autocast."""
     net = _lorun(p).eval()
-    return _autocast(p, lambda: net(p.y))
+    return rivals.autocast(p, lambda: net(p.y))
 
 
-@inference.contender("lorun_fast, bf16 nhwc", kind=OURS, ops=("block_cs_step",), compiled=True, graphed=True)
+@inference.contender("lorun_fast, bf16 nhwc", kind=OURS, ops=("block_cs_step",), graphed=True)
 def _(p: Problem):
     """Denoiser weights in bf16, channels_last."""
     if p.dtype != "bf16":
@@ -221,146 +232,66 @@ def _(p: Problem):
     return lambda: net(p.y)
 
 
-@inference.contender("lorun_fast, optimize()", kind=OURS, ops=("block_cs_step",))
+@inference.contender("lorun_fast nhwc, compiled", kind=OURS, ops=("block_cs_step",), compiles=True)
+def _(p: Problem):
+    """channels_last, bf16 where the problem is; the denoiser compiled, two graphs for all stages."""
+    net = _lorun(p).eval().to(memory_format=torch.channels_last)
+    if p.dtype == "bf16":
+        net.bfloat16()
+    net.denoiser.compile()
+    return lambda: net(p.y)
+
+
+@_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     """Whatever the library does on its own for this device."""
     best = _lorun(p).optimize()
-    return _autocast(p, lambda: best(p.y))
+    return rivals.autocast(p, lambda: best(p.y))
 
 
 @inference.contender("lorun_fast, not merged", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     net = _lorun(p).train()
-    return _autocast(p, lambda: net(p.y))
+    return rivals.autocast(p, lambda: net(p.y))
 
 
-class StagedLayer(nn.Module):
-    """What the rivals' layers share: a frozen base, factors per stage, the stage in force."""
-
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Parameter(down.detach().clone()), nn.Parameter(up.detach().clone())
-        self.conv = F.conv_transpose2d if isinstance(base, nn.ConvTranspose2d) else F.conv2d
-        self.stage = 0
-
-    def split(self) -> None:
-        """Takes the stages apart once per pass: an index per stage would scatter into zeros in the backward pass."""
-        self.downs, self.ups = self.down.unbind(), self.up.unbind()
-
-
-class AdapterBranch(StagedLayer):
-    """A layer as adapter libraries build it: base convolution plus a rank-r branch of the stage in force."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = self.conv(x, self.downs[self.stage], stride=self.base.stride, padding=self.base.padding)
-        return self.base(x) + F.conv2d(low, self.ups[self.stage][:, :, None, None])
-
-
-class MergedAtCall(StagedLayer):
-    """A layer in loralib's form: the weight of the stage in force is formed at every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = (self.ups[self.stage] @ self.downs[self.stage]).view(self.base.weight.shape)
-        return self.conv(x, self.base.weight + update, stride=self.base.stride, padding=self.base.padding)
-
-
-def _with_layers(p: Problem, kind: type[StagedLayer]) -> Run:
-    """The rivals' network with every convolution of the base replaced by ``kind``."""
-    denoiser = copy.deepcopy(p.base.denoiser)
-    layers = {}
-    for name in p.base.layers:
-        layers[name] = kind(denoiser.get_submodule(name), p.inputs[f"down.{name}"], p.inputs[f"up.{name}"])
-        denoiser.set_submodule(name, layers[name])
-    rho = p.step_size.detach().clone().requires_grad_(p.mode == TRAIN)
-    phi = p.base.op.phi
-
-    def denoise(z: Tensor, k: int) -> Tensor:
-        for layer in layers.values():
-            layer.stage = k
-        return denoiser(z)
-
-    def network() -> Tensor:
-        for layer in layers.values():
-            layer.split()
-        return unfold(p.y, phi, rho, denoise)
-
-    parameters = [rho, *(t for layer in layers.values() for t in (layer.down, layer.up))]
-    return Run(_autocast(p, network), parameters=tuple(parameters))
-
-
-@inference.contender("PEFT-style layers", compiled=True, graphed=True)
+@inference.contender("PEFT-style layers", graphed=True)
 def _(p: Problem):
-    return _with_layers(p, AdapterBranch)
+    return rivals.with_layers(p, rivals.AdapterBranch)
 
 
-@inference.contender("PEFT")
+@inference.contender("PEFT-style layers, compiled", devices=("cuda",), compiles=True)
 def _(p: Problem):
-    """The peft package's own layers, one adapter a stage; it has none for transposed convolutions."""
-    peft = optional.package("peft")
-    denoiser = copy.deepcopy(p.base.denoiser)
-    branches = []
-    for name in filter(p.base.transposed, p.base.layers):
-        branches.append(AdapterBranch(denoiser.get_submodule(name), p.inputs[f"down.{name}"], p.inputs[f"up.{name}"]))
-        denoiser.set_submodule(name, branches[-1])
-        branches[-1].split()
-    names = [name for name in p.base.layers if not p.base.transposed(name)]
-    ranks = {name: p.inputs[f"up.{name}"].shape[-1] for name in names}
-    # "^" and "$": PEFT reads the keys as patterns, and "up" would fit others too.
-    pattern = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
-    config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=names, rank_pattern=pattern, alpha_pattern=pattern)
-    model = peft.get_peft_model(denoiser, config, adapter_name="stage0", autocast_adapter_dtype=False)
-    for k in range(1, p.base.stages):
-        model.add_adapter(f"stage{k}", config)
-    model.to(p.device).eval()
-    with torch.no_grad():
-        for name in names:
-            layer = model.base_model.model.get_submodule(name)
-            for k in range(p.base.stages):
-                layer.lora_A[f"stage{k}"].weight.copy_(p.inputs[f"down.{name}"][k])
-                layer.lora_B[f"stage{k}"].weight.copy_(p.inputs[f"up.{name}"][k][:, :, None, None])
+    return variants.compiled(lambda p: rivals.with_layers(p, rivals.AdapterBranch))(p)
 
-    def denoise(z: Tensor, k: int) -> Tensor:
-        model.base_model.set_adapter(f"stage{k}")
-        for branch in branches:
-            branch.stage = k
-        return model(z)
 
-    return _autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, denoise))
+_contender((inference, throughput), "PEFT")(rivals.peft_layers)
+inference.contender("loralib")(rivals.loralib_layers)
 
 
 @training.contender("loralib-style layers")
 def _(p: Problem):
-    return _with_layers(p, MergedAtCall)
+    return rivals.with_layers(p, rivals.MergedAtCall)
 
 
-def _copies(p: Problem) -> nn.ModuleList:
-    """K denoisers with the merged weights of their stage."""
-    copies = nn.ModuleList(copy.deepcopy(p.base.denoiser) for _ in range(p.base.stages))
-    with torch.no_grad():
-        for name in p.base.layers:
-            for k, weight in enumerate(p.base.merged(p.inputs, name)):
-                copies[k].get_submodule(name).weight.copy_(weight)
-    return copies
-
-
-@inference.contender("hand-merged", compiled=True, graphed=True)
+@_contender(EVERY, "hand-merged", graphed=True)
 def _(p: Problem):
     """Nine plain U-Nets, merged by hand: nothing of this library but the numbers."""
-    copies = _copies(p)
-    return _autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, lambda z, k: copies[k](z)))
+    return rivals.hand_merged(p)
 
 
-@inference.contender("hand-merged, bf16 nhwc", compiled=True, graphed=True)
+@_contender(EVERY, "hand-merged, nhwc", graphed=True)
 def _(p: Problem):
-    if p.dtype != "bf16":
-        raise Unavailable("for bf16")
-    copies = _copies(p).bfloat16().to(memory_format=torch.channels_last)
-    return lambda: unfold(p.y, p.base.op.phi, p.step_size, lambda z, k: copies[k](z.bfloat16()).float())
+    """The same with channels_last weights, in bf16 where the problem is."""
+    return rivals.hand_merged(p, channels_last=True)
 
 
-@inference.contender("tied network", kind=LIMIT)
+@inference.contender("hand-merged nhwc, compiled", compiles=True)
 def _(p: Problem):
+    return rivals.hand_merged_compiled(p, channels_last=True)
+
+
+def _tied(p: Problem) -> Run:
     """No adapters at all: one U-Net for every stage, our gradient step."""
     net = lf.LoRun(p.base.op, p.base.denoiser, stages=p.base.stages, sharing="tied").to(p.device).eval()
     with torch.no_grad():
@@ -370,12 +301,31 @@ def _(p: Problem):
         weight = p.base.layer(name).weight.detach().double()
         return weight.expand(p.base.stages, *weight.shape)
 
-    return Run(_autocast(p, lambda: net(p.y)), reference=_definition(p.base, base_weights))
+    return Run(rivals.autocast(p, lambda: net(p.y)), reference=_definition(p.base, base_weights))
+
+
+inference.contender("tied network", kind=LIMIT)(_tied)
+merged.contender("tied network")(_tied)
+
+
+@inference.contender("18 bare convolutions", kind=LIMIT)
+def _(p: Problem):
+    """3 x 3 in fp32, four times the network's first width (64 for cs-25): about the work of ISTA-Net+. A yardstick."""
+    width = 4 * p.args["channels"][0]
+    x = torch.randn(p.y.shape[0], width, p.args["px"], p.args["px"], device=p.device)
+    weights = torch.randn(18, width, width, 3, 3, device=p.device) / (3 * width**0.5)
+
+    def chain(x: Tensor, weights: Tensor) -> Tensor:
+        for weight in weights:
+            x = F.conv2d(x, weight, padding=1)
+        return x
+
+    return Run(lambda: chain(x, weights), reference=lambda **inputs: chain(x.double(), weights.double()))
 
 
 def _trained(p: Problem, net: lf.LoRun) -> Run:
     factors = (_layer(net, name).get_parameter(key) for name in p.base.layers for key in ("down", "up"))
-    return Run(_autocast(p, lambda: net(p.y)), parameters=(net.step_size, *factors))
+    return Run(rivals.autocast(p, lambda: net(p.y)), parameters=(net.step_size, *factors))
 
 
 @training.contender("lorun_fast", kind=OURS, ops=("block_cs_step",))
@@ -392,10 +342,10 @@ def _(p: Problem):
 @training.contender("untied", kind=LIMIT)
 def _(p: Problem):
     """Nine full denoisers, all weights trained: what low-rank stages replace. Another problem, so no rival."""
-    copies = _copies(p)
+    copies = rivals.merged_copies(p)
     rho = p.step_size.detach().clone().requires_grad_()
     weights = [copies[k].get_submodule(name).weight for k in range(p.base.stages) for name in p.base.layers]
-    run = _autocast(p, lambda: unfold(p.y, p.base.op.phi, rho, lambda z, k: copies[k](z)))
+    run = rivals.autocast(p, lambda: rivals.unfold(p.y, p.base.op.phi, rho, lambda z, k: copies[k](z)))
     names = tuple(f"{k}.{name}" for k in range(p.base.stages) for name in p.base.layers)
     for name, weight in zip(names, weights, strict=True):
         p.inputs[name] = weight.detach().clone()

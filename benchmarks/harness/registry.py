@@ -161,11 +161,13 @@ class Case:
         devices: Sequence[str] = ("cpu", "cuda"),
         compiled: bool = False,
         graphed: bool = False,
+        compiles: bool = False,
         ops: Sequence[str] = (),
     ) -> Callable:
         """Registers a contender.
 
         compiled: also register it under torch.compile. graphed: also under a CUDA graph (forward, CUDA only).
+        compiles: it calls torch.compile itself, and takes part where the compiled variants do.
         """
         if kind not in (OURS, RIVAL, LIMIT):
             raise ValueError(f"kind: expected {OURS}, {RIVAL} or {LIMIT}, got {kind!r}")
@@ -179,7 +181,7 @@ class Case:
                 settings = {"modes": tuple(modes), "devices": tuple(devices), "ops": tuple(ops)} | changes
                 self.contenders.append(Contender(label, kind, build, **settings))
 
-            add(name, build)
+            add(name, build, compiled=compiles)
             if compiled:
                 add(f"{name}, compiled", variants.compiled(build), compiled=True)
             if graphed:

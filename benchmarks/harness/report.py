@@ -17,7 +17,8 @@ class Row:
 
     kind: ours, rival, limit (a bound that computes something else), or ceiling (the machine itself).
     correct: yes, no, or "" where there was nothing to check (not available). error, tolerance: relative to the
-    largest value. Times in milliseconds. ratio: of the median to the fastest rival's. limit_ms: the time that
+    largest value. Times in milliseconds. ratio: of the median to the fastest rival's; it
+    lies between ratio_low and ratio_high with 95 % confidence, by bootstrap. limit_ms: the time that
     the ceilings allow for ``bytes`` and ``flops``; percent_of_limit: limit_ms / median_ms.
     """
 
@@ -47,6 +48,8 @@ class Row:
     iqr_ms: float | str = ""
     samples: int | str = ""
     ratio: float | str = ""
+    ratio_low: float | str = ""
+    ratio_high: float | str = ""
     limit_ms: float | str = ""
     limited_by: str = ""
     percent_of_limit: float | str = ""
@@ -93,7 +96,7 @@ def _cell(value) -> str:
 def read(path: Path) -> list[Row]:
     """The rows of a CSV file, numbers as numbers."""
     numbers = {"error", "tolerance", "median_ms", "q25_ms", "q75_ms", "iqr_ms", "ratio", "limit_ms", "percent_of_limit"}
-    numbers |= {"bytes", "flops", "per_second", "peak_mib"}
+    numbers |= {"bytes", "flops", "per_second", "peak_mib", "ratio_low", "ratio_high"}
     rows = []
     with path.open(newline="") as file:
         for record in csv.DictReader(file):
@@ -136,6 +139,10 @@ def _number(value: float | str, form: str) -> str:
     return "" if value == "" else format(value, form)
 
 
+def _interval(row: Row) -> str:
+    return "" if row.ratio_low == "" else f"{row.ratio_low:.3f}-{row.ratio_high:.3f}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """One table as text: the limit above, timed rows by median, then those without a time and why."""
     first = rows[0]
@@ -144,9 +151,9 @@ def table(rows: Sequence[Row]) -> str:
     if limit is not None:
         work = f"{limit.bytes / 1e6:.3g} MB, {limit.flops / 1e9:.3g} GFLOP"
         head += f"   limit {milliseconds(limit.limit_ms)} ({limit.limited_by}; {work})"
-    titles = ["contender", "kind", "median", "IQR", "ratio", "% of limit", "peak MiB", "error", ""]
+    titles = ["contender", "kind", "median", "IQR", "ratio", "95 %", "% of limit", "peak MiB", "error", ""]
     if any(r.per_second != "" for r in rows):
-        titles.insert(6, "images/s")
+        titles.insert(7, "images/s")
     body = []
     for r in sorted(rows, key=lambda r: r.median_ms if r.timed else math.inf):
         cells = [
@@ -155,13 +162,14 @@ def table(rows: Sequence[Row]) -> str:
             milliseconds(r.median_ms) if r.timed else "wrong" if r.correct == "no" else "-",
             milliseconds(r.iqr_ms),
             _number(r.ratio, ".2f"),
+            _interval(r),
             _number(r.percent_of_limit, ".0f"),
             _number(r.peak_mib, ".1f"),
             _number(r.error, ".1e"),
             "; ".join(text for text in (verdict(r), r.note) if text),
         ]
         if len(titles) > len(cells):
-            cells.insert(6, _number(r.per_second, ".3g"))
+            cells.insert(7, _number(r.per_second, ".3g"))
         body.append(cells)
     widths = [max(len(row[i]) for row in [titles, *body]) for i in range(len(titles))]
     lines = [head]

@@ -14,8 +14,8 @@ from benchmarks.harness.backend import note as backend_note
 from benchmarks.harness.ceilings import Ceilings, percent_of_limit
 from benchmarks.harness.check import Verdict, step
 from benchmarks.harness.registry import Case, Contender, Problem, Run, Size, Unavailable, matches
-from benchmarks.harness.report import Row, set_ratios
-from benchmarks.harness.timing import Budget, Stats, Timer, interleave
+from benchmarks.harness.report import Row, fastest_rival, set_ratios
+from benchmarks.harness.timing import Budget, Stats, Timer, interleave, ratio_interval
 from benchmarks.harness.variants import as_run
 
 
@@ -116,6 +116,16 @@ def fill(row: Row, stats: Stats, p: Problem, ceilings: Ceilings | None) -> None:
         row.percent_of_limit = percent_of_limit(limit, stats.median)
 
 
+def set_intervals(rows: list[Row], stats: dict[str, Stats]) -> None:
+    """Fills how well the ratios are known."""
+    best = fastest_rival(rows)
+    for row in rows if best is not None else ():
+        if row.timed and row is not best:
+            found = ratio_interval(stats[row.contender], stats[best.contender])
+            if found is not None:
+                row.ratio_low, row.ratio_high = found
+
+
 def run_size(
     case: Case, chosen: Size, dtype: str, mode: str, options: Options, ceilings: Ceilings | None
 ) -> list[list[Row]]:
@@ -146,7 +156,7 @@ def run_size(
             peak = memory.peak(entry.call, options.device, options.allocator)
             if peak is not None:
                 entry.row.peak_mib, entry.row.peak_by = peak / 2**20, memory.HOW[options.device.type]
-    tables = []
+    tables, samples = [], []
     for regime in chosen.regimes:
         progress(f"timing {len(admitted)} contenders, {regime}")
         calls = {e.contender.name: e.call for e in admitted}
@@ -159,12 +169,14 @@ def run_size(
                 fill(row, stats[entry.contender.name], p, ceilings)
             rows.append(row)
         tables.append(rows)
+        samples.append(stats)
     late = {e.contender.name: e.row for e in admitted if not _still_right(e, verdict)}
-    for rows in tables:
+    for rows, stats in zip(tables, samples, strict=True):
         for i, row in enumerate(rows):
             if row.contender in late:
                 rows[i] = Row(**(vars(late[row.contender]) | {"regime": row.regime}))
         set_ratios(rows)
+        set_intervals(rows, stats)
     progress(f"{case.name} {chosen.label} {dtype} {mode}: {time.monotonic() - started:.0f} s")
     return tables
 

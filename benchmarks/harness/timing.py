@@ -16,9 +16,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from benchmarks.harness.machine import cache_bytes
@@ -89,12 +90,13 @@ def timer_for(device: torch.device) -> Timer:
 
 @dataclass(frozen=True)
 class Stats:
-    """Median and quartiles of the samples, in seconds."""
+    """Median and quartiles of the samples, in seconds; ``values``: the samples, in the order they were taken."""
 
     median: float
     q25: float
     q75: float
     samples: int
+    values: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def iqr(self) -> float:
@@ -103,9 +105,28 @@ class Stats:
     @classmethod
     def of(cls, samples: list[float]) -> Stats:
         if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], 1)
+            return cls(samples[0], samples[0], samples[0], 1, tuple(samples))
         q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, q25, q75, len(samples))
+        return cls(median, q25, q75, len(samples), tuple(samples))
+
+
+RESAMPLES = 2000
+
+
+def ratio_interval(one: Stats, other: Stats, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Where the ratio of the medians, one over other, lies: a bootstrap interval; None below five samples of either.
+
+    Contenders that took part in every round were timed side by side, so rounds are drawn and not samples.
+    """
+    a, b = np.asarray(one.values), np.asarray(other.values)
+    if min(len(a), len(b)) < 5:
+        return None
+    draw = np.random.default_rng(seed)
+    rounds = draw.integers(len(a), size=(RESAMPLES, len(a)))
+    others = rounds if len(a) == len(b) else draw.integers(len(b), size=(RESAMPLES, len(b)))
+    ratios = np.median(a[rounds], axis=1) / np.median(b[others], axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ class Budget:
     """How long to sample.
 
     seconds: per contender and regime. fewest, most: samples. sample: seconds that a warm sample fills. slow:
-    seconds from which a call takes part with three samples only, and without an untimed call before each.
+    seconds from which a call takes part with ``few`` samples only, and without an untimed call before each.
     """
 
     seconds: float = 0.5
@@ -121,6 +142,12 @@ class Budget:
     most: int = 40
     sample: float = 2e-3
     slow: float = 0.5
+    few: int = 3
+
+    @classmethod
+    def exactly(cls, samples: int) -> Budget:
+        """So many samples of every contender, however long they take."""
+        return cls(fewest=samples, most=samples, few=samples)
 
 
 QUICK = Budget(seconds=0.02, fewest=3, most=5, sample=2e-4)
@@ -145,7 +172,7 @@ class Plan:
 def _plan(fn: Callable, timer: Timer, budget: Budget, cold: bool, host: bool, flush_seconds: float) -> Plan:
     guess = max(timer.once(fn, 1, warm=False, host=host), 1e-9)
     if guess >= budget.slow:
-        return Plan(1, min(budget.fewest, 3), False)
+        return Plan(1, min(budget.fewest, budget.few), False)
     guess = max(timer.once(fn, 1, warm=False, host=host), 1e-9)
     fitting = min(max(1, math.ceil(budget.sample / guess)), 10_000)
     calls = 1 if cold else min(OVERHEAD_CALLS, fitting) if host else fitting
