@@ -132,7 +132,8 @@ class LoRun(nn.Module):
                 x = checkpoint(self.stage_step, k, x, y, op, sigma, use_reentrant=False)
             else:
                 x = self.stage_step(k, x, y, op, sigma)
-            outputs.append(x)
+            if return_stages:
+                outputs.append(x)
         return outputs if return_stages else x
 
     def stage_step(

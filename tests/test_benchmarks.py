@@ -265,6 +265,22 @@ def test_quartiles():
     assert Stats.of([2.0]) == Stats(2.0, 2.0, 2.0, 1)
 
 
+def test_ratio_interval_pairs_the_rounds():
+    # Neighbours double both contenders' times in half of the rounds: side by side the ratio stays 2.
+    drift = [1.0, 2.0] * 10
+    slow, fast = Stats.of([2 * d for d in drift]), Stats.of(drift)
+    assert timing.ratio_interval(slow, fast) == pytest.approx((2.0, 2.0))
+    low, high = timing.ratio_interval(slow, Stats.of(drift[:-1]))
+    assert low < 1.5 and high > 2.5
+    assert timing.ratio_interval(slow, Stats.of([1.0] * 4)) is None
+
+
+def test_exactly_so_many_samples_of_slow_contenders_too():
+    timer = FakeTimer()
+    stats = sampled(timer, WARM, Budget.exactly(7), quick=1e-3, slow=4.0)
+    assert {name: s.samples for name, s in stats.items()} == {"quick": 7, "slow": 7}
+
+
 def sampled(timer: FakeTimer, regime: str, budget: Budget, **seconds: float) -> dict[str, Stats]:
     def runs(value):
         def run():
@@ -507,9 +523,30 @@ def test_old_rows_can_be_drawn(tmp_path):
     assert all(p.stat().st_size > 5000 for p in paths)
 
 
+def batch_rows(batches: tuple[int, ...]) -> list[Row]:
+    common = {"suite": "network", "case": "c", "dtype": "fp32", "mode": FORWARD, "regime": WARM}
+    return [
+        Row(**common, shape=f"{n}x1x8x8", contender=kind, kind=kind, median_ms=1.0, per_second=n, peak_mib=2.0 * n)
+        for n in batches for kind in (OURS, RIVAL)
+    ]  # fmt: skip
+
+
+def test_rows_that_differ_in_their_batch_make_a_curve(tmp_path):
+    rows = batch_rows((1, 4, 2))
+    (path,) = plot.throughput(rows, tmp_path / "picture")
+    assert path.name == "picture-batches-c-1x8x8-fp32.png" and path.stat().st_size > 5000
+    ((key, contenders),) = plot._curves(rows).items()
+    assert key[2] == "1x8x8" and {name: sorted(line) for name, line in contenders.items()} == {
+        OURS: [1, 2, 4],
+        RIVAL: [1, 2, 4],
+    }
+    assert plot.throughput(batch_rows((1, 2)), tmp_path / "none") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--samples", "0"], "--samples: expected at least 1, got 0"),
         (["opera"], "suite: expected some of ops, layers, network, got opera"),
         (["--case", "no such case"], "matches 'no such case' on cpu"),
         (["--device", "cuda"], "torch sees no CUDA device"),

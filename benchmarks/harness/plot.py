@@ -1,4 +1,7 @@
-"""Bars and rooflines of a suite's rows, as PNG files. ``python -m benchmarks.harness.plot FILE.csv`` draws old rows."""
+"""Bars, rooflines and batch curves of a suite's rows, as PNG files.
+
+``python -m benchmarks.harness.plot FILE.csv`` draws old rows.
+"""
 
 from __future__ import annotations
 
@@ -138,9 +141,64 @@ def roofline(rows: Sequence[Row], stem: Path) -> list[Path]:
     return paths
 
 
+def _curves(rows: Sequence[Row]) -> dict[tuple, dict[str, dict[int, Row]]]:
+    """Rows that differ in their batch alone, from three batches on: {table without batch: {contender: {n: row}}}."""
+    found: dict[tuple, dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        shape = re.fullmatch(r"(\d+)x(.+)", row.shape)
+        if row.kind in COLOURS and row.timed and row.per_second != "" and shape is not None:
+            key = (row.suite, row.case, shape.group(2), row.dtype, row.mode, row.regime)
+            found.setdefault(key, {}).setdefault(row.contender, {})[int(shape.group(1))] = row
+    return {
+        key: contenders
+        for key, contenders in found.items()
+        if len({n for line in contenders.values() for n in line}) >= 3
+    }
+
+
+LINES = ("-", "--", ":", "-.")
+
+
+def throughput(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Images per second, and peak memory where it was measured, against the batch; a figure for each such series."""
+    plt = _pyplot()
+    paths = []
+    for key, contenders in _curves(rows).items():
+        columns = [("per_second", "images per second")]
+        if any(row.peak_mib != "" for line in contenders.values() for row in line.values()):
+            columns.append(("peak_mib", "peak memory, MiB"))
+        figure, grid = plt.subplots(1, len(columns), figsize=(4.6 * len(columns), 3.4), squeeze=False)
+        for axes, (column, title) in zip(grid.flat, columns, strict=True):
+            for i, (name, line) in enumerate(contenders.items()):
+                points = [(n, row) for n, row in sorted(line.items()) if getattr(row, column) != ""]
+                kind = points[0][1].kind if points else RIVAL
+                axes.plot(
+                    [n for n, _ in points], [getattr(row, column) for _, row in points], color=COLOURS[kind],
+                    linestyle=LINES[i % len(LINES)], marker="o", markersize=4, label=name,
+                )  # fmt: skip
+            batches = sorted({n for line in contenders.values() for n in line})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(batches, [str(n) for n in batches])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("images in a batch")
+            axes.set_ylabel(title)
+            axes.spines[["top", "right"]].set_visible(False)
+        grid.flat[0].legend(fontsize=7)
+        first = next(iter(next(iter(contenders.values())).values()))
+        _, case, shape, dtype, mode, _ = key
+        figure.suptitle(f"{case}  {shape}  {dtype} {mode}: {first.machine}, {first.threads} threads", fontsize=9)
+        figure.tight_layout()
+        name = re.sub(r"[^\w.]+", "-", f"{case}-{shape}-{dtype}")
+        path = stem.with_name(f"{stem.name}-batches-{name}.png")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
 def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     """All figures of one suite, named after ``stem``."""
-    return bars(rows, stem) + roofline(rows, stem)
+    return bars(rows, stem) + roofline(rows, stem) + throughput(rows, stem)
 
 
 if __name__ == "__main__":
