@@ -18,7 +18,7 @@ import torch
 from benchmarks import cases  # noqa: F401 registers every case
 from benchmarks.harness import allocator, backend, memory, plot, registry, report, timing
 from benchmarks.harness.ceilings import Ceilings, measure
-from benchmarks.harness.check import Verdict, error
+from benchmarks.harness.check import Verdict, error, output_gradient
 from benchmarks.harness.registry import (
     CASES,
     COLD,
@@ -273,6 +273,13 @@ def test_ratio_interval_pairs_the_rounds():
     low, high = timing.ratio_interval(slow, Stats.of(drift[:-1]))
     assert low < 1.5 and high > 2.5
     assert timing.ratio_interval(slow, Stats.of([1.0] * 4)) is None
+
+
+def test_the_gradient_of_a_result_has_its_layout():
+    out = torch.rand(2, 3, 4, 5)
+    last = out.to(memory_format=torch.channels_last).requires_grad_()
+    assert output_gradient(last).stride() == last.stride() and not output_gradient(last).requires_grad
+    assert torch.equal(output_gradient(last), output_gradient(out))
 
 
 def test_exactly_so_many_samples_of_slow_contenders_too():

@@ -16,9 +16,9 @@ TOLERANCE = {"fp64": 1e-10, "fp32": 3e-5, "bf16": 4e-2, "fp16": 5e-3}
 
 
 def output_gradient(out: Tensor) -> Tensor:
-    """The gradient that every contender's result is given: a fixed draw, shaped like the result."""
+    """The gradient that every contender's result is given: a fixed draw, shaped and laid out like the result."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    return torch.empty_like(out, requires_grad=False).copy_(torch.randn(out.shape, generator=generator))
 
 
 def step(run: Run, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
