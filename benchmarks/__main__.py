@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--case", metavar="PATTERN", help='part of, or shell pattern for, "case size"')
+    p.add_argument(
+        "--case", action="append", metavar="PATTERN", help='part of, or shell pattern for, "case size" (repeatable)'
+    )
     p.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype (repeatable)")
     p.add_argument("--mode", choices=("forward", "forward+backward"), help="only this mode")
     p.add_argument("--without", metavar="PATTERN", help="leave these contenders out")
@@ -144,9 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     until = started + args.limit if args.limit else float("inf")
     suites = [s for s in SUITES if s in args.suites or not args.suites]
-    chosen = list(select(list(CASES.values()), suites=suites, pattern=args.case, device=args.device, quick=args.quick))
+    chosen = list(select(list(CASES.values()), suites=suites, patterns=args.case, device=args.device, quick=args.quick))
     if not chosen:
-        p.error(f"no size of {', '.join(suites)} matches {args.case!r} on {args.device}; --list shows them all")
+        wanted = " or ".join(map(repr, args.case or ["any"]))
+        p.error(f"no size of {', '.join(suites)} matches {wanted} on {args.device}; --list shows them all")
     if args.list:
         print(listing(chosen))
         return 0

@@ -399,11 +399,14 @@ def test_selection_by_suite_pattern_device_and_size():
         return [f"{c.name} {s.label}" for c, s in select(list(CASES.values()), **wanted)]
 
     everything = labels(device="cpu")
-    assert labels(device="cpu", pattern="block_cs.step") == [x for x in everything if "block_cs.step" in x]
-    assert labels(device="cpu", pattern="*.step 16x*") == [
+    assert labels(device="cpu", patterns=["block_cs.step"]) == [x for x in everything if "block_cs.step" in x]
+    assert labels(device="cpu", patterns=["*.step 16x*"]) == [
         x for x in everything if x.startswith(("block_cs.step 16x", "cassi.step 16x", "blur_downsample.step 16x"))
     ]
-    assert labels(device="cpu", pattern="no such case") == []
+    assert labels(device="cpu", patterns=["no such case"]) == []
+    assert labels(device="cpu", patterns=["block_cs.step", "cassi.forward"]) == [
+        x for x in everything if "block_cs.step" in x or "cassi.forward" in x
+    ]
     assert {x.split(".")[0] for x in labels(device="cpu", suites=("layers",))} == {"lora_conv2d"}
     assert labels(device="cpu") != labels(device="cuda")
     quick = labels(device="cpu", quick=True)

@@ -226,17 +226,18 @@ def select(
     cases: Sequence[Case],
     *,
     suites: Sequence[str] = SUITES,
-    pattern: str | None = None,
+    patterns: Sequence[str] | None = None,
     device: str = "cpu",
     quick: bool = False,
 ) -> Iterator[tuple[Case, Size]]:
     """The sizes to run, in order: suites as listed, then the order of registration.
 
-    pattern: matched against "case size", for example "cassi*" or "block_cs.step 16x*" or "256x256".
+    patterns: one of them must match "case size", for example "cassi*" or "block_cs.step 16x*" or "256x256".
     quick: only the sizes marked quick.
     """
     for suite in suites:
         for one in (c for c in cases if c.suite == suite):
             for s in one.sizes:
-                if device in s.devices and (s.quick or not quick) and matches(pattern, f"{one.name} {s.label}"):
+                fits = any(matches(pattern, f"{one.name} {s.label}") for pattern in patterns or (None,))
+                if fits and device in s.devices and (s.quick or not quick):
                     yield one, s
