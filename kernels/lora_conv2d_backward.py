@@ -533,7 +533,9 @@ def backward(
     stacked = stage is not None
     stages = factors.shape[0] if stacked else 1
     chosen = stage if isinstance(stage, int) else 0
-    tile = tile or configs.backward(a.g, x.dtype, configs.architecture(x.device), a.rank)
+    if tile is None:
+        arch = configs.architecture(x.device)
+        tile = configs.backward(a.g, x.dtype, arch, a.rank, a.stage is not None, activation)
     p = plan(a, a.image(dy), activation, need, chosen, stages, tile, tf32, (factors, up))
     for one in p.launches:
         one.run()
