@@ -38,6 +38,20 @@ def derivative(x, ACT: tl.constexpr):
     return d
 
 
+# Their result has the sign of what they are applied to, and so tells their derivative.
+SIGN_TELLS = ("relu", "leaky_relu")
+
+
+@triton.jit
+def derivative_of_result(y, ACT: tl.constexpr):
+    """d activate(x) / dx from y = activate(x), for SIGN_TELLS."""
+    if ACT == "relu":
+        d = tl.where(y > 0, 1.0, 0.0)
+    else:
+        d = tl.where(y > 0, 1.0, LEAKY_SLOPE)
+    return d
+
+
 @triton.jit
 def load_patch(
     image, n, h0, w0, c0, H, W, s_n, s_h,

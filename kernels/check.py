@@ -107,6 +107,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _multiplies(one) -> bool:
+    """Whether a launch forms matrix products: output_side with merged weights and a saved output only scales dy."""
+    v = one.constants
+    return one.kernel.fn.__name__ != "output_side" or v["RANK"] > 0 or (v["ACT"] is not None and not v["KNOWN"])
+
+
 def inspect(problem: Problem, index: int, arch: int, tile=None, capability: int | None = None) -> Report:
     """Compiles one launch of a problem for one architecture, with the shipped tile or another.
 
@@ -129,7 +135,8 @@ def inspect(problem: Problem, index: int, arch: int, tile=None, capability: int 
     report.registers, report.spilled = _resources(compiled.asm["cubin"])
     report.shared = compiled.metadata.shared
     described = any(isinstance(value, TensorDescriptor) for value in one.args.values())
-    report.judge(products=kernel in PRODUCTS and problem.dtype != "float32", bulk=described and arch >= 90)
+    products = kernel in PRODUCTS and _multiplies(one)
+    report.judge(products=products and problem.dtype != "float32", bulk=products and described and arch >= 90)
     return report
 
 

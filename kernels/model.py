@@ -137,15 +137,16 @@ def _demands(launch: Launch, n: int) -> tuple[float, float, float, float]:
     if name == "output_side":
         pixels, blocks = v["BH"] * v["BW"], ceil_div(v["O"], v["BO"])
         tiles, inner = n * a["patches"], ceil_div(v["C"], v["BC"])
-        active = v["ACT"] is not None
-        flops, shared, l2 = _patches(v, size, pixels, tiles * blocks, inner, active, False) if active else (0, 0, 0)
+        active, known = v["ACT"] is not None, v["KNOWN"]
+        again = active and not known
+        flops, shared, l2 = _patches(v, size, pixels, tiles * blocks, inner, again, False) if again else (0, 0, 0)
         if v["RANK"]:
             f, s, b = _patches(v, size, pixels, tiles, inner, False, True)
             small = _product(pixels, v["BO"], v["R"], size), _product(v["BO"], pixels, v["R"], size)
             flops += f + tiles * blocks * (small[0][0] + small[1][0])
             shared += s + tiles * blocks * (small[0][1] + small[1][1])
             l2 += b
-        return x + y * (1 + active) + t, l2 + y, shared, flops
+        return x + y * (1 + active + known) + t, l2 + y * (1 + known), shared, flops
     # input_side: both roles
     if v["STRIPS"]:
         flops, shared, l2 = _strips(v, size, a["image_programs"], a["ROWS"], v["KH"], v["BO"], v["BC"])
@@ -180,19 +181,21 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for batch in (1, 16):
         for channels in (28, 32, 64, 128, 256):
-            for backward in (False, True):
-                problem = check.Problem(channels, batch=batch, backward=backward)
+            plain = check.Problem(channels, batch=batch)
+            # An activation changes the first launch only: ReLU reads the output, SiLU computes the convolution again.
+            acts = [replace(plain, backward=True, activation=a) for a in ("relu", "silu")]
+            for problem in (plain, replace(plain, backward=True), *acts):
                 for index, one in enumerate(check.launches(problem, 90)):
+                    if problem.activation and index:
+                        break
                     kernel = one.kernel.fn.__name__
-                    per_sm = (
-                        compiled.get((replace(problem, batch=16).name, kernel))
-                        or check.inspect(problem, index, 90).per_sm
-                    )
-                    e = estimate(one, batch, per_sm)
+                    known = compiled.get((replace(problem, batch=16).name, kernel))
+                    e = estimate(one, batch, known or check.inspect(problem, index, 90).per_sm)
+                    what = f"{kernel} {problem.activation}" if problem.activation else kernel
                     limits = " | ".join(f"{1e6 * t:.1f}" for t in e.limits.values())
                     print(
-                        f"| {batch}x{channels}x256x256 | {kernel} | {e.per_sm}, {e.waves:.2f} | {limits} "
-                        f"| **{1e6 * e.seconds:.0f}** ({e.limit}) | not measured |",
+                        f"| {batch}x{channels}x256x256 | {what} | {e.per_sm}, {e.waves:.2f} "
+                        f"| {limits} | **{1e6 * e.seconds:.0f}** ({e.limit}) | not measured |",
                         flush=True,
                     )
 

@@ -55,6 +55,11 @@ class Problem:
         parts += [f"rank{self.rank}"] if self.rank is not None else []
         return " ".join(parts)
 
+    @property
+    def knows(self) -> bool:
+        """Whether the library keeps the forward result for the backward pass, whose sign tells the derivative."""
+        return self.activation in ("relu", "leaky_relu") and not self.residual
+
     @staticmethod
     def parse(text: str) -> Problem:
         """The problem of a name. Raises ValueError for a word that says nothing."""
@@ -109,6 +114,10 @@ def problems() -> Iterator[Problem]:
     for channels in (32, 64, 128):
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu")
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu", backward=True)
+    # ReLU from the saved output; in fp32 also an activation whose convolution is computed again.
+    yield Problem(28, activation="relu", backward=True)
+    yield Problem(64, activation="relu", backward=True)
+    yield Problem(64, dtype="float32", activation="silu", backward=True)
     for backward in (False, True):
         yield Problem(64, 128, stride=2, backward=backward)
         yield Problem(32, k=5, activation="silu", backward=backward)
@@ -199,7 +208,8 @@ def launches(problem: Problem, arch: int, tile=None) -> list:
         tile = tile or configs.shipped_backward(a.g, dtype, arch, a.rank)
         need = (True, True, problem.activation is not None)
         stages = _STAGES if problem.mixed else 1
-        return lora_conv2d_backward.plan(a, y, problem.activation, need, 0, stages, tile).launches
+        output = y if problem.knows else None
+        return lora_conv2d_backward.plan(a, y, problem.activation, need, 0, stages, tile, output=output).launches
     tile = tile or configs.shipped_forward(a.g, dtype, arch)
     other, kind = (y, "residual") if problem.residual else (None, "none")
     return [lora_conv2d.launch(a, y, other, kind, problem.activation, tile)]

@@ -42,6 +42,11 @@ class Trial:
         self.key = Key(direction, a.g, str(t.x.dtype), a.rank, a.stage is not None, problem.activation)
         self.dtype = t.x.dtype
         self._need_bias = problem.activation is not None
+        self._output = None
+        if problem.backward and problem.knows:
+            with torch.no_grad():
+                y = self._before_activation(t.x, t.weight, t.bias, t.down, t.up)
+                self._output = reference.epilogue(y, problem.activation, None)
         self._truth = self._define(torch.float64)
         self._own = self._define(self.dtype)
 
@@ -71,7 +76,9 @@ class Trial:
         order = wanted + ((2,) if self._need_bias else ())
         leaves = [inputs[i].requires_grad_() for i in order]
         before = self._before_activation(*inputs)
-        grad = reference.activation_backward(t.dy.to(dtype), p.activation, before.detach())
+        # The sign that the kernel is given decides for the definition too: rounding may turn that of a value near zero.
+        source = before.detach() if self._output is None else self._output.to(dtype)
+        grad = reference.activation_backward(t.dy.to(dtype), p.activation, source)
         return list(torch.autograd.grad(before, leaves, grad))
 
     def run(self, tile: Tile | BackwardTile) -> list[Tensor]:
@@ -81,7 +88,7 @@ class Trial:
         inputs = (t.x, t.weight, t.bias, t.down, t.up)
         if p.backward:
             need = (True, True, self._need_bias)
-            found = lora_conv2d_backward.backward(t.dy, *inputs, need=need, tile=tile, **more)
+            found = lora_conv2d_backward.backward(t.dy, *inputs, output=self._output, need=need, tile=tile, **more)
             return [f for f in found if f is not None]
         return [lora_conv2d.forward(*inputs, residual=t.dy if p.residual else None, tile=tile, **more)]
 
