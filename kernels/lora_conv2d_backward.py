@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._device import SIGN_TELLS, derivative, derivative_of_result, load_patch, stage_of
+from lorun_fast.kernels._device import SIGN_TELLS, back_through, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry
 from lorun_fast.kernels._launch import Launch, ceil_div, next_power, register_options
 from lorun_fast.kernels.lora_conv2d import (
@@ -110,12 +110,11 @@ def output_side(
                     acc = tl.dot((low * scale).to(dtype), tl.trans(factor), acc, input_precision=PRECISION)
                 if BIAS:
                     acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-                slope = derivative(acc, ACT)
+                grad = (grad.to(tl.float32) * derivative(acc, ACT)).to(dtype)
             elif KNOWN:
                 at = y + n.to(tl.int64) * y_n + (p * y_h + q * YP)[:, None] + o[None, :]
-                slope = derivative_of_result(tl.load(at, mask=owned, other=0.0).to(tl.float32), ACT)
+                grad = back_through(grad, tl.load(at, mask=owned, other=0.0), ACT)
             if ACT is not None:
-                grad = (grad.to(tl.float32) * slope).to(dtype)
                 tl.store(g + n.to(tl.int64) * P * Q * O + ((p * Q + q) * O)[:, None] + o[None, :], grad, mask=owned)
             if RANK > 0:
                 back = tl.dot(grad, factor, back, input_precision=PRECISION)
