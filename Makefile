@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench gpu figures wheel-test kernels-check clean help
+.PHONY: demo test lint format bench gpu figures wheel-test kernels-check tune clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +44,9 @@ format: $(BUILT)  ## the same, changing files
 
 kernels-check: $(BUILT)  ## compile every Triton kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.check
+
+tune: $(BUILT)  ## search kernel tiles on this GPU, on request: PROBLEMS="'forward 64' ..." OUT=FILE, OFFLINE=90 without one
+	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.tune $(PROBLEMS) $(if $(OUT),--out $(OUT)) $(if $(OFFLINE),--offline $(OFFLINE))
 
 bench: $(BUILT)  ## every benchmark on this CPU, with tables and plots in benchmarks/results/
 	$(BIN)/python -m benchmarks --plot

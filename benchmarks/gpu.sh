@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Build, test and benchmark on one machine without network, in ten minutes: make gpu, or
-#   bash benchmarks/gpu.sh [--device cuda|cpu] [--fresh] [FOLDER]
+#   bash benchmarks/gpu.sh [--device cuda|cpu] [--fresh] [--tune] [FOLDER]
 #
 # FOLDER (default benchmarks/results) receives summary.txt, a log per part, and the CSV rows. A part that fails
 # or runs out of time is recorded and the next one starts. A second run repeats only what did not succeed on
 # the same sources; --fresh repeats everything. --device cpu runs the same steps on a CPU with tiny sizes.
+# --tune searches kernel tiles too, with what time is left at the end, into FOLDER/lorun-kernels.json; nothing reads
+# that file unless LORUN_KERNELS_CONFIGS names it (docs/kernels-tuning.md).
 # PYTHON names the interpreter (default: .venv/bin/python, else python3); TOTAL the seconds for everything.
 # Nothing on the device is configured or reset. Exit status: 0 when every part succeeded.
 set -u
@@ -12,18 +14,21 @@ cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 device=cuda
 fresh=0
+tune=0
 out=
-usage="usage: gpu.sh [--device cuda|cpu] [--fresh] [FOLDER]"
+usage="usage: gpu.sh [--device cuda|cpu] [--fresh] [--tune] [FOLDER]"
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=${2:-}; shift 2 || { echo "$usage" >&2; exit 2; } ;;
         --fresh) fresh=1; shift ;;
-        -h | --help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
+        --tune) tune=1; shift ;;
+        -h | --help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
         -*) echo "$usage" >&2; exit 2 ;;
         *) out=$1; shift ;;
     esac
 done
 case $device in cuda | cpu) ;; *) echo "--device: expected cuda or cpu, got '$device'" >&2; exit 2 ;; esac
+[ $tune = 1 ] && [ "$device" = cpu ] && { echo "--tune: expected --device cuda, got cpu" >&2; exit 2; }
 out=${out:-benchmarks/results}
 mkdir -p "$out/parts" || exit 2
 out=$(cd "$out" && pwd)
@@ -150,6 +155,12 @@ tests() {
     return $status
 }
 
+# The soft limit ends the search between candidates and keeps what was found.
+tune() {
+    use_site
+    "$PYTHON" -m lorun_fast.kernels.tune --out "$out/lorun-kernels.json" --limit "$1" --jobs "$(nproc)"
+}
+
 suite() {
     use_site
     local name=$1 seconds=$2
@@ -158,7 +169,7 @@ suite() {
 }
 
 # Functions do not pass through timeout: each part calls this script's own functions in a fresh shell.
-export -f environment build use_site backends kernels tests suite
+export -f environment build use_site backends kernels tests suite tune
 export PYTHON device out root site
 run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' part "$@"; }
 
@@ -177,5 +188,6 @@ run tests 170 tests
     run layers 120 suite layers 80 $quick
     run network 120 suite network 70 $quick
 }
+[ $tune = 1 ] && run tune 400 tune 240
 record total "$([ $failed = 0 ] && echo ok || echo 'with failures')" $((SECONDS - begin)) "$out"
 exit $failed

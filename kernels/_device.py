@@ -38,6 +38,20 @@ def derivative(x, ACT: tl.constexpr):
     return d
 
 
+# Their result has the sign of what they are applied to, and so tells their derivative.
+SIGN_TELLS = ("relu", "leaky_relu")
+
+
+@triton.jit
+def back_through(grad, y, ACT: tl.constexpr):
+    """grad * d activate(x) / dx from y = activate(x), for SIGN_TELLS, in grad's dtype."""
+    if ACT == "relu":
+        below = tl.zeros_like(grad)
+    else:
+        below = (grad.to(tl.float32) * LEAKY_SLOPE).to(grad.dtype)
+    return tl.where(y > 0, grad, below)
+
+
 @triton.jit
 def load_patch(
     image, n, h0, w0, c0, H, W, s_n, s_h,

@@ -19,74 +19,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+
+from lorun_fast.kernels.problems import Problem, launches, problems, small
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 PRODUCTS = ("lora_conv2d_taps", "lora_conv2d_rows", "output_side", "input_side")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer, as far as it decides which kernel is compiled."""
-
-    channels: int
-    out: int = 0
-    k: int = 3
-    stride: int = 1
-    px: int = 256
-    batch: int = 16
-    dtype: str = "bfloat16"
-    form: str = "peft"  # or "merged": no factors; or "merge": the lora_merge kernel
-    factors: str = ""
-    mixed: bool = False
-    activation: str | None = None
-    residual: bool = False
-    backward: bool = False
-
-    @property
-    def name(self) -> str:
-        parts = [f"{self.channels}" if not self.out else f"{self.channels}-{self.out}", f"k{self.k}"]
-        parts += [f"s{self.stride}"] if self.stride > 1 else []
-        parts += [f"{self.px}px"] if self.px != 256 else []
-        parts += [{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[self.dtype]]
-        parts += [self.form] if self.form == "merged" else []
-        parts += ["mixed"] if self.mixed else []
-        parts += [self.activation] if self.activation else []
-        parts += ["residual"] if self.residual else []
-        kind = "merge" if self.form == "merge" else "backward" if self.backward else "forward"
-        return " ".join([kind, *parts])
-
-
-def problems() -> Iterator[Problem]:
-    """What is shipped: every width class, kernel size, stride and mode that leads to a tile of its own."""
-    for channels in (28, 32, 64, 96, 128, 256):
-        yield Problem(channels)
-        yield Problem(channels, backward=True)
-    for channels in (31, 64, 128):
-        busy = {"mixed": True, "activation": "gelu"}
-        yield Problem(channels, residual=True, factors="float32", **busy)
-        yield Problem(channels, backward=True, factors="float32", **busy)
-    for channels in (32, 64, 128):
-        yield Problem(channels, px=64, form="merged", mixed=True, activation="relu")
-        yield Problem(channels, px=64, form="merged", mixed=True, activation="relu", backward=True)
-    for backward in (False, True):
-        yield Problem(64, 128, stride=2, backward=backward)
-        yield Problem(32, k=5, activation="silu", backward=backward)
-        yield Problem(64, 192, k=1, backward=backward)
-        yield Problem(256, k=1, activation="leaky_relu", backward=backward)
-        yield Problem(28, dtype="float32", backward=backward)
-        yield Problem(64, dtype="float32", activation="relu", backward=backward)
-        yield Problem(64, dtype="float16", backward=backward)
-    for dtype in ("bfloat16", "float32"):
-        yield Problem(64, dtype=dtype, form="merge", factors="float32")
-
-
-def small(problem: Problem) -> Problem:
-    """The same tiles on an image that the tests on a GPU can compare in float64; compiling it fills Triton's cache."""
-    return replace(problem, px=80 if problem.px > 64 else 48, batch=3)
 
 
 # What the tests compile: every kernel, every architecture, each way of reading an image.
@@ -97,42 +38,6 @@ SAMPLE = (
     (Problem(64, dtype="float16", backward=True), 90),
     (Problem(64, 128, stride=2), 100),
 )
-
-
-def launches(problem: Problem, arch: int) -> list:
-    """The launches of one problem on meta tensors, with the tiles of this architecture."""
-    import torch
-
-    from lorun_fast import adapters
-    from lorun_fast.kernels import configs, lora_conv2d, lora_conv2d_backward, lora_merge
-
-    dtype = getattr(torch, problem.dtype)
-    like = {"device": "meta", "dtype": dtype}
-    c, o, k, n = problem.channels, problem.out or problem.channels, problem.k, problem.batch
-    merged = problem.form == "merged"
-    lead = (9,) if problem.mixed else ()
-    x = torch.empty(n, problem.px, problem.px, c, **like).permute(0, 3, 1, 2)
-    weight = torch.empty(*(lead if merged else ()), o, k, k, c, **like).movedim(-1, -3)
-    down = up = None
-    if not merged:
-        shapes = adapters.factor_shapes((o, c, k, k), adapters.rank(c, o, 10), "peft")
-        factors = getattr(torch, problem.factors or problem.dtype)
-        down, up = (torch.empty(*lead, *shape, device="meta", dtype=factors) for shape in shapes)
-    stage = torch.empty(n, device="meta", dtype=torch.int64) if problem.mixed else None
-    bias = torch.empty(o, **like)
-    a = lora_conv2d.Operands.of(x, weight, bias, down, up, 1.0, stage, problem.stride, k // 2, 1)
-    y = torch.empty(n, a.g.p, a.g.q, o, **like)
-    if problem.form == "merge":
-        merged = torch.empty(9, *weight.shape, **like)
-        stacked = (t[None].expand(9, *t.shape) for t in (down, up))
-        return [lora_merge.launch([lora_merge.Layer(weight, *stacked, merged, 1.0)])]
-    if problem.backward:
-        tile = configs.backward(a.g, dtype, arch, a.rank)
-        need = (True, True, problem.activation is not None)
-        return lora_conv2d_backward.plan(a, y, problem.activation, need, 0, 9 if lead else 1, tile).launches
-    tile = configs.forward(a.g, dtype, arch, a.rank, problem.mixed)
-    other, kind = (y, "residual") if problem.residual else (None, "none")
-    return [lora_conv2d.launch(a, y, other, kind, problem.activation, tile)]
 
 
 @dataclass
@@ -202,18 +107,27 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def inspect(problem: Problem, index: int, arch: int) -> Report:
-    """Compiles one launch of a problem for one architecture."""
+def _multiplies(one) -> bool:
+    """Whether a launch forms matrix products: output_side with merged weights and a saved output only scales dy."""
+    v = one.constants
+    return one.kernel.fn.__name__ != "output_side" or v["RANK"] > 0 or (v["ACT"] is not None and not v["KNOWN"])
+
+
+def inspect(problem: Problem, index: int, arch: int, tile=None, capability: int | None = None) -> Report:
+    """Compiles one launch of a problem for one architecture, with the shipped tile or another.
+
+    capability: of the GPU to compile for, where it is a newer one than ``arch``.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    one = launches(problem, arch)[index]
+    one = launches(problem, arch, tile)[index]
     kernel = one.kernel.fn.__name__
     report = Report(problem.name, kernel, arch, one.warps, one.programs)
     try:
         options = {"num_warps": one.warps, "num_stages": one.stages} | one.options
-        compiled = triton.compile(one.source(), target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(one.source(), target=GPUTarget("cuda", capability or arch, 32), options=options)
     except Exception as error:
         report.wrong = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
         return report
@@ -221,8 +135,32 @@ def inspect(problem: Problem, index: int, arch: int) -> Report:
     report.registers, report.spilled = _resources(compiled.asm["cubin"])
     report.shared = compiled.metadata.shared
     described = any(isinstance(value, TensorDescriptor) for value in one.args.values())
-    report.judge(products=kernel in PRODUCTS and problem.dtype != "float32", bulk=described and arch >= 90)
+    products = kernel in PRODUCTS and _multiplies(one)
+    report.judge(products=products and problem.dtype != "float32", bulk=products and described and arch >= 90)
     return report
+
+
+class Compiler:
+    """inspect() in ``jobs`` processes, for one architecture; what it compiles stays in Triton's cache.
+
+    with Compiler(90, 2) as compile: compile(problem, tiles, launches) -> for each tile, the report of each launch.
+    """
+
+    def __init__(self, arch: int, jobs: int, capability: int | None = None):
+        self.arch, self.capability = arch, capability
+        self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, problem: Problem, tiles: list, indices: list[int]) -> list[list[Report]]:
+        wanted = [
+            [self._pool.submit(inspect, problem, i, self.arch, t, self.capability) for i in indices] for t in tiles
+        ]
+        return [[one.result() for one in row] for row in wanted]
 
 
 def _inspect(task: tuple[Problem, int, int]) -> Report:

@@ -1,35 +1,24 @@
 """Which tile each kernel uses: fixed, per architecture, so that a result never depends on when it was computed.
 
-The numbers come from the compiler (registers, shared memory, no spills: ``make kernels-check``) and the model in
-:mod:`lorun_fast.kernels.model`; no GPU has confirmed them yet.
+The shipped numbers come from the compiler (registers, shared memory, no spills: ``make kernels-check``) and the model
+in :mod:`lorun_fast.kernels.model`; no GPU has confirmed them yet. Nothing is ever tuned by itself. Whoever asks for
+tuning (tune.py) gets a file, and LORUN_KERNELS_CONFIGS=FILE puts its tiles before the shipped ones: read once, at the
+first launch, and as fixed from there on.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from lorun_fast.kernels import tables
 from lorun_fast.kernels._geometry import Geometry
+from lorun_fast.kernels.tiles import BackwardTile, FactorTile, Tile
 
 ARCHITECTURES = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """bh x bw pixels, blocks of bc input and bo output channels. rows: None for the taps kernel; else the programs that
-    the rows kernel aims at, about what the GPU holds at once. descriptors: bulk-tensor copies where strides allow."""
-
-    bh: int
-    bw: int
-    bc: int
-    bo: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-    rows: int | None = None
-    registers: int | None = None  # a bound for ptxas, which otherwise may spill to raise occupancy
 
 
 def architecture(device: torch.device) -> int:
@@ -44,9 +33,48 @@ def _power(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool) -> Tile:
-    """The tile of lora_conv2d's forward for this problem."""
+@functools.cache
+def table() -> tables.Table | None:
+    """The tiles of the file that the environment names, or None. Read once: later changes of either are not seen."""
+    path = os.environ.get("LORUN_KERNELS_CONFIGS")
+    return tables.read(path) if path else None
+
+
+def _tuned(arch: int, *key) -> Tile | BackwardTile | None:
+    found = table()
+    if found is None:
+        return None
+    if found.architecture != arch:
+        raise tables.TableError(
+            f"LORUN_KERNELS_CONFIGS: expected tiles for sm_{arch}, got a file for "
+            f"sm_{found.architecture} ({found.device}); tune again on this GPU"
+        )
+    return found.tiles.get(tables.Key(*key))
+
+
+def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool, activation: str | None = None) -> Tile:
+    """The tile of lora_conv2d's forward for this problem: the user's (see the module), else the shipped one."""
+    tuned = _tuned(arch, "forward", g, str(dtype), rank, mixed, activation)
+    return tuned or shipped_forward(g, dtype, arch)
+
+
+def backward(
+    g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool, activation: str | None = None
+) -> BackwardTile:
+    """The tiles of lora_conv2d's backward for this problem: the user's, else the shipped ones."""
+    tuned = _tuned(arch, "backward", g, str(dtype), rank, mixed, activation)
+    return tuned or shipped_backward(g, dtype, arch, rank)
+
+
+def shipped_forward(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
+    """The tile of lora_conv2d's forward that the library comes with."""
     return rows_tile(g.c, g.o, g.q, g, dtype, arch) or taps_tile(g, dtype, arch)
+
+
+def strip_fits(c: int, o: int, g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether the weights of all taps of c -> o channels fit shared memory, and strips can compute the rest."""
+    fits = _power(max(c, o)) <= (64 if g.kernel[0] == 3 else 32)
+    return fits and g.kernel in ((3, 3), (5, 5)) and g.stride == (1, 1) and dtype != torch.float32
 
 
 def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch: int) -> Tile | None:
@@ -57,8 +85,7 @@ def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch:
     goes up by one row: patches there.
     """
     k, wide = g.kernel[0], _power(max(c, o))
-    fits = wide <= (64 if k == 3 else 32)
-    if g.kernel not in ((3, 3), (5, 5)) or g.stride != (1, 1) or dtype == torch.float32 or width < 48 or not fits:
+    if width < 48 or not strip_fits(c, o, g, dtype):
         return None
     # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
     odd = c % 2 == 1
@@ -82,30 +109,8 @@ def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
 
 
-@dataclass(frozen=True)
-class FactorTile:
-    """bh x bw pixels of x, blocks of bc channels, ``group`` taps at once; rows: block of g's channels for d W."""
-
-    bh: int
-    bw: int
-    bc: int
-    group: int
-    rows: int = 64
-
-
-@dataclass(frozen=True)
-class BackwardTile:
-    """output: of output_side. image: of dx (a strip where it has rows). factor: of d down. programs: how many programs
-    share the patches in the two reductions, about what the GPU holds at once."""
-
-    output: Tile
-    image: Tile
-    factor: FactorTile
-    programs: int
-
-
-def backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardTile:
-    """The tiles of lora_conv2d's backward for this problem."""
+def shipped_backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardTile:
+    """The tiles of lora_conv2d's backward that the library comes with."""
     flat = g.p == 1
     programs = {80: 216, 90: 264, 100: 296}[arch]
     if dtype == torch.float32:

@@ -399,7 +399,9 @@ def forward(
     g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
     if out is None:
         out = x.new_empty(g.n, g.p, g.q, g.o).permute(0, 3, 1, 2)
-    tile = tile or configs.forward(a.g, x.dtype, configs.architecture(x.device), a.rank, a.stage is not None)
+    if tile is None:
+        arch = configs.architecture(x.device)
+        tile = configs.forward(a.g, x.dtype, arch, a.rank, a.stage is not None, activation)
     other = None if residual is None else a.image(residual)
     launch(a, a.output(out), other, "none" if residual is None else "residual", activation, tile, tf32).run()
     return out

@@ -1,8 +1,8 @@
-"""LoRA convolution, backward with a frozen base: at most three launches, nothing kept from the forward pass but x.
+"""LoRA convolution, backward with a frozen base: at most three launches; x is kept, and y where its sign is enough.
 
 With pre = conv(x, W) + scale * up u + bias, y = act(pre) + residual and the gradient dy of y
 
-    g          =  dy * act'(pre)                    pre is recomputed, where there is an activation
+    g          =  dy * act'(pre)                    from y's sign (ReLU, LeakyReLU), else pre is computed again
     t[m, r]    =  scale * sum_o g[m, o] * up[o, r]
     dx         =  g against W, transposed  +  t against down, transposed
     d up[o,r]  =  scale * sum_m g[m, o] * u[m, r]
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._device import derivative, load_patch, stage_of
+from lorun_fast.kernels._device import SIGN_TELLS, back_through, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry
 from lorun_fast.kernels._launch import Launch, ceil_div, next_power, register_options
 from lorun_fast.kernels.lora_conv2d import (
@@ -49,19 +49,23 @@ from lorun_fast.kernels.lora_conv2d import (
 
 @triton.jit
 def output_side(
-    x, weight, bias, down, up, stage, dy, g, t, part_up, part_bias, H, W, P, Q, patches, across, splits,
-    x_n, x_h, dy_n, dy_h, scale,
-    XP: tl.constexpr, DYP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, MIXED: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, R: tl.constexpr, DESC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, weight, bias, down, up, stage, dy, y, g, t, part_up, part_bias, H, W, P, Q, patches, across, splits,
+    x_n, x_h, dy_n, dy_h, y_n, y_h, scale,
+    XP: tl.constexpr, DYP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
+    STAGES: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, ACT: tl.constexpr, KNOWN: tl.constexpr,
+    BIAS: tl.constexpr, MIXED: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    R: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every ``splits``-th patch of one sample: g (if ACT), t (if RANK), and this program's part of d up and d bias."""
+    """Every ``splits``-th patch of one sample: g (if ACT), t (if RANK), and this program's part of d up and d bias.
+
+    KNOWN: y, the forward result without a residual, tells act'; otherwise the convolution is computed again.
+    """
     pid = tl.program_id(0)
     split = pid % splits
     n = pid // splits
     blocks: tl.constexpr = (O + BO - 1) // BO
+    again: tl.constexpr = ACT is not None and not KNOWN
     dtype = dy.dtype.element_ty
     poison = 0.0
     if MIXED:
@@ -81,7 +85,7 @@ def output_side(
         inside = ((p < P) & (q < Q))[:, None]
         low = tl.zeros((BH * BW, R), tl.float32)
         back = tl.zeros((BH * BW, R), tl.float32)
-        if RANK > 0 and (ACT is None or blocks > 1):
+        if RANK > 0 and (not again or blocks > 1):
             unused = tl.zeros((BH * BW, BO), tl.float32)
             unused, low = accumulate_taps(
                 x, weight, down, unused, low, n, patch // across * BH * SH - PH, patch % across * BW * SW - PW, 0,
@@ -95,7 +99,7 @@ def output_side(
             used = (o < O)[:, None] & (r < RANK)[None, :]
             if RANK > 0:
                 factor = tl.load(up + o[:, None] * RANK + r[None, :], mask=used, other=0.0).to(dtype)
-            if ACT is not None:
+            if again:
                 acc = tl.zeros((BH * BW, BO), tl.float32)
                 acc, low = accumulate_taps(
                     x, weight, down, acc, low, n, patch // across * BH * SH - PH, patch % across * BW * SW - PW, b * BO,
@@ -107,6 +111,10 @@ def output_side(
                 if BIAS:
                     acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
                 grad = (grad.to(tl.float32) * derivative(acc, ACT)).to(dtype)
+            elif KNOWN:
+                at = y + n.to(tl.int64) * y_n + (p * y_h + q * YP)[:, None] + o[None, :]
+                grad = back_through(grad, tl.load(at, mask=owned, other=0.0), ACT)
+            if ACT is not None:
                 tl.store(g + n.to(tl.int64) * P * Q * O + ((p * Q + q) * O)[:, None] + o[None, :], grad, mask=owned)
             if RANK > 0:
                 back = tl.dot(grad, factor, back, input_precision=PRECISION)
@@ -373,11 +381,12 @@ def _splits(programs: int, n: int, patches: int) -> int:
 def plan(
     a: Operands, dy: Tensor, activation: str | None, need: tuple[bool, bool, bool], chosen: int, stages: int,
     tile: configs.BackwardTile, tf32: bool = False, like: tuple[Tensor | None, Tensor | None] = (None, None),
+    output: Tensor | None = None,
 ) -> Plan:  # fmt: skip
     """The launches for dx, the factors (d W where a has none) and d bias, as ``need`` says.
 
     dy: (N, P, Q, O) view. chosen, stages: the stage of an int call and the length of the gradients' leading axis.
-    like: tensors whose dtypes d down (or d W) and d up take.
+    like: tensors whose dtypes d down (or d W) and d up take. output: (N, P, Q, O) view, see backward().
     """
     g, rank, x = a.g, a.rank, a.x
     need_x, need_factors, need_bias = need
@@ -401,14 +410,17 @@ def plan(
             low = x.new_empty(g.n, g.p, g.q, block)
             part_up = x.new_empty(g.n * up_splits, g.o, rank, dtype=torch.float32)
         part_bias = x.new_empty(g.n * up_splits, g.o, dtype=torch.float32)
+        known = output is not None and activation in SIGN_TELLS
+        beside = output if known else dy
         args = sizes | {
             "x": view, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "dy": dy,
-            "g": grad, "t": low, "part_up": part_up, "part_bias": part_bias, "patches": patches, "across": across,
-            "splits": up_splits, "dy_n": dy.stride(0), "dy_h": dy.stride(1),
+            "y": output if known else None, "g": grad, "t": low, "part_up": part_up, "part_bias": part_bias,
+            "patches": patches, "across": across, "splits": up_splits, "dy_n": dy.stride(0), "dy_h": dy.stride(1),
+            "y_n": beside.stride(0), "y_h": beside.stride(1),
         }  # fmt: skip
         constants = geometry | {
-            "XP": x.stride(2), "DYP": dy.stride(2), "ACT": activation, "BIAS": a.bias is not None, "BH": one.bh,
-            "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
+            "XP": x.stride(2), "DYP": dy.stride(2), "YP": beside.stride(2), "ACT": activation, "KNOWN": known,
+            "BIAS": a.bias is not None, "BH": one.bh, "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
         }  # fmt: skip
         options = {"maxnreg": one.registers} if one.registers else register_options(x.dtype)
         launches.append(Launch(output_side, g.n * up_splits, args, constants, one.warps, one.stages, options))
@@ -517,15 +529,18 @@ def backward(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     activation: str | None = None,
+    output: Tensor | None = None,
     need: tuple[bool, bool, bool] = (True, True, False),
     tf32: bool = False,
     tile: configs.BackwardTile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, d down, d up, d bias) of lora_conv2d.forward for the gradient dy of its result; the base weight has none.
 
-    Arguments as there; the residual's gradient is dy itself. need: which of (dx, both factors, bias) to compute; the
-    others are None. d down and d up have the shapes of down and up, leading axis included, zero at stages that took no
-    part. With down = up = None, d down is the gradient of ``weight``, shaped like it, and d up is None.
+    Arguments as there; the residual's gradient is dy itself. output: the forward result, where there was no residual;
+    with it ReLU and LeakyReLU take their derivative from its sign, and no convolution is computed again. need: which
+    of (dx, both factors, bias) to compute; the others are None. d down and d up have the shapes of down and up, leading
+    axis included, zero at stages that took no part. With down = up = None, d down is the gradient of ``weight``, shaped
+    like it, and d up is None.
     """
     a = Operands.of(x, weight, bias, down, up, scale, stage, stride, padding, dilation)
     g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
@@ -533,8 +548,11 @@ def backward(
     stacked = stage is not None
     stages = factors.shape[0] if stacked else 1
     chosen = stage if isinstance(stage, int) else 0
-    tile = tile or configs.backward(a.g, x.dtype, configs.architecture(x.device), a.rank)
-    p = plan(a, a.image(dy), activation, need, chosen, stages, tile, tf32, (factors, up))
+    if tile is None:
+        arch = configs.architecture(x.device)
+        tile = configs.backward(a.g, x.dtype, arch, a.rank, a.stage is not None, activation)
+    known = a.image(output) if output is not None and activation in SIGN_TELLS else None
+    p = plan(a, a.image(dy), activation, need, chosen, stages, tile, tf32, (factors, up), known)
     for one in p.launches:
         one.run()
     dx, d_down, d_up = p.dx, p.d_down, p.d_up

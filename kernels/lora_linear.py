@@ -59,14 +59,14 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, *,
-    scale: float = 1.0, stage: int | Tensor | None = None, activation: str | None = None,
+    scale: float = 1.0, stage: int | Tensor | None = None, activation: str | None = None, output: Tensor | None = None,
     need: tuple[bool, bool, bool] = (True, True, False), tf32: bool = False, tile=None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, d down, d up, d bias), as lora_conv2d_backward.backward; d down is d weight where there is no adapter."""
     n = _samples(x, stage)
     dx, d_down, d_up, d_bias = lora_conv2d_backward.backward(
         _image(dy, n), _image(x, n), _kernel(weight), bias, _kernel(down), up, scale=scale, stage=stage,
-        activation=activation, need=need, tf32=tf32, tile=tile,
+        activation=activation, output=None if output is None else _image(output, n), need=need, tf32=tf32, tile=tile,
     )  # fmt: skip
     if dx is not None:
         dx = dx.permute(0, 2, 3, 1).reshape(x.shape)

@@ -11,18 +11,34 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorun_fast.kernels._launch import Launch, ceil_div
 
-# H200. Copy and product rates were measured elsewhere (docs/kernels.md); the rest is clock times width.
-MULTIPROCESSORS = 132
-MEMORY = 4.3e12  # bytes/s
-TENSOR = 790e12  # operations/s, bf16
-L2 = 5.5e12  # bytes/s into shared memory
-SHARED = 29.6e12  # bytes/s: 128 bytes per clock and multiprocessor
 LAUNCH = 3e-6  # s
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What one GPU can do at most, in bytes and operations per second; l2 and shared: into and out of shared memory."""
+
+    name: str
+    multiprocessors: int
+    memory: float
+    tensor: float  # 16-bit products on tensor cores
+    cores: float  # strict fp32 products
+    l2: float
+    shared: float
+
+
+# H200: copy and product rates were measured elsewhere (docs/kernels.md), l2 is assumed, the rest is clock times width.
+# The other two: nine tenths of their data sheets, l2 in proportion to the multiprocessors; good for ranking only.
+CEILINGS = {
+    80: Ceilings("A100", 108, 1.8e12, 280e12, 17.5e12, 3.6e12, 19.5e12),
+    90: Ceilings("H200", 132, 4.3e12, 790e12, 60e12, 5.5e12, 29.6e12),
+    100: Ceilings("B200", 148, 7.2e12, 2000e12, 67e12, 6.2e12, 36e12),
+}
 
 
 @dataclass(frozen=True)
@@ -35,20 +51,25 @@ class Estimate:
     flops: float
     programs: int
     per_sm: int
+    gpu: Ceilings = CEILINGS[90]
+    strict: bool = False  # fp32 products, which tensor cores do not do
 
     @property
     def waves(self) -> float:
-        return self.programs / (MULTIPROCESSORS * self.per_sm)
+        return self.programs / (self.gpu.multiprocessors * self.per_sm)
 
     @property
     def limits(self) -> dict[str, float]:
         """Seconds by each limit."""
-        stretch = ceil_div(self.programs, MULTIPROCESSORS * self.per_sm) / self.waves
+        gpu = self.gpu
+        stretch = ceil_div(self.programs, gpu.multiprocessors * self.per_sm) / self.waves
         return {
-            "memory": self.memory / MEMORY,
-            "L2": stretch * self.l2 / L2,
-            "shared memory": stretch * self.shared / SHARED,
-            "tensor cores": stretch * self.flops / TENSOR,
+            "memory": self.memory / gpu.memory,
+            "L2": stretch * self.l2 / gpu.l2,
+            "shared memory": stretch * self.shared / gpu.shared,
+            "fp32 cores" if self.strict else "tensor cores": stretch
+            * self.flops
+            / (gpu.cores if self.strict else gpu.tensor),
         }
 
     @property
@@ -85,39 +106,47 @@ def _strips(v: dict, size: int, programs: int, rows: int, k: int, inner: int, ou
     return steps * k * flops, steps * k * shared, size * (steps * v["BW"] * inner + programs * k * k * inner * outer)
 
 
-def estimate(launch: Launch, n: int, per_sm: int) -> Estimate:
-    """The estimate of one launch of the convolution kernels for a batch of n.
+def estimate(launch: Launch, n: int, per_sm: int, arch: int = 90) -> Estimate:
+    """The estimate of one launch of the convolution kernels for a batch of n, on the GPU of CEILINGS[arch].
 
     per_sm: programs that share a multiprocessor, from the compiler's report (check.py).
     """
+    memory, l2, shared, flops = _demands(launch, n)
+    strict = launch.constants.get("PRECISION") == "ieee"
+    return Estimate(memory, l2, shared, flops, launch.programs, per_sm, CEILINGS[arch], strict)
+
+
+def _demands(launch: Launch, n: int) -> tuple[float, float, float, float]:
+    """(bytes of memory, of L2, of shared memory, operations) of one launch."""
     v, a = launch.constants, launch.args
     name = launch.kernel.fn.__name__
     if name == "reduce_parts":
         parts = sum(4 * a[key].numel() for key in ("part_down", "part_up", "part_bias") if a[key] is not None)
-        return Estimate(parts, parts, 0, 0, launch.programs, per_sm)
+        return parts, parts, 0, 0
     size = (a["weight"]).element_size()
     x, y = n * a["H"] * a["W"] * v["C"] * size, n * a["P"] * a["Q"] * v["O"] * size
     if name == "lora_conv2d_taps":
         pixels = v["BH"] * v["BW"]
         inner = ceil_div(v["C"], v["BC"])
         flops, shared, l2 = _patches(v, size, pixels, launch.programs, inner, True, v["RANK"] > 0)
-        return Estimate(x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops, launch.programs, per_sm)
+        return x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops
     if name == "lora_conv2d_rows":
         flops, shared, l2 = _strips(v, size, launch.programs, a["ROWS"], v["K"], v["BC"], v["BO"])
-        return Estimate(x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops, launch.programs, per_sm)
+        return x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops
     t = n * a["P"] * a["Q"] * v["R"] * size if v["RANK"] else 0
     if name == "output_side":
         pixels, blocks = v["BH"] * v["BW"], ceil_div(v["O"], v["BO"])
         tiles, inner = n * a["patches"], ceil_div(v["C"], v["BC"])
-        active = v["ACT"] is not None
-        flops, shared, l2 = _patches(v, size, pixels, tiles * blocks, inner, active, False) if active else (0, 0, 0)
+        active, known = v["ACT"] is not None, v["KNOWN"]
+        again = active and not known
+        flops, shared, l2 = _patches(v, size, pixels, tiles * blocks, inner, again, False) if again else (0, 0, 0)
         if v["RANK"]:
             f, s, b = _patches(v, size, pixels, tiles, inner, False, True)
             small = _product(pixels, v["BO"], v["R"], size), _product(v["BO"], pixels, v["R"], size)
             flops += f + tiles * blocks * (small[0][0] + small[1][0])
             shared += s + tiles * blocks * (small[0][1] + small[1][1])
             l2 += b
-        return Estimate(x + y * (1 + active) + t, l2 + y, shared, flops, launch.programs, per_sm)
+        return x + y * (1 + active + known) + t, l2 + y * (1 + known), shared, flops
     # input_side: both roles
     if v["STRIPS"]:
         flops, shared, l2 = _strips(v, size, a["image_programs"], a["ROWS"], v["KH"], v["BO"], v["BC"])
@@ -137,8 +166,7 @@ def estimate(launch: Launch, n: int, per_sm: int) -> Estimate:
     shifted = n * a["factor_patches"] * ceil_div(v["C"], v["FC"]) * pixels * v["KH"] * v["KW"] * v["FR"]
     l2 += (tiles * pixels * v["FC"] + shifted) * size
     source = t or y
-    return Estimate(x * 2 + y + source * (1 if v["RANK"] else 0), l2, shared + tiles * s, flops + tiles * f,
-                    launch.programs, per_sm)  # fmt: skip
+    return x * 2 + y + source * (1 if v["RANK"] else 0), l2, shared + tiles * s, flops + tiles * f
 
 
 def main() -> None:
@@ -153,16 +181,21 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for batch in (1, 16):
         for channels in (28, 32, 64, 128, 256):
-            for backward in (False, True):
-                problem = check.Problem(channels, batch=batch, backward=backward)
+            plain = check.Problem(channels, batch=batch)
+            # An activation changes the first launch only: ReLU reads the output, SiLU computes the convolution again.
+            acts = [replace(plain, backward=True, activation=a) for a in ("relu", "silu")]
+            for problem in (plain, replace(plain, backward=True), *acts):
                 for index, one in enumerate(check.launches(problem, 90)):
+                    if problem.activation and index:
+                        break
                     kernel = one.kernel.fn.__name__
-                    per_sm = compiled.get((problem.name, kernel)) or check.inspect(problem, index, 90).per_sm
-                    e = estimate(one, batch, per_sm)
+                    known = compiled.get((replace(problem, batch=16).name, kernel))
+                    e = estimate(one, batch, known or check.inspect(problem, index, 90).per_sm)
+                    what = f"{kernel} {problem.activation}" if problem.activation else kernel
                     limits = " | ".join(f"{1e6 * t:.1f}" for t in e.limits.values())
                     print(
-                        f"| {batch}x{channels}x256x256 | {kernel} | {e.per_sm}, {e.waves:.2f} | {limits} "
-                        f"| **{1e6 * e.seconds:.0f}** ({e.limit}) | not measured |",
+                        f"| {batch}x{channels}x256x256 | {what} | {e.per_sm}, {e.waves:.2f} "
+                        f"| {limits} | **{1e6 * e.seconds:.0f}** ({e.limit}) | not measured |",
                         flush=True,
                     )
 

@@ -651,6 +651,14 @@ def test_gpu_script_stops_a_part_that_hangs(gpu_sh):
     assert done.status == 1
 
 
+def test_gpu_script_tunes_only_when_asked(gpu_sh, tmp_path):
+    asked = gpu_sh("--tune")
+    assert list(asked.parts)[-2:] == ["tune", "total"]
+    assert re.search(r"-m lorun_fast\.kernels\.tune --out \S+/out/lorun-kernels\.json --limit \d+", asked.calls)
+    assert "kernels.tune" not in gpu_sh("--fresh").calls
+    assert gpu_sh("--device", "cpu", "--tune").status == 2
+
+
 # Documentation.
 
 

@@ -55,6 +55,41 @@ def test_a_layer_trains_on_it(form, per_sample, on_the_cpu, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("op", ["lora_conv2d", "lora_linear"])
+def test_the_saved_output_reaches_the_kernels_where_its_sign_tells(op, activation, residual, on_the_cpu, monkeypatch):
+    from lorun_fast.kernels import lora_conv2d_backward
+
+    given = []
+    backward = lora_conv2d_backward.backward
+    monkeypatch.setattr(
+        lora_conv2d_backward, "backward", lambda *a, **more: (given.append(more["output"]), backward(*a, **more))[1]
+    )
+    image = op == "lora_conv2d"
+    x = channels_last(torch.randn(2, 3, 4, 5)) if image else torch.randn(2, 6, 3)
+    shapes = ((4, 3, 1, 1), (2, 3, 1, 1), (4, 2)) if image else ((4, 3), (2, 3), (4, 2))
+    weight, *factors = (torch.randn(shape) for shape in shapes)
+    leaves = [t.requires_grad_() for t in (x, *factors)]
+    beside = channels_last(torch.randn(2, 4, 4, 5)) if image else torch.randn(2, 6, 4)
+
+    def gradients():
+        y = getattr(lf.functional, op)(
+            x, weight, None, *factors, activation=activation, residual=beside if residual else None
+        )
+        return y.detach(), torch.autograd.grad(y.square().sum(), leaves)
+
+    y, got = gradients()
+    if activation == "silu" or residual:
+        assert given == [None]
+    else:
+        (saved,) = given
+        assert torch.equal(saved if image else saved.permute(0, 2, 3, 1).reshape(y.shape), y)
+    monkeypatch.setattr(_native, "WISH", "reference")
+    for mine, theirs in zip(got, gradients()[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_trainable_base_gets_its_gradient(on_the_cpu, monkeypatch):
     layer = lf.LoRALinear(3, 4, stages=2, rank=2)
     x = torch.randn(2, 3)

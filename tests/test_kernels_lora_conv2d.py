@@ -109,9 +109,10 @@ class Layer:
         wanted = [tensors[i].requires_grad_() for i in order if tensors[i] is not None]
         return list(torch.autograd.grad(self.define(*tensors), wanted, self.dy.to(dtype)))
 
-    def backward(self, tile: BackwardTile | None) -> tuple:
+    def backward(self, tile: BackwardTile | None, output: Tensor | None = None) -> tuple:
+        """Compares the kernels' gradients; ``output``: the saved forward result, if the kernels may use it."""
         got = lora_conv2d_backward.backward(
-            self.dy, *self.inputs(), need=(True, True, self.bias), tile=tile, **self.arguments()
+            self.dy, *self.inputs(), output=output, need=(True, True, self.bias), tile=tile, **self.arguments()
         )  # fmt: skip
         found = [t for t in got if t is not None]
         torchs = [t.to(f.dtype) for t, f in zip(self.gradients(self.dtype), found, strict=True)]
@@ -193,6 +194,49 @@ def test_every_activation_forward_and_backward(activation, poisoned):  # noqa: F
     layer = Layer(3, 4, 3, 5, k=1, activation=activation, residual=True, geometry={})
     layer.forward(SMALL)
     layer.backward(back(group=1))
+
+
+KNOWN = {
+    "mixed stages, 5 to 7 channels": (of(5, 7, 3, 5, n=2, stage=MIXED, activation="relu"), back()),
+    "1 x 1, blocks of channels, fp16": (of(20, 40, 3, k=1, dtype=HALF, activation="leaky_relu", geometry={}), back()),
+    "stride 2": (of(3, 4, 5, 7, activation="leaky_relu", geometry={"stride": 2, "padding": 1}), back()),
+    "merged weights per sample": (of(5, 7, k=1, n=2, stage=MIXED, merged=True, activation="relu", geometry={}), back()),
+    "strip, fp16": (
+        of(16, 8, 4, 21, n=2, stage=SAME_STAGES, dtype=HALF, activation="relu", bias=False),
+        back(image=Tile(1, 16, 16, 16, 4, 2, True, 4)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_the_sign_of_the_saved_output_is_the_derivative(case, poisoned):  # noqa: F811
+    make, tile = KNOWN[case]
+    layer = make()
+    output = lora_conv2d.forward(*layer.inputs(), tile=SMALL, **layer.arguments())
+    assert (output > 0).any() and (output <= 0).any()
+    layer.backward(tile, output)
+
+
+def test_a_saved_output_of_any_layout_will_do(poisoned):  # noqa: F811
+    layer = Layer(3, 4, 3, 5, k=1, activation="relu", geometry={})
+    output = lora_conv2d.forward(*layer.inputs(), tile=SMALL, **layer.arguments())
+    for saved in (output.contiguous(), _geometry.padded_like(output, output.shape).copy_(output)):
+        layer.backward(back(group=1), saved)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_nothing_is_computed_again_where_the_output_is_saved(activation, poisoned):  # noqa: F811
+    layer = Layer(3, 4, 3, 5, k=1, activation=activation, geometry={})
+    arguments = layer.arguments() | {"tile": back(group=1), "need": (True, True, True)}
+    ones = channels_last(torch.ones_like(layer.dy))
+    all_positive = lora_conv2d_backward.backward(layer.dy, *layer.inputs(), output=ones, **arguments)
+    without = lora_conv2d_backward.backward(layer.dy, *layer.inputs(), **(arguments | {"activation": None}))
+    assert all(torch.equal(a, b) for a, b in zip(all_positive, without, strict=True))
+
+
+def test_an_output_that_does_not_tell_the_derivative_is_not_used(poisoned):  # noqa: F811
+    layer = Layer(3, 4, 3, 5, k=1, activation="gelu", geometry={})
+    layer.backward(back(group=1), channels_last(torch.ones_like(layer.dy)))
 
 
 def test_backward_takes_at_most_three_launches_and_gives_what_is_asked(monkeypatch, poisoned):  # noqa: F811
@@ -303,7 +347,9 @@ def _shipped():
 def test_every_shipped_configuration_on_the_device(problem, poisoned):  # noqa: F811
     layer = _device_layer(problem)
     if problem.backward:
-        layer.backward(None)
+        with torch.no_grad():
+            output = layer.define(*layer.inputs()) if problem.knows else None
+        layer.backward(None, output)
     else:
         layer.forward(None)
 

@@ -42,3 +42,21 @@ def test_forward_and_backward(stage, dtype, poisoned):  # noqa: F811
     assert_as_good_as_torch([got], [own], [truth])
     grads = lora_linear.backward(dy, x, weight, bias, down, up, need=(True, True, True), tile=BACK, **more)
     assert_as_good_as_torch(grads, own_grads, true_grads)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_the_saved_output_tells_the_derivative(activation, poisoned):  # noqa: F811
+    x, weight, down, up = torch.randn(2, 5, 20), torch.randn(24, 20) / 5, torch.randn(3, 20) / 5, torch.randn(24, 3)
+    x, weight, down, up, dy = (t.to(DEVICE) for t in (x, weight, down, up, torch.randn(2, 5, 24)))
+
+    def define(wide):
+        tensors = [t.to(wide).requires_grad_() for t in (x, down, up)]
+        y = reference.lora_linear(tensors[0], weight.to(wide), None, *tensors[1:], activation=activation)
+        return y.detach(), torch.autograd.grad(y, tensors, dy.to(wide))
+
+    (y, own), (_, truth) = define(torch.float32), define(torch.float64)
+    got = lora_linear.backward(dy, x, weight, None, down, up, activation=activation, output=y, tile=BACK)
+    assert_as_good_as_torch(got[:3], own, truth)
+    ones = lora_linear.backward(dy, x, weight, None, down, up, activation=activation, output=y.abs() + 1, tile=BACK)
+    none = lora_linear.backward(dy, x, weight, None, down, up, tile=BACK)
+    assert all(torch.equal(a, b) for a, b in zip(ones[:3], none[:3], strict=True))

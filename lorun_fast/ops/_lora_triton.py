@@ -107,7 +107,7 @@ def conv2d_backward(
     with _on(x):
         dx, d_down, d_up, d_bias = lora_conv2d_backward.backward(
             grad, x, base, bias, kernel_down, kernel_up, scale=scale, stage=stage, stride=tuple(stride),
-            padding=tuple(padding), dilation=tuple(dilation), activation=activation,
+            padding=tuple(padding), dilation=tuple(dilation), activation=activation, output=output,
             need=(mask[0], mask[3] or mask[4], mask[2]), tf32=_tf32(),
         )  # fmt: skip
     if d_down is not None and kernel_down is None:
@@ -141,7 +141,7 @@ def linear_backward(grad, x, weight, bias, down, up, stage, output, scale, activ
 
     with _on(x):
         dx, d_down, d_up, d_bias = lora_linear.backward(
-            grad, x, weight, bias, down, up, scale=scale, stage=stage, activation=activation,
+            grad, x, weight, bias, down, up, scale=scale, stage=stage, activation=activation, output=output,
             need=(mask[0], mask[3] or mask[4], mask[2]), tf32=_tf32(),
         )  # fmt: skip
     found = (dx, None, d_bias, d_down, d_up)
