@@ -30,6 +30,7 @@ PACKAGES = [
     "lorun_fast.denoisers",
     "lorun_fast.interop",
     "lorun_fast.kernels",
+    "lorun_fast.kernels.tuning",
     "lorun_fast.operators",
     "lorun_fast.ops",
     "lorun_fast.reference",

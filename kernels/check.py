@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from lorun_fast.kernels.problems import Problem, launches, problems, small
+from lorun_fast.kernels.tuning.problems import Problem, launches, problems, small
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}

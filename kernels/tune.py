@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorun_fast import kernels
-from lorun_fast.kernels.problems import Problem
+from lorun_fast.kernels.tuning.problems import Problem
 
 DEFAULT = ("forward 28", "backward 28", "forward 64", "backward 64", "forward 64 mixed", "backward 64 relu")
 
@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _offline(problems: list[Problem], arch: int, jobs: int) -> int:
-    from lorun_fast.kernels import check, model, ranking
+    from lorun_fast.kernels import check, model
+    from lorun_fast.kernels.tuning import ranking
 
     gpu = model.CEILINGS[arch].name
     print(f"sm_{arch}: compiled, not run. Times are predictions for one {gpu}, lower bounds; * is the shipped tile.")
@@ -148,8 +149,8 @@ def _on_device(problems: list[Problem], args: argparse.Namespace) -> int:
     import torch
 
     from lorun_fast.kernels import check
-    from lorun_fast.kernels.search import Search, graph_clock
-    from lorun_fast.kernels.trial import Trial
+    from lorun_fast.kernels.tuning.search import Search, graph_clock
+    from lorun_fast.kernels.tuning.trial import Trial
 
     major, minor = torch.cuda.get_device_capability()
     table = opened(args.out, description("cuda"))

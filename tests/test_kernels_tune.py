@@ -16,10 +16,11 @@ needs_triton()
 
 import triton  # noqa: E402
 
-from lorun_fast.kernels import _launch, candidates, check, configs, problems, ranking, tables, tiles, tune  # noqa: E402
-from lorun_fast.kernels.problems import Problem  # noqa: E402
-from lorun_fast.kernels.search import Search  # noqa: E402
-from lorun_fast.kernels.trial import Trial, poisoned  # noqa: E402
+from lorun_fast.kernels import _launch, check, configs, tables, tiles, tune  # noqa: E402
+from lorun_fast.kernels.tuning import candidates, problems, ranking  # noqa: E402
+from lorun_fast.kernels.tuning.problems import Problem  # noqa: E402
+from lorun_fast.kernels.tuning.search import Search  # noqa: E402
+from lorun_fast.kernels.tuning.trial import Trial, poisoned  # noqa: E402
 
 TINY = Problem.parse("forward 3-4 k1 12px b2 fp32 mixed relu residual")
 BACK = Problem.parse("backward 3-4 k1 5px b2 fp16 mixed relu")

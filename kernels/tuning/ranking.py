@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorun_fast.kernels import candidates, configs, model
-from lorun_fast.kernels.problems import Problem, fingerprint, launches, tensors
+from lorun_fast.kernels import configs, model
+from lorun_fast.kernels.tuning import candidates
+from lorun_fast.kernels.tuning.problems import Problem, fingerprint, launches, tensors
 
 
 @dataclass

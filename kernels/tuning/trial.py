@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorun_fast.kernels import configs, lora_conv2d, lora_conv2d_backward
-from lorun_fast.kernels.problems import Problem, tensors
 from lorun_fast.kernels.tables import Key
 from lorun_fast.kernels.tiles import BackwardTile, Tile
+from lorun_fast.kernels.tuning.problems import Problem, tensors
 from lorun_fast.reference import lora as reference
 
 _SCALE = 0.7

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorun_fast.kernels import candidates
-from lorun_fast.kernels.problems import Problem, fingerprint, launches
 from lorun_fast.kernels.tables import Row
-from lorun_fast.kernels.trial import Trial
+from lorun_fast.kernels.tuning import candidates
+from lorun_fast.kernels.tuning.problems import Problem, fingerprint, launches
+from lorun_fast.kernels.tuning.trial import Trial
 
 # A chosen tile is at least 2 % faster than the shipped one.
 MARGIN = 0.98

@@ -1,0 +1,1 @@
+"""The search for better tiles, on request: problems in words, candidates, trials that check them, clocks, rankings."""
