@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.apps import unrolling
+from lorun_fast.apps import losses, unrolling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative
 from lorun_fast.apps.sampling import held_out
@@ -172,7 +172,7 @@ class Recipe:
         else:
             passes = int(rng.integers(self.args.pretrain_unroll + 1))
             restored = unrolling.trained_pass(net, y, passes, op)
-        return ((restored - x).square().mean((1, 2, 3)) + 1e-10).sqrt().mean()
+        return losses.root_mean_squared_error(restored, x)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorun_fast.apps import unrolling
+from lorun_fast.apps import losses, unrolling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_colour
@@ -118,7 +118,7 @@ class Recipe:
         """
         x = self.sampler(step).to(device)
         rng = np.random.default_rng((self.args.seed, step, 1))
-        if net.stages == 1 and net.noise_map == "stage":
+        if self._learns_noise(net):
             level = torch.from_numpy(_LEVELS[0] * (_LEVELS[1] / _LEVELS[0]) ** rng.random(len(x), dtype=np.float32))
             restored = self._denoise(net, x, level.to(device), rng)
         else:
@@ -128,7 +128,12 @@ class Recipe:
             else:
                 passes = int(rng.integers(self.args.pretrain_unroll + 1))
                 restored = unrolling.trained_pass(net, y, passes, op, sigma)
-        return ((restored - x).square().mean((1, 2, 3)) + 1e-10).sqrt().mean()
+        return losses.root_mean_squared_error(restored, x)
+
+    @staticmethod
+    def _learns_noise(net: LoRun) -> bool:
+        """Whether this is the block of a phase 1 on Gaussian noise."""
+        return net.stages == 1 and net.noise_map == "stage"
 
     @staticmethod
     def _denoise(net: LoRun, x: Tensor, level: Tensor, rng: np.random.Generator) -> Tensor:
@@ -146,7 +151,7 @@ class Recipe:
             x = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)[None].to(device)
             scale = self.args.scales[i % len(self.args.scales)]
             rng = np.random.default_rng((self.args.seed, i, 2))
-            if net.stages == 1 and net.noise_map == "stage":
+            if self._learns_noise(net):
                 restored = self._denoise(net, x, torch.full((1,), 15 / 255, device=device), rng)
             else:
                 y, op, sigma = self.measure(x, rng, scale)
