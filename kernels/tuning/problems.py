@@ -190,11 +190,20 @@ def tensors(problem: Problem, device: str) -> Tensors:
     return Tensors(image(c, h, w), weight, draw(o), down, up, stage, image(o, g.p, g.q))
 
 
+def shipped_tile(problem: Problem, g, dtype, arch: int, rank: int):
+    """The tile, or the backward's tiles, that the library comes with for this problem."""
+    from lorun_fast.kernels import configs
+
+    if problem.backward:
+        return configs.shipped_backward(g, dtype, arch, rank)
+    return configs.shipped_forward(g, dtype, arch)
+
+
 def launches(problem: Problem, arch: int, tile=None) -> list:
     """The launches of one problem on meta tensors, with ``tile`` or the one shipped for this architecture."""
     import torch
 
-    from lorun_fast.kernels import configs, lora_conv2d, lora_conv2d_backward, lora_merge
+    from lorun_fast.kernels import lora_conv2d, lora_conv2d_backward, lora_merge
 
     t = tensors(problem, "meta")
     dtype = t.x.dtype
@@ -204,13 +213,12 @@ def launches(problem: Problem, arch: int, tile=None) -> list:
         return [lora_merge.launch([lora_merge.Layer(t.weight, *stacked, merged, 1.0)])]
     a = t.operands(problem)
     y = a.image(t.dy)
+    tile = tile or shipped_tile(problem, a.g, dtype, arch, a.rank)
     if problem.backward:
-        tile = tile or configs.shipped_backward(a.g, dtype, arch, a.rank)
         need = (True, True, problem.activation is not None)
         stages = _STAGES if problem.mixed else 1
         output = y if problem.knows else None
         return lora_conv2d_backward.plan(a, y, problem.activation, need, 0, stages, tile, output=output).launches
-    tile = tile or configs.shipped_forward(a.g, dtype, arch)
     other, kind = (y, "residual") if problem.residual else (None, "none")
     return [lora_conv2d.launch(a, y, other, kind, problem.activation, tile)]
 

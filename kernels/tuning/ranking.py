@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorun_fast.kernels import configs, model
+from lorun_fast.kernels import model
 from lorun_fast.kernels.tuning import candidates
-from lorun_fast.kernels.tuning.problems import Problem, fingerprint, launches, tensors
+from lorun_fast.kernels.tuning.problems import Problem, fingerprint, launches, shipped_tile, tensors
 
 
 @dataclass
@@ -39,10 +39,7 @@ def rank(problem: Problem, arch: int, compile: Callable) -> list[Ranked]:
     """
     t = tensors(problem, "meta")
     a, dtype = t.operands(problem), t.x.dtype
-    if problem.backward:
-        shipped = configs.shipped_backward(a.g, dtype, arch, a.rank)
-    else:
-        shipped = configs.shipped_forward(a.g, dtype, arch)
+    shipped = shipped_tile(problem, a.g, dtype, arch, a.rank)
     (beside,) = compile(problem, [shipped], list(range(len(launches(problem, arch)))))
     found, seen = [], {fingerprint(problem, arch, shipped)}
     for part, index in candidates.PARTS["backward" if problem.backward else "forward"].items():

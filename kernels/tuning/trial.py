@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.kernels import configs, lora_conv2d, lora_conv2d_backward
+from lorun_fast.kernels import lora_conv2d, lora_conv2d_backward
 from lorun_fast.kernels.tables import Key
 from lorun_fast.kernels.tiles import BackwardTile, Tile
-from lorun_fast.kernels.tuning.problems import Problem, tensors
+from lorun_fast.kernels.tuning.problems import Problem, shipped_tile, tensors
 from lorun_fast.reference import lora as reference
 
 _SCALE = 0.7
@@ -51,9 +51,7 @@ class Trial:
         self._own = self._define(self.dtype)
 
     def shipped(self, arch: int) -> Tile | BackwardTile:
-        if self.problem.backward:
-            return configs.shipped_backward(self.key.geometry, self.dtype, arch, self.key.rank)
-        return configs.shipped_forward(self.key.geometry, self.dtype, arch)
+        return shipped_tile(self.problem, self.key.geometry, self.dtype, arch, self.key.rank)
 
     def _before_activation(self, x, weight, bias, down, up) -> Tensor:
         p, stage = self.problem, self._t.stage
