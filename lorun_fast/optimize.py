@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorun_fast import _native
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
+from lorun_fast.winograd import replace_convolutions
 
 MOST_LOST = 0.02
 """How far bf16 may move the score, in dB, before it is not chosen."""
@@ -197,6 +199,7 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     channels_last: bool | None = None,
+    winograd: bool | None = None,
     compile: bool = False,
     cuda_graph: bool | None = None,
     images: Tensor | None = None,
@@ -208,6 +211,8 @@ def optimize(
     device = net.step_size.device
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got one on {device}")
+    if winograd and device.type != "cpu":
+        raise ValueError(f"winograd: expected a network on a CPU, got one on {device}")
     if sigma is not None and isinstance(sigma, Tensor):
         raise TypeError("sigma: expected a number, got a tensor")
     rows = []
@@ -228,6 +233,7 @@ def optimize(
     own = next(net.denoiser.parameters()).dtype
     best, chosen, why = _narrowed(net, built, own, dtype, device, images, sigma)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
+    rows.append(("convolutions", *_convolutions(best, chosen, device, winograd)))
 
     if compile:
         _compile(best, device)
@@ -263,6 +269,25 @@ def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedL
     if abs(change) <= MOST_LOST:
         return narrow, torch.bfloat16, f"{what}; {said}"
     return built(None), own, f"{what}, but bf16 not chosen: {said}"
+
+
+def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: bool | None) -> tuple[str, str]:
+    """(done, why): minimal filtering, F(4x4, 3x3), where it was measured to be faster, or as asked for."""
+    if wish is None:
+        found = _native.build_info().get("cpu_active", "none")
+        if device.type != "cpu":
+            return "direct", f"{device.type} device"
+        if dtype != torch.float32:
+            return "direct", f"minimal filtering is for float32, this is {dtype}".replace("torch.", "")
+        if found != "avx2":
+            return "direct", f"minimal filtering was measured with AVX2, this CPU's loops are {found}"
+    elif not wish:
+        return "direct", "asked for"
+    replaced, convolutions = replace_convolutions(net.denoiser.copies)
+    if not replaced:
+        return "direct", "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8"
+    why = "asked for" if wish else "AVX2; a quarter of the multiplications"
+    return "F(4x4, 3x3)", f"{replaced} of {convolutions} layers a stage; {why}"
 
 
 def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None) -> tuple[float, str]:

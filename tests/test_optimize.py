@@ -10,6 +10,7 @@ from torch import nn
 
 import lorun_fast as lf
 from lorun_fast import optimize
+from lorun_fast.winograd import WinogradConv2d, replace_convolutions
 
 SIZE = (20, 13)
 
@@ -142,6 +143,60 @@ def test_merged_weights_are_rounded_once_from_fp32():
     assert torch.equal(weight, layer.stage_weight(2).bfloat16())
 
 
+def wide(**settings):
+    return network(denoiser=lf.ResUNet(channels=(8, 16), blocks=1), **settings)
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+def test_minimal_filtering_computes_the_same(x, sharing):
+    net = wide(sharing=sharing)
+    fast, y = net.optimize(winograd=True), net.op(x)
+    torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE), rtol=0, atol=1e-5)
+    done, why = fast.report["convolutions"]
+    assert done == "F(4x4, 3x3)" and "6 of 9 layers a stage; asked for" in why
+    block = fast.denoiser.copies[1].encoder[0][0]
+    assert type(block.conv1) is WinogradConv2d and type(fast.denoiser.copies[1].head) is nn.Conv2d
+    assert (block.conv1 is fast.denoiser.copies[0].encoder[0][0].conv1) == (sharing == "tied")
+    assert all(type(layer) is not WinogradConv2d for layer in net.modules())
+
+
+@pytest.mark.parametrize("found", ["avx2", "avx512", "baseline", None])
+def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
+    monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))
+    monkeypatch.setattr(optimize._native, "build_info", lambda: {} if found is None else {"cpu_active": found})
+    done, why = wide().optimize().report["convolutions"]
+    assert done == ("F(4x4, 3x3)" if found == "avx2" else "direct")
+    assert ("this CPU's loops are" in why) == (found != "avx2")
+    assert wide().optimize(winograd=False).report["convolutions"] == ("direct", "asked for")
+    assert wide().optimize(dtype=torch.bfloat16).report["convolutions"][0] == "direct"
+    narrow = network(denoiser=lf.ResUNet(channels=(4,), blocks=1)).optimize(winograd=True)
+    assert narrow.report["convolutions"][0] == "direct" and "multiples of 8" in narrow.report["convolutions"][1]
+
+
+def test_what_minimal_filtering_leaves_alone():
+    layers = {
+        "size": nn.Conv2d(8, 8, 5, padding=2),
+        "stride": nn.Conv2d(8, 8, 3, padding=1, stride=2),
+        "dilation": nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        "padding": nn.Conv2d(8, 8, 3),
+        "mode": nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        "groups": nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        "channels": nn.Conv2d(8, 12, 3, padding=1),
+        "dtype": nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float64),
+        "kind": nn.ConvTranspose2d(8, 8, 3, padding=1),
+    }
+    for layer in layers.values():
+        with pytest.raises(ValueError, match="conv: expected a 3 x 3 convolution with stride and padding 1, got"):
+            WinogradConv2d(layer)
+    shared = nn.Conv2d(8, 8, 3, padding="same")
+    module = nn.Sequential(*layers.values(), shared, shared)
+    assert replace_convolutions([module]) == (2, 10)
+    assert type(module[-1]) is WinogradConv2d and module[-1] is module[-2]
+    z = torch.rand(1, 8, 6, 7)
+    torch.testing.assert_close(module[-1](z), shared(z), rtol=0, atol=1e-5)
+    assert [type(a) for a in list(module)[:-2]] == [type(a) for a in layers.values()]
+
+
 def test_without_images_bf16_is_not_chosen(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setitem(sys.modules, "skimage", None)
@@ -176,7 +231,7 @@ def test_compiled_stages_compute_the_same(x):
 def test_the_report_has_a_line_for_each_choice():
     fast = network().optimize()
     text = str(fast.report)
-    for what in ("merged", "layout", "dtype", "torch.compile", "CUDA graph"):
+    for what in ("merged", "layout", "dtype", "convolutions", "torch.compile", "CUDA graph"):
         assert what in text and what in repr(fast)
     assert fast.report["merged"][0] == f"{len(network().denoiser.adapted)} layers, 3 stages"
 

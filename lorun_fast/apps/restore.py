@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     op = task.operator_for(file, model.net.op, args.measurements, args.model, args)
     op = op.to(how.device) if op is not None else None
     settings = {"op": op, "sigma": task.sigma(file, args)}
-    net = model.net
+    net = restoring.prepared(model.net, how)
     if hasattr(task, "restore"):
         settings["args"] = args  # it sees to --tile itself
     elif args.tile is not None:

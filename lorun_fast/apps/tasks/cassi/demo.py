@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         truth = synthetic.cube(*op.mask.shape[-2:], wavelengths)
         y = restoring.measure(op, truth[None], 0.0, restoring.noise_source(0, 0), how.device)
         start = restoring.start(model.net, y, None, how)[0]
-        x, seconds = restoring.restore(model.net, y, None, how)
+        x, seconds = restoring.restore(restoring.prepared(model.net, how), y, None, how)
     restored = x[0]
     before, after = scores.score(start, truth), scores.score(restored, truth)
     pictures.overview(

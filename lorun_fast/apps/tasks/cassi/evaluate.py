@@ -73,7 +73,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     own = model.net.op
     step = own.step if args.step is None else args.step
     full = options.operator(args, own.bands, step) if args.mask else CASSI(own.mask.detach().cpu(), own.bands, step)
-    net = tiling.Tiled(model.net, args.tile) if args.tile else model.net
+    net = restoring.prepared(model.net, how)
+    net = tiling.Tiled(net, args.tile) if args.tile else net
     wavelengths = options.wavelengths(args, own.bands)
     paths = cubes.find_cubes(args.cubes)
     if args.json is not None:

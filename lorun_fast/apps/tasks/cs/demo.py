@@ -10,6 +10,7 @@ from skimage import data
 
 from lorun_fast.apps import figures, files, images, metrics, models, progress, restoring, runtime, tables
 from lorun_fast.apps.tasks import cs
+from lorun_fast.network import LoRun
 
 EPILOG = """\
 Writes NAME_original.png, NAME_start.png (x_0, what the stages start from) and NAME_restored.png for each photograph,
@@ -47,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
         model = models.load(name, how.device)
         files.make_folder(args.output)
         print(f"{name}: {model.task.describe(model.net.op)}, {model.net.stages} stages; {how.describe()}")
+        net = restoring.prepared(model.net, how)
         rows, comparisons = [], []
         for photograph in progress.over(list(_PHOTOGRAPHS), "restoring"):
-            row, comparison = _one(photograph, model, how, args)
+            row, comparison = _one(photograph, net, how, args)
             rows.append(row)
             comparisons.append(comparison)
     title = f"{model.task.describe(model.net.op)}: x_0 and a {model.net.stages}-stage network"
@@ -66,19 +68,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _one(name: str, model: models.Model, how: runtime.Runtime, args: argparse.Namespace):
+def _one(name: str, net: LoRun, how: runtime.Runtime, args: argparse.Namespace):
     """The table's row and the figure's row of one photograph."""
     original = images.from_array(getattr(data, name)(), args.colour)
     size = original.shape[1:]
-    y = restoring.measure(model.net.op, original[:, None], 0.0, np.random.default_rng(0), how.device)
+    y = restoring.measure(net.op, original[:, None], 0.0, np.random.default_rng(0), how.device)
     parts = []
     seconds = 0.0
     for members in restoring.batches([0] * len(y), how.batch):
-        x, elapsed = restoring.restore(model.net, y[members], size, how)
+        x, elapsed = restoring.restore(net, y[members], size, how)
         parts.append(x[:, 0])
         seconds += elapsed
     restored = np.concatenate(parts)
-    start = restoring.start(model.net, y, size, how)[:, 0]
+    start = restoring.start(net, y, size, how)[:, 0]
     for kind, image in (("original", original), ("start", start), ("restored", restored)):
         images.save(args.output / f"{name}_{kind}.png", image)
     psnr, ssim = metrics.score(restored, original)

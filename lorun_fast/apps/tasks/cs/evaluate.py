@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     model = models.load(args.model, how.device)
+    net = restoring.prepared(model.net, how)
     paths = images.find(args.images)
     if args.json is not None:
         files.check_file(args.json)
@@ -68,9 +69,9 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
             ]
             y = np.concatenate(ys)
             if not warm:
-                restoring.restore(model.net, y, size, how)
+                restoring.restore(net, y, size, how)
                 warm = True
-            x, seconds = restoring.restore(model.net, y, size, how)
+            x, seconds = restoring.restore(net, y, size, how)
             x0 = restoring.start(model.net, y, size, how)
             for n, (i, original) in enumerate(zip(members, originals, strict=True)):
                 own = slice(n * channels, (n + 1) * channels)

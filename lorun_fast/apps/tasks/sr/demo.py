@@ -16,6 +16,7 @@ from lorun_fast.apps import figures, files, images, metrics, models, progress, r
 from lorun_fast.apps.runtime import Runtime
 from lorun_fast.apps.tasks import sr
 from lorun_fast.apps.tasks.sr import kernels, pictures
+from lorun_fast.network import LoRun
 from lorun_fast.operators import BlurDownsample
 
 EPILOG = """\
@@ -63,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
         model = models.load(name, how.device)
         files.make_folder(args.output)
         print(f"{name}: any kernel and scale, {model.net.stages} stages; {how.describe()}")
+        net = restoring.prepared(model.net, how)
         rows, comparisons = [], []
         for case in progress.over(_cases(), "restoring"):
-            row, comparison = _one(case, model, how, args.output)
+            row, comparison = _one(case, net, how, args.output)
             rows.append(row)
             comparisons.append(comparison)
     title = f"One network for all kernels and scales: bicubic start x_0 and {model.net.stages} stages"
@@ -82,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _one(case: _Case, model: models.Model, how: Runtime, folder: Path):
+def _one(case: _Case, net: LoRun, how: Runtime, folder: Path):
     """The table's row and the figure's row of one photograph."""
     original = pictures.fitted(images.from_array(getattr(data, case.name)(), "channels"), case.scale, "crop")
     op = BlurDownsample(torch.from_numpy(case.kernel), case.scale).to(how.device)
     y = restoring.measure(op, original[None], case.noise, np.random.default_rng(0), how.device)
-    restored, seconds = pictures.restore(model.net, y, None, how, op=op, sigma=case.noise)
+    restored, seconds = pictures.restore(net, y, None, how, op=op, sigma=case.noise)
     with torch.inference_mode():
         start = op.initial(torch.from_numpy(y).to(how.device)).cpu().numpy()[0]
     restored = restored[0]

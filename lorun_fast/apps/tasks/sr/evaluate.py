@@ -93,6 +93,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     if args.resume and args.json is None:
         raise UserError("--resume: expected --json FILE, whose FILE.part has the rows so far, got none")
     model = models.load(args.model, how.device)
+    net = restoring.prepared(model.net, how)
     blur = _chosen_kernels(args)
     paths = images.find(args.images)
     for target in (args.json, args.figure):
@@ -125,7 +126,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     with progress.bar(len(paths) * len(planned), "evaluating") as bar:
         bar.update(len(paths) * len(rows))
         for n, (scale, i) in enumerate(planned[len(rows) :]):
-            rows.append(_one_kernel(args, how, model, pixels, names, scale, i, blur[i], bar, n == 0))
+            rows.append(_one_kernel(args, how, net, pixels, names, scale, i, blur[i], bar, n == 0))
             if part is not None:
                 reports.write(part, {**settings, "kernels": rows})
     report = {
@@ -171,7 +172,7 @@ def _known_rows(part: Path, settings: dict, names: list[str], planned: list[tupl
     return rows
 
 
-def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar, warm_up) -> dict:
+def _one_kernel(args, how, net, pixels, names, scale, index, kernel, bar, warm_up) -> dict:
     """The scores of all images for one kernel and scale."""
     op = BlurDownsample(torch.from_numpy(kernel), scale).to(how.device)
     originals = [protocol.original(image, scale) for image in pixels]
@@ -188,8 +189,8 @@ def _one_kernel(args, how, model, pixels, names, scale, index, kernel, bar, warm
         )
         if warm_up:
             warm_up = False
-            pictures.restore(model.net, y[:1], None, how, op=op, sigma=args.noise)
-        x, elapsed = pictures.restore(model.net, y, None, how, op=op, sigma=args.noise)
+            pictures.restore(net, y[:1], None, how, op=op, sigma=args.noise)
+        x, elapsed = pictures.restore(net, y, None, how, op=op, sigma=args.noise)
         with torch.inference_mode():
             start = op.initial(torch.from_numpy(y).to(how.device)).cpu().numpy()
         seconds += [elapsed / len(members)] * len(members)

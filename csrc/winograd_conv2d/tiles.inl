@@ -1,0 +1,217 @@
+// A few tiles at a time: transformed, multiplied point by point, transformed back. A vector holds neighbouring
+// channels.
+
+namespace lorun::winograd_conv2d::LORUN_VARIANT {
+
+template <class T>
+struct Lanes {
+  static constexpr int64_t kCount = LORUN_VECTOR_BYTES / sizeof(T);
+  typedef T Vec __attribute__((vector_size(LORUN_VECTOR_BYTES)));
+  typedef T Loose __attribute__((vector_size(LORUN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+
+// Tiles of a product that stay in registers, two vectors each: 12 of 16 registers, 24 of AVX-512's 32.
+constexpr int64_t kTogether = LORUN_VECTOR_BYTES == 64 ? 12 : 6;
+
+template <class T>
+LORUN_TARGET LORUN_INLINE inline Vec<T> load(const T* at) {
+  return *reinterpret_cast<const typename Lanes<T>::Loose*>(at);
+}
+
+template <class T>
+LORUN_TARGET LORUN_INLINE inline void store(T* at, Vec<T> v) {
+  *reinterpret_cast<typename Lanes<T>::Loose*>(at) = v;
+}
+
+// t = B^T d
+template <class T, class V>
+LORUN_TARGET LORUN_INLINE inline void to_points(const V (&d)[6], V (&t)[6]) {
+  const V p = d[4] - T(4) * d[2], q = d[3] - T(4) * d[1];
+  const V r = d[4] - d[2], s = T(2) * (d[3] - d[1]);
+  t[0] = T(4) * d[0] - T(5) * d[2] + d[4];
+  t[1] = p + q;
+  t[2] = p - q;
+  t[3] = r + s;
+  t[4] = r - s;
+  t[5] = T(4) * d[1] - T(5) * d[3] + d[5];
+}
+
+// y = A^T m
+template <class T, class V>
+LORUN_TARGET LORUN_INLINE inline void from_points(const V (&m)[6], V (&y)[4]) {
+  const V s = m[1] + m[2], d = m[1] - m[2], p = m[3] + m[4], q = m[3] - m[4];
+  y[0] = m[0] + s + p;
+  y[1] = d + T(2) * q;
+  y[2] = s + T(4) * p;
+  y[3] = d + T(8) * q + m[5];
+}
+
+// d: the first of 6 x 6 pixels, `row` and `column` apart. v: this tile's channels at point 0.
+template <class T>
+LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t column, int64_t channels, T* v, int64_t pitch) {
+  for (int64_t c = 0; c < channels; c += Lanes<T>::kCount) {
+    Vec<T> half[6][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      Vec<T> from[6], to[6];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        from[i] = load(d + i * row + j * column + c);
+      }
+      to_points<T>(from, to);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        half[i][j] = to[i];
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      Vec<T> to[6];
+      to_points<T>(half[i], to);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) {
+        store(v + (i * 6 + j) * pitch + c, to[j]);
+      }
+    }
+  }
+}
+
+// m = v u of `Tiles` rows and `Vecs` vectors of columns.
+template <class T, int Tiles, int Vecs>
+LORUN_TARGET inline void product(const T* v, int64_t in, const T* u, int64_t out, T* m) {
+  Vec<T> sum[Tiles][Vecs] = {};
+  for (int64_t k = 0; k < in; ++k) {
+    Vec<T> weights[Vecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      weights[j] = load(u + k * out + j * Lanes<T>::kCount);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < Tiles; ++i) {
+      const T value = v[i * in + k];
+#pragma GCC unroll 2
+      for (int j = 0; j < Vecs; ++j) {
+        sum[i][j] += value * weights[j];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Tiles; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      store(m + i * out + j * Lanes<T>::kCount, sum[i][j]);
+    }
+  }
+}
+
+template <class T, int Vecs>
+LORUN_TARGET inline void columns(const T* v, int64_t tiles, int64_t in, const T* u, int64_t out, T* m) {
+  int64_t i = 0;
+  for (; i + kTogether <= tiles; i += kTogether) {
+    product<T, kTogether, Vecs>(v + i * in, in, u, out, m + i * out);
+  }
+  for (; i < tiles; ++i) {
+    product<T, 1, Vecs>(v + i * in, in, u, out, m + i * out);
+  }
+}
+
+template <class T>
+LORUN_TARGET inline void multiply(const Problem<T>& p, const Work<T>& w, int64_t tiles) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const T *v = w.v + point * w.v_pitch, *u = p.u + point * p.in * p.out;
+    T* m = w.m + point * w.m_pitch;
+    int64_t j = 0;
+    for (; j + 2 * kCount <= p.out; j += 2 * kCount) {
+      columns<T, 2>(v, tiles, p.in, u + j, p.out, m + j);
+    }
+    if (j < p.out) {
+      columns<T, 1>(v, tiles, p.in, u + j, p.out, m + j);
+    }
+  }
+}
+
+// Of a tile that ends inside the image if Whole; `at` is its first value in y, `rows` and `width` what it has of both.
+template <class T, bool Whole>
+LORUN_TARGET inline void finish(const Problem<T>& p, const T* m, int64_t pitch, int64_t at, int64_t rows,
+                                int64_t width) {
+  for (int64_t c = 0; c < p.out; c += Lanes<T>::kCount) {
+    Vec<T> half[4][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      Vec<T> from[6], to[4];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        from[i] = load(m + (i * 6 + j) * pitch + c);
+      }
+      from_points<T>(from, to);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        half[i][j] = to[i];
+      }
+    }
+    const Vec<T> bias = p.bias ? load(p.bias + c) : Vec<T>{};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (!Whole && i >= rows) {
+        break;
+      }
+      Vec<T> to[4];
+      from_points<T>(half[i], to);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        if (!Whole && j >= width) {
+          break;
+        }
+        const int64_t o = at + (i * p.width + j) * p.out + c;
+        Vec<T> y = to[j] + bias;
+        if (p.relu) {
+          y = y < T(0) ? Vec<T>{} : y;  // NaN stays
+        }
+        if (p.residual) {
+          y += load(p.residual + o);
+        }
+        store(p.y + o, y);
+      }
+    }
+  }
+}
+
+// Tiles [begin, end) of all images, row by row.
+template <class T>
+LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin, int64_t end) {
+  const int64_t across = p.tile_columns(), each = p.tile_rows() * across;
+  for (int64_t t = begin; t < end; ++t) {
+    const T* image = p.x + t / each * p.height * p.width * p.in;
+    const int64_t top = t % each / across * kTile - 1, left = t % across * kTile - 1;
+    T* v = w.v + (t - begin) * p.in;
+    if (top >= 0 && left >= 0 && top + kSpan <= p.height && left + kSpan <= p.width) {
+      transform(image + (top * p.width + left) * p.in, p.width * p.in, p.in, p.in, v, w.v_pitch);
+      continue;
+    }
+    std::fill_n(w.padded, kPoints * p.in, T(0));
+    const int64_t first = std::max<int64_t>(left, 0), stop = std::min(left + kSpan, p.width);
+    for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + kSpan, p.height); ++row) {
+      std::copy_n(image + (row * p.width + first) * p.in, (stop - first) * p.in,
+                  w.padded + ((row - top) * kSpan + first - left) * p.in);
+    }
+    transform<T>(w.padded, kSpan * p.in, p.in, p.in, v, w.v_pitch);
+  }
+  multiply(p, w, end - begin);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t top = t % each / across * kTile, left = t % across * kTile;
+    const int64_t at = ((t / each * p.height + top) * p.width + left) * p.out;
+    const int64_t rows = p.height - top, width = p.width - left;
+    const T* m = w.m + (t - begin) * p.out;
+    if (rows >= kTile && width >= kTile) {
+      finish<T, true>(p, m, w.m_pitch, at, rows, width);
+    } else {
+      finish<T, false>(p, m, w.m_pitch, at, rows, width);
+    }
+  }
+}
+
+}  // namespace lorun::winograd_conv2d::LORUN_VARIANT

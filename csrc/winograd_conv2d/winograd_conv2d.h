@@ -1,0 +1,46 @@
+// 3x3 convolution with stride 1 and padding 1 by minimal filtering F(4x4, 3x3) (Winograd; Lavin and Gray,
+// arXiv 1509.09308). Of every 4 x 4 tile of the result,
+//
+//   y = A^T (sum over channels of U[c] * B^T d[c] B) A,     U = G w G^T,     * element by element,
+//
+// d being the 6 x 6 tile of the image around it: 36 products in place of 144, and 36 matrix products over channels
+// ("points") for all tiles. The matrices are in lorun_fast/reference/winograd_conv2d.py.
+//
+// Operations a tile, in and out channels C: 36 C^2 multiply-adds, and some 250 C for the transforms, against 144 C^2.
+#pragma once
+
+#include <cstdint>
+
+namespace lorun::winograd_conv2d {
+
+constexpr int64_t kTile = 4, kSpan = 6, kPoints = kSpan * kSpan;
+
+// Channels innermost everywhere: x (n, height, width, in); y and residual (n, height, width, out); u (36, in, out).
+template <class T>
+struct Problem {
+  int64_t n, height, width, in, out;
+  const T *x, *u, *bias, *residual;  // the last two may be null
+  T* y;
+  bool relu;
+
+  int64_t tile_rows() const {
+    return (height + kTile - 1) / kTile;
+  }
+
+  int64_t tile_columns() const {
+    return (width + kTile - 1) / kTile;
+  }
+
+  int64_t tiles() const {
+    return n * tile_rows() * tile_columns();
+  }
+};
+
+// Of one thread: v, a row of channels for each tile and point; m, their products; padded, a tile that leaves the image.
+template <class T>
+struct Work {
+  int64_t v_pitch, m_pitch;  // from point to point
+  T *v, *m, *padded;
+};
+
+}  // namespace lorun::winograd_conv2d

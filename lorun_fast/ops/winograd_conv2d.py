@@ -1,0 +1,114 @@
+"""3x3 convolution with a quarter of the multiplications, for inference on CPUs. Definition: reference/winograd_conv2d.py.
+
+Its results differ from a direct convolution's by rounding: the transforms cost about one digit of fp32's seven.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorun_fast.ops._checks import check_same_device, shape_of
+from lorun_fast.ops._library import define
+from lorun_fast.reference import winograd_conv2d as reference
+
+CHANNELS = 8
+"""Both channel counts are multiples of it."""
+
+_DTYPES = (torch.float32, torch.float64)
+_ACTIVATIONS = (None, "relu")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
+    n, channels, height, width = x.shape
+    if weight.ndim != 3 or weight.shape[:2] != (reference.POINTS, channels):
+        raise ValueError(
+            f"weight: expected (36, {channels}, out) of winograd_weight for {channels} channels, got {shape_of(weight)}"
+        )
+    out = weight.shape[2]
+    if channels % CHANNELS or out % CHANNELS:
+        raise ValueError(f"x, weight: expected multiples of {CHANNELS} channels, got {channels} and {out}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
+    if residual is not None and residual.shape != (n, out, height, width):
+        raise ValueError(f"residual: expected shape ({n}, {out}, {height}, {width}), got {shape_of(residual)}")
+    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
+    for name, t in others:
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
+    check_same_device(("x", x), *others)
+
+
+def _fake(x, weight, bias, relu, residual):
+    _check(x, weight, bias, residual)
+    n, _, height, width = x.shape
+    return x.new_empty((n, height, width, weight.shape[2])).permute(0, 3, 1, 2)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, ctx.relu, residual = inputs
+    # The sign of what ReLU gave tells its gradient, unless something was added to it.
+    ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _, needs_residual = ctx.needs_input_grad
+    before = grad
+    if ctx.relu:
+        y = _op(x, weight, bias, True, None) if y is None else y
+        before = grad * (y > 0)
+    grad_x, grad_weight = (
+        reference.winograd_conv2d_backward(before, x, weight) if needs_x or needs_weight else (None, None)
+    )
+    return (
+        grad_x if needs_x else None,
+        grad_weight if needs_weight else None,
+        before.sum((0, 2, 3)) if needs_bias else None,
+        None,
+        grad if needs_residual else None,
+    )
+
+
+_op = define(
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? residual) -> Tensor",
+    reference=reference.winograd_conv2d,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+)
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """The weight (out, in, 3, 3) as :func:`winograd_conv2d` takes it: (36, in, out), four times as large.
+
+    Raises ValueError for another kernel size.
+    """
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight: expected (out, in, 3, 3), got shape {shape_of(weight)}")
+    return reference.winograd_weight(weight)
+
+
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x) + bias) + residual: 3x3, stride 1, padding 1, by minimal filtering F(4x4, 3x3).
+
+    x: (N, in, H, W), float32 or float64, channels_last without a copy. weight: of :func:`winograd_weight`, (36, in,
+        out). bias: (out,). activation: None or "relu". residual: (N, out, H, W). Channels in multiples of 8.
+    Returns (N, out, H, W) in channels_last. Compiled for CPUs; elsewhere plain PyTorch. Differentiable, without
+        speed: the op is for inference. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    _check(x, weight, bias, residual)
+    return _op(x, weight, bias, activation == "relu", residual)

@@ -1,0 +1,92 @@
+"""3x3 convolution by minimal filtering F(4x4, 3x3) in plain PyTorch, and its gradients, written out.
+
+Winograd's algorithm as Lavin and Gray give it (arXiv 1509.09308): of every 4 x 4 tile of the result,
+
+    y = A^T (sum over channels of U * B^T d B) A,    U = G w G^T,
+
+with the 6 x 6 tile d of the image around it. Points 0, 1, -1, 2, -2 and infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE, SPAN, POINTS = 4, 6, 36
+
+# Rows: A^T, B^T and G.
+_A = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_B = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+def _matrix(rows: tuple, like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """U of (out, in, 3, 3), as (36, in, out): in float64, rounded once."""
+    out, channels = weight.shape[:2]
+    wide = weight.double().permute(2, 3, 1, 0)
+    g = _matrix(_G, wide)
+    rows = (g @ wide.reshape(3, -1)).reshape(SPAN, 3, -1)
+    return (g @ rows).reshape(POINTS, channels, out).to(weight.dtype)
+
+
+def _cells(length: int) -> int:
+    return -(-length // TILE)
+
+
+def _image_points(x: Tensor) -> Tensor:
+    """B^T d B of every tile, (6, 6, N, in, tile rows, tile columns)."""
+    rows, columns = _cells(x.shape[2]), _cells(x.shape[3])
+    padded = F.pad(x, (1, TILE * columns + 1 - x.shape[3], 1, TILE * rows + 1 - x.shape[2]))
+    b = _matrix(_B, x)
+    return torch.einsum("ia,ncrsab,jb->ijncrs", b, padded.unfold(2, SPAN, TILE).unfold(3, SPAN, TILE), b)
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, residual: Tensor | None) -> Tensor:
+    """act(conv(x) + bias) + residual of x (N, in, H, W), with U = ``weight`` (36, in, out). Channels innermost."""
+    points = weight.reshape(SPAN, SPAN, *weight.shape[1:])
+    products = torch.einsum("ijncrs,ijco->ijnors", _image_points(x), points)
+    a = _matrix(_A, x)
+    y = torch.einsum("ai,ijnors,bj->nrasbo", a, products, a)
+    y = y.flatten(3, 4).flatten(1, 2)[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if relu:
+        y = F.relu(y)
+    if residual is not None:
+        y = y + residual
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for x and U of the convolution alone."""
+    height, width = x.shape[2:]
+    rows, columns = _cells(height), _cells(width)
+    whole = F.pad(grad, (0, TILE * columns - width, 0, TILE * rows - height))
+    a, b = _matrix(_A, x), _matrix(_B, x)
+    tiles = whole.unflatten(3, (columns, TILE)).unflatten(2, (rows, TILE))
+    products = torch.einsum("ai,norasb,bj->ijnors", a, tiles, a)
+    grad_weight = torch.einsum("ijncrs,ijnors->ijco", _image_points(x), products).reshape(weight.shape)
+    points = torch.einsum("ijnors,ijco->ijncrs", products, weight.reshape(SPAN, SPAN, *weight.shape[1:]))
+    overlapping = torch.einsum("ia,ijncrs,jb->ncabrs", b, points, b)
+    size = (TILE * rows + 2, TILE * columns + 2)
+    grad_x = F.fold(overlapping.flatten(4).flatten(1, 3), size, SPAN, stride=TILE)
+    return grad_x[:, :, 1 : height + 1, 1 : width + 1], grad_weight

@@ -1,0 +1,242 @@
+"""winograd_conv2d: a 3x3 convolution with a quarter of its multiplications, against torch's in float64."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from lorun_fast import _native
+from lorun_fast.functional import winograd_conv2d, winograd_weight
+from lorun_fast.reference import winograd_conv2d as reference
+
+op = torch.ops.lorun_fast.winograd_conv2d.default
+
+# N, in, out, H, W: whole tiles, ragged ends, less than a tile, many tiles of more than one thread
+CASES = [
+    (1, 8, 8, 4, 4),
+    (2, 8, 24, 9, 6),
+    (1, 16, 16, 1, 1),
+    (1, 24, 8, 3, 17),
+    (3, 16, 40, 5, 2),
+    (1, 32, 32, 50, 47),
+    (2, 64, 64, 20, 21),
+    (0, 8, 8, 4, 4),
+]
+
+
+def problem(case, dtype=torch.float32, seed=0):
+    n, channels, out, height, width = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    weight = draw(out, channels, 3, 3) / (9 * channels) ** 0.5
+    return draw(n, channels, height, width), weight, draw(out), draw(n, out, height, width)
+
+
+def direct(x, weight, bias=None, activation=None, residual=None):
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    y = F.relu(y) if activation else y
+    return y if residual is None else y + residual.double()
+
+
+@pytest.fixture
+def poisoned():
+    """Every uninitialised output starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("epilogue", ["", "bias", "relu", "residual", "bias relu residual"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_direct_convolution(poisoned, dtype, case, epilogue):
+    x, weight, bias, residual = problem(case, dtype)
+    settings = {
+        "bias": bias if "bias" in epilogue else None,
+        "activation": "relu" if "relu" in epilogue else None,
+        "residual": residual if "residual" in epilogue else None,
+    }
+    y = winograd_conv2d(x, winograd_weight(weight), **settings)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 3e-5}
+    torch.testing.assert_close(y.double(), direct(x, weight, **settings), **close)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_definition_is_a_convolution_and_its_gradients_are_autograds(case):
+    x, weight, bias, residual = (t.requires_grad_() for t in problem(case, torch.float64))
+    y = reference.winograd_conv2d(x, winograd_weight(weight.detach()), bias, True, residual)
+    torch.testing.assert_close(y, direct(x, weight, bias, "relu", residual))
+    points = winograd_weight(weight.detach()).requires_grad_()
+    g = torch.randn_like(y)
+    expected = torch.autograd.grad(reference.winograd_conv2d(x, points, None, False, None), (x, points), g)
+    for a, b in zip(reference.winograd_conv2d_backward(g, x.detach(), points.detach()), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided", "expanded"])
+def test_any_layout(layout):
+    x, weight, _, _ = problem((2, 8, 16, 10, 13))
+    x = {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.mT.contiguous().mT,
+        "strided": torch.cat([x, x], 3)[:, :, :, ::2],
+        "expanded": x[:1].expand_as(x),
+    }[layout]
+    points = winograd_weight(weight).transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(winograd_conv2d(x, points).double(), direct(x, weight), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_opcheck(relu, epilogue):
+    x, weight, bias, residual = problem((2, 8, 16, 5, 6))
+    args = [x, winograd_weight(weight), bias if epilogue else None, residual if epilogue else None]
+    args = [t if t is None else t.requires_grad_() for t in args]
+    opcheck(op, (args[0], args[1], args[2], relu, args[3]))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_gradcheck(relu, epilogue):
+    x, weight, bias, residual = problem((1, 8, 8, 3, 5), torch.float64)
+    args = [x, winograd_weight(weight), bias if epilogue else None, residual if epilogue else None]
+    args = [t if t is None else t.requires_grad_() for t in args]
+    assert torch.autograd.gradcheck(op, (args[0], args[1], args[2], relu, args[3]), fast_mode=True)
+
+
+def test_only_the_wanted_gradients_are_formed():
+    x, weight, bias, residual = problem((1, 8, 8, 6, 5), torch.float64)
+    points = winograd_weight(weight)
+    for i in range(4):
+        args = [x.clone(), points.clone(), bias.clone(), residual.clone()]
+        args[i].requires_grad_()
+        y = winograd_conv2d(*args[:3], activation="relu", residual=args[3])
+        (grad,) = torch.autograd.grad(y.sum(), args[i])
+        assert grad.shape == args[i].shape and grad.abs().sum() > 0
+
+
+def test_adjointness():
+    x, weight, _, g = problem((1, 16, 8, 7, 9), torch.float64)
+    points = winograd_weight(weight)
+    x.requires_grad_()
+    y = winograd_conv2d(x, points)
+    (back,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close((y * g).sum(), (x * back).sum())
+    torch.testing.assert_close(back, F.conv_transpose2d(g, weight, padding=1))
+
+
+def test_compiles_as_one_graph():
+    x, weight, bias, residual = problem((1, 8, 8, 9, 7))
+    points = winograd_weight(weight)
+
+    def call(x):
+        return winograd_conv2d(2 * x, points, bias, activation="relu", residual=residual) + 1
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), call(x))
+
+
+def test_autocast_leaves_it_alone():
+    x, weight, _, _ = problem((1, 8, 8, 9, 7))
+    points = winograd_weight(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(winograd_conv2d(x, points), winograd_conv2d(x, points))
+        assert winograd_conv2d(x, points).dtype == torch.float32
+
+
+def test_nan_reaches_its_neighbourhood_through_relu():
+    x, weight, _, _ = problem((1, 8, 8, 12, 12))
+    x[0, 3, 5, 6] = float("nan")
+    lost = winograd_conv2d(x, winograd_weight(weight), activation="relu").isnan().any(1)[0]
+    assert lost[4:7, 5:8].all() and not lost[:, 9:].any() and not lost[9:].any()
+
+
+def test_does_not_depend_on_threads_or_batch_mates():
+    x, weight, bias, _ = problem((4, 16, 16, 30, 31))
+    points = winograd_weight(weight)
+    whole = winograd_conv2d(x, points, bias)
+    for i in range(4):
+        torch.testing.assert_close(winograd_conv2d(x[i : i + 1], points, bias), whole[i : i + 1], rtol=0, atol=2e-6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(winograd_conv2d(x, points, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(2) as pool:
+        for y in pool.map(lambda _: winograd_conv2d(x, points, bias), range(8)):
+            assert torch.equal(y, whole)
+
+
+VARIANTS = """
+import torch
+import torch.nn.functional as F
+from lorun_fast.functional import winograd_conv2d, winograd_weight
+from lorun_fast import _native
+assert _native.build_info()["cpu_active"] == "{variant}"
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64):
+    for n, i, o, h, w in ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)):
+        x, weight = torch.randn(n, i, h, w, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype) / 12
+        bias, one = torch.randn(o, dtype=dtype), torch.ones(n, o, h, w, dtype=dtype)
+        y = winograd_conv2d(x, winograd_weight(weight), bias, activation="relu", residual=one)
+        expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + 1
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+print("checked")
+"""
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one variant on this architecture")
+@pytest.mark.parametrize("variant", ["baseline", "avx2"])
+def test_lesser_cpu_variants(variant):
+    env = {**os.environ, "LORUN_CPU": variant, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", VARIANTS.format(variant=variant)], capture_output=True, text=True, env=env
+    )
+    assert done.stdout == "checked\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x: expected \(N, C, H, W\), got shape \(8, 4, 4\)"),
+        ({"x": torch.zeros(1, 8, 4, 4).bfloat16()}, TypeError, "x: expected float32 or float64, got torch.bfloat16"),
+        ({"x": torch.zeros(1, 16, 4, 4)}, ValueError, r"weight: expected \(36, 16, out\)"),
+        ({"x": torch.zeros(1, 4, 4, 4), "weight": torch.zeros(36, 4, 8)}, ValueError, "multiples of 8 channels"),
+        ({"weight": torch.zeros(36, 8, 12), "bias": None, "residual": None}, ValueError, "multiples of 8 channels"),
+        ({"weight": torch.zeros(8, 8, 3, 3)}, ValueError, "of winograd_weight"),
+        ({"weight": torch.zeros(36, 8, 8).double()}, TypeError, "weight: expected torch.float32 as x has"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(8\), got \(3\)"),
+        ({"residual": torch.zeros(1, 8, 4, 5)}, ValueError, r"residual: expected shape \(1, 8, 4, 4\), got \(1, 8"),
+        ({"activation": "gelu"}, ValueError, "activation: expected None or 'relu', got 'gelu'"),
+        ({"bias": torch.zeros(8, device="meta")}, ValueError, "meta"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {
+        "x": torch.zeros(1, 8, 4, 4),
+        "weight": torch.zeros(36, 8, 8),
+        "bias": torch.zeros(8),
+        "residual": torch.zeros(1, 8, 4, 4),
+    } | change
+    with pytest.raises(error, match=message):
+        winograd_conv2d(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+
+def test_a_weight_of_another_size():
+    with pytest.raises(ValueError, match=r"weight: expected \(out, in, 3, 3\), got shape \(8, 8, 5, 5\)"):
+        winograd_weight(torch.zeros(8, 8, 5, 5))
