@@ -249,6 +249,13 @@ def _(p: Problem):
     return rivals.autocast(p, lambda: best(p.y))
 
 
+@_contender((inference, merged), "lorun_fast, optimize(), direct", kind=OURS, ops=("block_cs_step",))
+def _(p: Problem):
+    """The same with torch's convolutions: the adapters' cost without the kernel's gain."""
+    best = _lorun(p).optimize(winograd=False)
+    return rivals.autocast(p, lambda: best(p.y))
+
+
 @inference.contender("lorun_fast, not merged", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     net = _lorun(p).train()

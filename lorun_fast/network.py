@@ -212,8 +212,8 @@ class LoRun(nn.Module):
         are some 1e-5 of the values' size; on a GPU captures a CUDA graph per measurement size. The operator and the
         iterate stay as they are. The result is called as this network is, shares nothing with it, and does not train.
 
-        dtype, channels_last, winograd, cuda_graph: instead of what would be chosen. compile: torch.compile every stage, on a
-        CPU with frozen weights: minutes at the first call, for a network that runs long.
+        dtype, channels_last, winograd, cuda_graph: instead of what would be chosen. compile: torch.compile every stage,
+        on a CPU with frozen weights: minutes at the first call, for a network that runs long.
         images: (N, C, H, W) in [0, 1] to score bf16 on, restored from their measurements; photographs of
         scikit-image by default. sigma: for the score, of a network that takes a noise level.
         """

@@ -1,6 +1,7 @@
-"""3x3 convolution with a quarter of the multiplications, for inference on CPUs. Definition: reference/winograd_conv2d.py.
+"""3x3 convolution with a quarter of the multiplications, for inference on CPUs.
 
 Its results differ from a direct convolution's by rounding: the transforms cost about one digit of fp32's seven.
+Definition: reference/winograd_conv2d.py.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ _op = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup,
+    direct=True,
 )
 
 
