@@ -127,7 +127,8 @@ def test_error_is_that_of_torch_with_the_merged_weight(backend, dtype, layout):
     assert got.is_contiguous(
         memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
     )
-    assert (got - truth).abs().max() <= 2 * (own - truth).abs().max() + 1e-6 * truth.abs().max()
+    digit = 10 if backend == "winograd" else 2  # minimal filtering loses one
+    assert (got - truth).abs().max() <= digit * (own - truth).abs().max() + 1e-6 * truth.abs().max()
 
 
 @pytest.mark.parametrize("form", adapters.FORMS)
@@ -303,5 +304,7 @@ def test_what_the_variable_may_say(monkeypatch):
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
     assert served["backend"] == "reference (PyTorch)" and "LORUN_BACKEND=reference" in served["reason"]
     monkeypatch.setattr(_native, "WISH", "fastest")
-    with pytest.raises(ValueError, match="LORUN_BACKEND: expected one of auto, reference, aten, triton, got 'fastest'"):
+    with pytest.raises(
+        ValueError, match="LORUN_BACKEND: expected one of auto, reference, aten, triton, winograd, got 'fastest'"
+    ):
         _native._load()

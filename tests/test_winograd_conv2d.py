@@ -86,6 +86,22 @@ def test_the_definition_is_a_convolution_and_its_gradients_are_autograds(case):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("out", "channels"), [(8, 8), (24, 13), (3, 40), (1, 1), (0, 8)])
+def test_the_weight_is_its_definition(poisoned, adjoint, dtype, out, channels):
+    weight = torch.randn(out, channels, 3, 3, dtype=dtype)
+    for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
+        points = winograd_weight(w, adjoint=adjoint)
+        assert points.shape == ((36, out, channels) if adjoint else (36, channels, out)) and points.dtype == dtype
+        expected = reference.winograd_weight(weight.double(), adjoint).to(dtype)
+        torch.testing.assert_close(points, expected, rtol=2e-7 if dtype == torch.float32 else 1e-14, atol=1e-9)
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight_op = torch.ops.lorun_fast.winograd_weight.default
+    assert torch.autograd.gradcheck(weight_op, (weight, adjoint))
+    opcheck(weight_op, (weight, adjoint))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided", "expanded"])
 def test_any_layout(layout):
     x, weight, _, _ = problem((2, 8, 16, 10, 13))
@@ -137,6 +153,7 @@ def test_adjointness():
     (back,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close((y * g).sum(), (x * back).sum())
     torch.testing.assert_close(back, F.conv_transpose2d(g, weight, padding=1))
+    torch.testing.assert_close(winograd_conv2d(g, winograd_weight(weight, adjoint=True)), back)
 
 
 def test_compiles_as_one_graph():
@@ -240,3 +257,5 @@ def test_errors(change, error, message):
 def test_a_weight_of_another_size():
     with pytest.raises(ValueError, match=r"weight: expected \(out, in, 3, 3\), got shape \(8, 8, 5, 5\)"):
         winograd_weight(torch.zeros(8, 8, 5, 5))
+    with pytest.raises(TypeError, match="weight: expected float32 or float64, got torch.bfloat16"):
+        winograd_weight(torch.zeros(8, 8, 3, 3).bfloat16())

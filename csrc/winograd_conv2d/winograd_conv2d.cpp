@@ -110,10 +110,88 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
   return channels_outside(y);
 }
 
+constexpr double kG[kSpan][3] = {{1. / 4, 0, 0},
+                                 {-1. / 6, -1. / 6, -1. / 6},
+                                 {-1. / 6, 1. / 6, -1. / 6},
+                                 {1. / 24, 1. / 12, 1. / 6},
+                                 {1. / 24, -1. / 12, 1. / 6},
+                                 {0, 0, 1}};
+
+// U of one output channel for `kLanes` input channels or fewer, `count`: u[point][lane].
+constexpr int64_t kLanes = 8;
+
+template <class T>
+LORUN_INLINE inline void points(const T* w, int64_t row, int64_t column, int64_t channel, int64_t count,
+                                double (&u)[kPoints][kLanes]) {
+  double taps[3][3][kLanes] = {}, half[kSpan][3][kLanes];
+  for (int64_t l = 0; l < count; ++l) {
+    for (int a = 0; a < 3; ++a) {
+      for (int b = 0; b < 3; ++b) {
+        taps[a][b][l] = w[a * row + b * column + l * channel];
+      }
+    }
+  }
+  for (int i = 0; i < kSpan; ++i) {
+    for (int b = 0; b < 3; ++b) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        half[i][b][l] = kG[i][0] * taps[0][b][l] + kG[i][1] * taps[1][b][l] + kG[i][2] * taps[2][b][l];
+      }
+    }
+  }
+  for (int i = 0; i < kSpan; ++i) {
+    for (int j = 0; j < kSpan; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        u[i * kSpan + j][l] = kG[j][0] * half[i][0][l] + kG[j][1] * half[i][1][l] + kG[j][2] * half[i][2][l];
+      }
+    }
+  }
+}
+
+Tensor weight_points(Tensor weight, bool adjoint) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight: expected (out, in, 3, 3), got ", shape_of(weight));
+  const ScalarType type = weight.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight: expected float32 or float64");
+  // Of the convolution that is asked for: `out` of its channels, each with `in`, and where their taps lie.
+  const int64_t out = weight.size(adjoint ? 1 : 0), in = weight.size(adjoint ? 0 : 1);
+  const int64_t by_out = weight.stride(adjoint ? 1 : 0), by_in = weight.stride(adjoint ? 0 : 1);
+  const int64_t sign = adjoint ? -1 : 1, row = sign * weight.stride(2), column = sign * weight.stride(3);
+  const int64_t first = adjoint ? 2 * (weight.stride(2) + weight.stride(3)) : 0;
+  const Tensor u = empty_beside(weight, {kPoints, in, out}, type);
+  const auto call = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* w = weight.const_data_ptr<T>() + first;
+    T* to = u.mutable_data_ptr<T>();
+    parallel(out, in * kPoints, [&](int64_t begin, int64_t end) {
+      multiversion([&](auto) LORUN_INLINE {
+        double found[kPoints][kLanes];
+        for (int64_t o = begin; o < end; ++o) {
+          for (int64_t c = 0; c < in; c += kLanes) {
+            const int64_t count = std::min(kLanes, in - c);
+            points(w + o * by_out + c * by_in, row, column, by_in, count, found);
+            for (int64_t p = 0; p < kPoints; ++p) {
+              for (int64_t l = 0; l < count; ++l) {
+                to[(p * in + c + l) * out + o] = static_cast<T>(found[p][l]);
+              }
+            }
+          }
+        }
+      });
+    });
+  };
+  if (type == ScalarType::Float) {
+    call(TypeTag<float>{});
+  } else {
+    call(TypeTag<double>{});
+  }
+  return u;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("winograd_conv2d", TORCH_BOX(&convolution));
+  m.impl("winograd_weight", TORCH_BOX(&weight_points));
 }
 
 }  // namespace lorun::winograd_conv2d

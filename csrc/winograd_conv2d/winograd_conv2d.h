@@ -6,6 +6,8 @@
 // d being the 6 x 6 tile of the image around it: 36 products in place of 144, and 36 matrix products over channels
 // ("points") for all tiles. The matrices are in lorun_fast/reference/winograd_conv2d.py.
 //
+// The transpose of the convolution is one with in and out exchanged and w turned by half.
+//
 // Operations a tile, in and out channels C: 36 C^2 multiply-adds, and some 250 C for the transforms, against 144 C^2.
 #pragma once
 

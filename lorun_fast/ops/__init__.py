@@ -2,3 +2,4 @@
 
 from lorun_fast import _native as _native
 from lorun_fast.ops import _lora_triton as _lora_triton
+from lorun_fast.ops import _lora_winograd as _lora_winograd

@@ -20,7 +20,7 @@ class Backend:
     name: as ``LORUN_BACKEND`` spells it. devices: device types it runs on.
     forward: takes the op's arguments. backward: takes those of the op's backward op; None where the op has none.
     missing: why it cannot run in this installation, or None. supports: takes the op's arguments, returns why this
-        call cannot be served, or None.
+        call cannot be served, or None. unranked: why the table leaves it out, so that it serves only when asked for.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Backend:
     backward: Callable | None = None
     missing: Callable[[], str | None] = lambda: None
     supports: Callable[..., str | None] = lambda *args: None
+    unranked: str = "no measurement puts it first"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def served(op: str, device: str) -> tuple[str, str]:
     for name in known:
         if name in (best, REFERENCE):
             continue
-        measured = next((row.measured for row in rows if row.backend == name), "no measurement puts it first")
+        measured = next((row.measured for row in rows if row.backend == name), known[name].unranked)
         reasons.append(f"{name}: {missing[name] or measured}")
     if not reasons and best != REFERENCE:
         reasons += [row.measured for row in rows if row.backend == best]

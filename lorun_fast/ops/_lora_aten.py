@@ -7,6 +7,7 @@ whole weight where the factors' own are cheaper, and activations in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,11 +27,11 @@ _IN_PLACE = {
 }
 
 
-def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: bool, dtype: torch.dtype) -> Tensor:
+def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: bool, dtype: torch.dtype) -> Tensor:
     return merged_weight(weight, down, up, scale, transposed=transposed).to(dtype)
 
 
-def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
     y = _IN_PLACE[activation](y)
     return y if residual is None else y.add_(residual)
 
@@ -40,7 +41,7 @@ def _groups(stage: Tensor) -> list[tuple[int, Tensor]]:
     return [(k, (stage == k).nonzero()[:, 0]) for k in stage.unique().tolist()]
 
 
-def _by_stage(x: Tensor, stage: Tensor, one: Callable[[Tensor, int], Tensor]) -> Tensor:
+def by_stage(x: Tensor, stage: Tensor, one: Callable[[Tensor, int], Tensor]) -> Tensor:
     """one(samples, stage) for each distinct stage, put together in the batch's order."""
     groups = _groups(stage)
     if len(groups) == 1:
@@ -74,11 +75,11 @@ def conv2d(
 
     def one(samples: Tensor, k: int | None) -> Tensor:
         d, u = (down, up) if k is None else (down[k], up[k])
-        w = _merge(weight, d, u, scale, transposed, x.dtype)
+        w = merge(weight, d, u, scale, transposed, x.dtype)
         return aten.convolution(samples, w, bias, stride, padding, dilation, transposed, output_padding, groups)
 
-    y = one(x, None) if stage is None else _by_stage(x, stage, one)
-    return _finish(y, activation, residual)
+    y = one(x, None) if stage is None else by_stage(x, stage, one)
+    return finish(y, activation, residual)
 
 
 # Channels innermost, fp32, on the CPU: oneDNN's weight gradient takes 2 to 4 times that of these products on images of
@@ -128,6 +129,11 @@ def _weight_gradient_by_products(grad: Tensor, x: Tensor, kernel, padding, dilat
     return found.view(kh, kw, out, channels).flip(0, 1).permute(2, 3, 0, 1)
 
 
+def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    """The gradient of conv(x, weight) for x."""
+    return aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
+
+
 _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 
 
@@ -141,8 +147,9 @@ def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _conv2d_backward_one(
-    grad, x, weight, down, up, scale, stride, padding, dilation, groups, transposed, output_padding, mask
-):
+    grad, x, weight, down, up, scale, stride, padding, dilation, groups, transposed, output_padding, mask,
+    image_gradient,
+):  # fmt: skip
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     factors = mask[3] or mask[4]
     low_rank = factors and down.ndim == 4 and not mask[1]
@@ -161,20 +168,21 @@ def _conv2d_backward_one(
             t = aten.convolution(x, narrow_down, None, *geometry)
             found[4] = scale * _over_pixels(grad, t).to(up.dtype)
             del t
-    w = _merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
+    w = merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
     if whole:
         grad_w = _weight_gradient(grad, x, w, geometry)
         found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
         found[1] = grad_w.to(weight.dtype)
     if mask[0]:
-        found[0] = aten.convolution_backward(grad, x, w, None, *geometry, [True, False, False])[0]
+        found[0] = image_gradient(grad, x, w, geometry)
     return found
 
 
 def conv2d_backward(
     grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation, transposed,
-    output_padding, mask,
+    output_padding, mask, *, convolution=conv2d, image_gradient=_image_gradient,
 ):  # fmt: skip
+    """convolution, image_gradient: what repeats the forward pass, and what takes a gradient back to x."""
     if stage is not None and x.device.type != "cpu":
         return reference.lora_conv2d_backward(
             grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation,
@@ -183,12 +191,13 @@ def conv2d_backward(
     rest = (scale, stride, padding, dilation, groups, transposed, output_padding)
     if activation is not None:
         if output is None:
-            output = conv2d(x, weight, bias, down, up, stage, None, *rest[:5], None, *rest[5:])
+            output = convolution(x, weight, bias, down, up, stage, None, *rest[:5], None, *rest[5:])
         grad = reference.activation_backward(grad, activation, output)
+    one = partial(_conv2d_backward_one, image_gradient=image_gradient)
     if stage is None:
-        found = _conv2d_backward_one(grad, x, weight, down, up, *rest, mask)
+        found = one(grad, x, weight, down, up, *rest, mask)
     else:
-        found = _sum_stages(grad, x, weight, down, up, stage, mask, _conv2d_backward_one, rest)
+        found = _sum_stages(grad, x, weight, down, up, stage, mask, one, rest)
     if mask[2]:
         found[2] = grad.sum((0, 2, 3)).to(bias.dtype)
     return [found[i] for i in range(5) if mask[i]]
@@ -225,17 +234,17 @@ def linear(x, weight, bias, down, up, stage, residual, scale, activation):
 
     def one(samples: Tensor, k: int | None) -> Tensor:
         d, u = (down, up) if k is None else (down[k], up[k])
-        return torch.nn.functional.linear(samples, _merge(weight, d, u, scale, False, x.dtype), bias)
+        return torch.nn.functional.linear(samples, merge(weight, d, u, scale, False, x.dtype), bias)
 
-    y = one(x, None) if stage is None else _by_stage(x, stage, one)
-    return _finish(y, activation, residual)
+    y = one(x, None) if stage is None else by_stage(x, stage, one)
+    return finish(y, activation, residual)
 
 
 def _linear_backward_one(grad, x, weight, down, up, scale, mask):
     rows, columns = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     found: list[Tensor | None] = [None] * 5
     if mask[0]:
-        found[0] = grad @ _merge(weight, down, up, scale, False, x.dtype)
+        found[0] = grad @ merge(weight, down, up, scale, False, x.dtype)
     if mask[1]:
         grad_w = rows.mT @ columns
         found[1] = grad_w.to(weight.dtype)

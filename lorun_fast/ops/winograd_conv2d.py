@@ -16,14 +16,14 @@ from lorun_fast.reference import winograd_conv2d as reference
 CHANNELS = 8
 """Both channel counts are multiples of it."""
 
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = (None, "relu")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if x.ndim != 4:
         raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
     n, channels, height, width = x.shape
     if weight.ndim != 3 or weight.shape[:2] != (reference.POINTS, channels):
@@ -85,14 +85,46 @@ _op = define(
 )
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
-    """The weight (out, in, 3, 3) as :func:`winograd_conv2d` takes it: (36, in, out), four times as large.
-
-    Raises ValueError for another kernel size.
-    """
+def _check_weight(weight: Tensor) -> None:
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight: expected (out, in, 3, 3), got shape {shape_of(weight)}")
-    return reference.winograd_weight(weight)
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight: expected float32 or float64, got {weight.dtype}")
+
+
+def _fake_weight(weight, adjoint):
+    _check_weight(weight)
+    out, channels = weight.shape[:2]
+    return weight.new_empty((reference.POINTS, *((out, channels) if adjoint else (channels, out))))
+
+
+def _setup_weight(ctx, inputs, output):
+    _, ctx.adjoint = inputs
+
+
+def _backward_weight(ctx, grad):
+    return reference.winograd_weight_backward(grad, ctx.adjoint), None
+
+
+_weight_op = define(
+    "winograd_weight(Tensor weight, bool adjoint) -> Tensor",
+    reference=reference.winograd_weight,
+    fake=_fake_weight,
+    backward=_backward_weight,
+    setup_context=_setup_weight,
+    direct=True,
+)
+
+
+def winograd_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
+    """The weight (out, in, 3, 3) as :func:`winograd_conv2d` takes it: (36, in, out), four times as large.
+
+    float32 or float64; formed in float64 and rounded once. adjoint: the weight of the convolution's transpose, which
+    takes a gradient back to x, (36, out, in). Differentiable. Raises ValueError for another kernel size, TypeError for
+    another dtype.
+    """
+    _check_weight(weight)
+    return _weight_op(weight, adjoint)
 
 
 def winograd_conv2d(

@@ -39,13 +39,24 @@ def _matrix(rows: tuple, like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
-    """U of (out, in, 3, 3), as (36, in, out): in float64, rounded once."""
+def winograd_weight(weight: Tensor, adjoint: bool = False) -> Tensor:
+    """U of (out, in, 3, 3), as (36, in, out): in float64, rounded once. adjoint: of the convolution's transpose."""
+    if adjoint:
+        weight = weight.flip(2, 3).transpose(0, 1)
     out, channels = weight.shape[:2]
     wide = weight.double().permute(2, 3, 1, 0)
     g = _matrix(_G, wide)
     rows = (g @ wide.reshape(3, -1)).reshape(SPAN, 3, -1)
     return (g @ rows).reshape(POINTS, channels, out).to(weight.dtype)
+
+
+def winograd_weight_backward(grad: Tensor, adjoint: bool = False) -> Tensor:
+    """The gradient for the weight (out, in, 3, 3) from that of U, (36, in, out)."""
+    _, channels, out = grad.shape
+    wide = grad.double().reshape(SPAN, SPAN, channels, out)
+    g = _matrix(_G, wide)
+    found = torch.einsum("ia,ijco,jb->ocab", g, wide, g).to(grad.dtype)
+    return found.transpose(0, 1).flip(2, 3) if adjoint else found
 
 
 def _cells(length: int) -> int:

@@ -1,0 +1,122 @@
+"""The winograd backend of lora_conv2d: what it serves, and that it computes what the others do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorun_fast as lf
+from lorun_fast import _native, adapters
+from lorun_fast.functional import lora_conv2d
+from lorun_fast.ops import _backends, winograd_conv2d
+
+K = 3
+backend = _backends.BACKENDS["lora_conv2d"]["winograd"]
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    monkeypatch.setattr(_native, "WISH", "winograd")
+
+
+def problem(form="loralib", stages=None, dtype=torch.float64, in_=8, out=16) -> dict:
+    down, up = adapters.factor_shapes((out, in_, 3, 3), 2, form)
+    lead = () if stages is None else (stages,)
+    shapes = {
+        "x": (4, in_, 7, 6),
+        "weight": (out, in_, 3, 3),
+        "bias": (out,),
+        "down": (*lead, *down),
+        "up": (*lead, *up),
+    }
+    p = {name: torch.randn(shape, dtype=dtype) / (5 if name == "weight" else 1) for name, shape in shapes.items()}
+    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
+    return p
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
+@pytest.mark.parametrize("added", [False, True])
+def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activation, form, stage, added):
+    p = problem(form, None if stage is None else K)
+    if added:
+        p["residual"] = torch.randn(4, 16, 7, 6, dtype=torch.float64)
+    calls, found = [], {}
+    convolution = winograd_conv2d.winograd_conv2d
+
+    def counted(*args, **settings):
+        calls.append(1)
+        return convolution(*args, **settings)
+
+    monkeypatch.setattr("lorun_fast.ops._lora_winograd.winograd_conv2d", counted)
+    weights = torch.randn(4, 16, 7, 6, dtype=torch.float64)
+    for wish in ("winograd", "reference"):
+        monkeypatch.setattr(_native, "WISH", wish)
+        leaves = {name: t.clone().requires_grad_() for name, t in p.items()}
+        y = lora_conv2d(**leaves, stage=stage, scale=0.7, padding=1, activation=activation)
+        found[wish] = [y, *torch.autograd.grad((y * weights).sum(), leaves.values())]
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    distinct = 1 if stage is None else 3
+    repeated = activation == "gelu" or (added and activation is not None)
+    assert len(calls) == distinct * (3 if repeated else 2)
+    for name, a, b in zip(["y", *p], found["winograd"], found["reference"], strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"weight": (16, 8, 5, 5)}, "3 x 3"),
+        ({"groups": 2}, "3 x 3"),
+        ({"transposed": True}, "3 x 3"),
+        ({"stride": [2, 1]}, "stride, padding and dilation are 1"),
+        ({"padding": [0, 0]}, "stride, padding and dilation are 1"),
+        ({"weight": (12, 8, 3, 3)}, "multiples of 8"),
+        ({"layout": torch.contiguous_format}, "channels_last"),
+        ({"dtype": torch.bfloat16}, "float32 or float64"),
+    ],
+)
+def test_what_it_serves(change, reason):
+    layout, dtype = change.pop("layout", torch.channels_last), change.pop("dtype", torch.float32)
+    x = torch.zeros(1, 8, 5, 5, dtype=dtype).contiguous(memory_format=layout)
+    weight = torch.zeros(change.pop("weight", (16, 8, 3, 3)))
+    arguments = {
+        "scale": 1.0, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": None,
+        "transposed": False, "output_padding": [0, 0],
+    } | change  # fmt: skip
+    found = backend.supports(x, weight, None, None, None, None, None, *arguments.values())
+    assert found is None if reason is None else reason in found
+
+
+def test_it_serves_only_when_asked_for(monkeypatch):
+    p = problem(dtype=torch.float32)
+    args = (*p.values(), None, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+    assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
+    served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
+    assert "winograd: a fresh network would equal the tied one to rounding only" in served["reason"]
+    monkeypatch.setattr(_native, "WISH", "winograd")
+    if _native.available():
+        assert _backends.choose("lora_conv2d", "cpu", args).name == "winograd"
+
+
+def test_a_network_trains_to_the_same_gradients(asked_for):
+    torch.manual_seed(0)
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), lf.ResUNet(channels=(8, 16), blocks=1), stages=2)
+    for p in net.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.1)
+    x = torch.rand(2, 1, 16, 24)
+    found = {}
+    for wish in ("winograd", "aten"):
+        _native.WISH = wish  # the fixture puts it back
+        net.zero_grad()
+        (net(net.op(x), size=(16, 24)) - x).square().mean().backward()
+        found[wish] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    assert len(found["aten"]) > 10
+    for name, expected in found["aten"].items():
+        torch.testing.assert_close(
+            found["winograd"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+        )
