@@ -28,7 +28,7 @@ from benchmarks.harness.registry import (
     size,
 )
 from lorun_fast import adapters, kernels
-from lorun_fast.ops import _lora_triton
+from lorun_fast.ops import _backends
 from lorun_fast.reference import lora as reference
 
 GAMMA, STAGES = 10, 9
@@ -134,19 +134,20 @@ def _both(name: str, **settings):
     return register
 
 
-class _Fused(torch.autograd.Function):
-    """The Triton kernels whatever the table says: forward in one launch, backward in three, x kept."""
+class _By(torch.autograd.Function):
+    """One backend whatever the table says, x kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, stage):
+    def forward(ctx, name, x, weight, bias, down, up, stage):
+        ctx.backend = _backends.BACKENDS["lora_conv2d"][name]
         ctx.save_for_backward(x, weight, bias, down, up, stage)
-        return _lora_triton.conv2d(x, weight, bias, down, up, stage, None, *_GEOMETRY)
+        return ctx.backend.forward(x, weight, bias, down, up, stage, None, *_GEOMETRY)
 
     @staticmethod
     def backward(ctx, grad):
         mask = [True, False, False, True, True]
-        dx, d_down, d_up = _lora_triton.conv2d_backward(grad, *ctx.saved_tensors, None, *_GEOMETRY, mask)
-        return dx, None, None, d_down, d_up, None
+        dx, d_down, d_up = ctx.backend.backward(grad, *ctx.saved_tensors, None, *_GEOMETRY, mask)
+        return None, dx, None, None, d_down, d_up, None
 
 
 # scale, stride, padding, dilation, groups, activation, transposed, output padding
@@ -159,7 +160,7 @@ def _fused(p: Problem, stage: Tensor | None = None):
         raise Unavailable("the kernels run on CUDA")
     if kernels.unavailable():
         raise Unavailable(kernels.unavailable())
-    return lambda: _Fused.apply(p.x, p.weight, p.bias, p.down, p.up, stage)
+    return lambda: _By.apply("triton", p.x, p.weight, p.bias, p.down, p.up, stage)
 
 
 def _form(p: Problem) -> str:
@@ -175,6 +176,16 @@ def _(p: Problem):
 def _(p: Problem):
     """The Triton kernels; in the loralib form after the merge kernel."""
     return _fused(p)
+
+
+@_both("lorun_fast, winograd", kind=OURS, devices=("cpu",))
+def _(p: Problem):
+    """LORUN_BACKEND=winograd: the convolution and x's gradient by minimal filtering."""
+    args = (p.x, p.weight, p.bias, p.down, p.up, None, None, *_GEOMETRY)
+    reason = _backends.BACKENDS["lora_conv2d"]["winograd"].supports(*args)
+    if reason is not None:
+        raise Unavailable(f"it serves calls where {reason}")
+    return lambda: _By.apply("winograd", p.x, p.weight, p.bias, p.down, p.up, None)
 
 
 @_both("lorun_fast merged", kind=OURS, modes=(FORWARD,), compiled=True, graphed=True)

@@ -257,5 +257,5 @@ def test_errors(change, error, message):
 def test_a_weight_of_another_size():
     with pytest.raises(ValueError, match=r"weight: expected \(out, in, 3, 3\), got shape \(8, 8, 5, 5\)"):
         winograd_weight(torch.zeros(8, 8, 5, 5))
-    with pytest.raises(TypeError, match="weight: expected float32 or float64, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"weight: expected float32 or float64, got torch\.bfloat16"):
         winograd_weight(torch.zeros(8, 8, 3, 3).bfloat16())
