@@ -41,10 +41,10 @@ def test_what_it_is(net):
 @pytest.mark.parametrize(
     ("scale", "kernel", "gain"),
     [
-        (2, kernels.gaussian(1.4), 4.0),
-        (2, kernels.motion(np.random.default_rng(3), 19), 4.8),
-        (3, kernels.gaussian(3.0, 21, ratio=0.4, angle=1.0), 3.7),
-        (4, kernels.gaussian(2.2, 16), 2.4),
+        (2, kernels.gaussian(1.4), 4.4),
+        (2, kernels.motion(np.random.default_rng(3), 19), 5.2),
+        (3, kernels.gaussian(3.0, 21, ratio=0.4, angle=1.0), 4.2),
+        (4, kernels.gaussian(2.2, 16), 2.8),
     ],
     ids=["x2", "x2 motion", "x3 oblique", "x4 even"],
 )
@@ -56,7 +56,7 @@ def test_one_network_beats_bicubic_for_every_kernel_and_scale(net, photograph, s
 def test_it_denoises_when_told_to(net, photograph):
     x, kernel = protocol.original(photograph, 2), kernels.gaussian(1.2)
     noisy = scores(net, x, kernel, 2, noise=20 / 255)
-    assert noisy[-1] > noisy[0] + 4
+    assert noisy[-1] > noisy[0] + 4.5
 
 
 def test_restoring_needs_no_name(photograph, tmp_path, capsys):
