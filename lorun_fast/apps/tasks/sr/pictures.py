@@ -60,6 +60,9 @@ def restore(
 ) -> tuple[np.ndarray, float]:
     """Restores y (N, C, h, w), C = 1 (as gray: three equal channels, then their mean) or 3. See restoring.restore.
 
+    The network knows noise that differs from channel to channel, a gray part of which is sigma / sqrt(3). Three equal
+    channels have a gray part of sigma, that of sqrt(3) sigma on different ones: this is what it is told of a gray y.
+
     size: (H, W) to crop to. edges: "wrap", the image goes on periodically, as simulated measurements do; "reflect",
     it goes on mirrored, as is better for a photograph. tile: side in pixels of the restored image of the pieces that
     it is restored in, with overlaps; None: whole.
@@ -67,7 +70,7 @@ def restore(
     began = time.perf_counter()
     gray = y.shape[1] == 1
     if gray:
-        y = np.repeat(y, 3, 1)
+        y, sigma = np.repeat(y, 3, 1), math.sqrt(3) * sigma
     whole = y.shape[-2] * op.scale, y.shape[-1] * op.scale
     pieces = tile is not None and tile < max(whole)
     if not pieces and edges == "wrap":
