@@ -27,7 +27,7 @@ def unfit(conv: nn.Module) -> str | None:
 class WinogradConv2d(nn.Module):
     """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
 
-    Its weight is kept transformed, four times as large: ``points``, (36, in, out).
+    Its state is that of the layer it stands for. ``points``, (36, in, out): its weight transformed, four times as large.
     Raises ValueError for a layer that this does not fit.
     """
 
@@ -37,8 +37,13 @@ class WinogradConv2d(nn.Module):
         if reason is not None:
             raise ValueError(f"conv: expected a 3 x 3 convolution with stride and padding 1, got {reason}")
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.register_buffer("points", winograd_weight(conv.weight.detach()))
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
+        self.weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+        self.register_buffer("points", winograd_weight(self.weight), persistent=False)
+        self.register_load_state_dict_post_hook(WinogradConv2d._transform_again)
+
+    def _transform_again(self, *_) -> None:
+        self.points = winograd_weight(self.weight)
 
     def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """act(conv(x) + bias) + residual. activation: None or "relu"."""

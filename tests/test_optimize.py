@@ -160,6 +160,20 @@ def test_minimal_filtering_computes_the_same(x, sharing):
     assert all(type(layer) is not WinogradConv2d for layer in net.modules())
 
 
+def test_minimal_filtering_saves_and_loads_as_the_layers_it_stands_for(x, tmp_path):
+    net = wide()
+    fast, direct, y = net.optimize(winograd=True), net.optimize(winograd=False), net.op(x)
+    assert list(fast.state_dict()) == list(direct.state_dict())
+    lf.save(fast, tmp_path / "fast.safetensors")
+    torch.testing.assert_close(lf.load(tmp_path / "fast.safetensors")(y, size=SIZE), direct(y, size=SIZE))
+    other = wide()
+    with torch.no_grad():
+        for p in other.denoiser.parameters():
+            p.mul_(1.5)
+    fast.load_state_dict(other.optimize(winograd=False).state_dict())
+    torch.testing.assert_close(fast(y, size=SIZE), other.eval()(y, size=SIZE), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("found", ["avx2", "avx512", "baseline", None])
 def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
     monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))
