@@ -27,7 +27,7 @@ def unfit(conv: nn.Module) -> str | None:
 class WinogradConv2d(nn.Module):
     """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
 
-    Its state is that of the layer it stands for. ``points``, (36, in, out): its weight transformed, four times as large.
+    Its state is that of the layer it stands for. ``points``, (36, in, out): its weight transformed, 4 times as large.
     Raises ValueError for a layer that this does not fit.
     """
 
