@@ -44,3 +44,13 @@ class GraphCounter:
 @pytest.fixture
 def graph_counter() -> GraphCounter:
     return GraphCounter()
+
+
+@pytest.fixture
+def poisoned():
+    """Fills what torch allocates with NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -14,6 +10,7 @@ import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
 from lorun_fast import _native
@@ -65,15 +62,6 @@ def by_scipy(x, kernel, s):
         for sample, k in zip(x, kernels, strict=True)
     ]
     return torch.from_numpy(np.array(planes)).reshape(*x.shape[:2], x.shape[2] // s, x.shape[3] // s)
-
-
-@pytest.fixture
-def poisoned():
-    """Every uninitialised output starts as NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -354,14 +342,10 @@ print("checked")
 """
 
 
-@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one variant on this architecture")
-@pytest.mark.parametrize("variant", ["baseline", "avx2"])
+@lesser_variants
 def test_lesser_cpu_variants(variant):
-    script = VARIANT_SCRIPT.format(variant=variant, cases=[(12, 54, 5, 8, 3), (8, 10, 9, 20, 2), (15, 5, 1, 2, 5)])
-    env = {**os.environ, "LORUN_CPU": variant, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout == "checked\n", done.stderr
+    cases = [(12, 54, 5, 8, 3), (8, 10, 9, 20, 2), (15, 5, 1, 2, 5)]
+    check_under(variant, VARIANT_SCRIPT.format(variant=variant, cases=cases))
 
 
 def test_auto_takes_the_cheaper_method():

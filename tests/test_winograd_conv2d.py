@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from variants_help import check_under, lesser_variants
 
-from lorun_fast import _native
 from lorun_fast.functional import winograd_conv2d, winograd_weight
 from lorun_fast.reference import winograd_conv2d as reference
 
@@ -47,15 +43,6 @@ def direct(x, weight, bias=None, activation=None, residual=None):
     y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     y = F.relu(y) if activation else y
     return y if residual is None else y + residual.double()
-
-
-@pytest.fixture
-def poisoned():
-    """Every uninitialised output starts as NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("epilogue", ["", "bias", "relu", "residual", "bias relu residual"])
@@ -216,15 +203,9 @@ print("checked")
 """
 
 
-@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one variant on this architecture")
-@pytest.mark.parametrize("variant", ["baseline", "avx2"])
+@lesser_variants
 def test_lesser_cpu_variants(variant):
-    env = {**os.environ, "LORUN_CPU": variant, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", VARIANTS.format(variant=variant)], capture_output=True, text=True, env=env
-    )
-    assert done.stdout == "checked\n", done.stderr
+    check_under(variant, VARIANTS.format(variant=variant))
 
 
 @pytest.mark.parametrize(
