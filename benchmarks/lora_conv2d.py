@@ -178,14 +178,28 @@ def _(p: Problem):
     return _fused(p)
 
 
+def _asked_for(backend: str, p: Problem):
+    """LORUN_BACKEND's way, without setting it."""
+    known = _backends.BACKENDS["lora_conv2d"][backend]
+    reason = known.missing()
+    if reason is not None:
+        raise Unavailable(reason)
+    reason = known.supports(p.x, p.weight, p.bias, p.down, p.up, None, None, *_GEOMETRY)
+    if reason is not None:
+        raise Unavailable(f"it serves calls where {reason}")
+    return lambda: _By.apply(backend, p.x, p.weight, p.bias, p.down, p.up, None)
+
+
 @_both("lorun_fast, winograd", kind=OURS, devices=("cpu",))
 def _(p: Problem):
     """LORUN_BACKEND=winograd: the convolution and x's gradient by minimal filtering."""
-    args = (p.x, p.weight, p.bias, p.down, p.up, None, None, *_GEOMETRY)
-    reason = _backends.BACKENDS["lora_conv2d"]["winograd"].supports(*args)
-    if reason is not None:
-        raise Unavailable(f"it serves calls where {reason}")
-    return lambda: _By.apply("winograd", p.x, p.weight, p.bias, p.down, p.up, None)
+    return _asked_for("winograd", p)
+
+
+@_both("lorun_fast, packed", kind=OURS, devices=("cpu",))
+def _(p: Problem):
+    """LORUN_BACKEND=packed: the convolution and x's gradient by matrix tiles."""
+    return _asked_for("packed", p)
 
 
 @_both("lorun_fast merged", kind=OURS, modes=(FORWARD,), compiled=True, graphed=True)

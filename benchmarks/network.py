@@ -14,6 +14,7 @@ import lorun_fast as lf
 from benchmarks import staged_rivals as rivals
 from benchmarks.harness import variants
 from benchmarks.harness.registry import (
+    DTYPES,
     FORWARD,
     LIMIT,
     OURS,
@@ -154,10 +155,10 @@ def merged(dtype, device, *, n, px, channels, stages) -> Problem:
     suite="network",
     sizes=[
         *(
-            size(f"{n}x1x{px}x{px}", dtypes=(dtype,), devices=(device,), n=n, px=px, channels=CS25, **WHOLE)
-            for device, dtype, px, batches in (
-                ("cpu", "fp32", 128, (1, 2, 4, 8, 16)),
-                ("cuda", "bf16", 256, (1, 2, 4, 8, 16, 32, 64)),
+            size(f"{n}x1x{px}x{px}", dtypes=dtypes, devices=(device,), n=n, px=px, channels=CS25, **WHOLE)
+            for device, dtypes, px, batches in (
+                ("cpu", ("fp32", "bf16"), 128, (1, 2, 4, 8, 16)),
+                ("cuda", ("bf16",), 256, (1, 2, 4, 8, 16, 32, 64)),
             )
             for n in batches
         ),
@@ -242,18 +243,21 @@ def _(p: Problem):
     return lambda: net(p.y)
 
 
-@_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step",))
-def _(p: Problem):
-    """Whatever the library does on its own for this device."""
-    best = _lorun(p).optimize()
+def _optimized(p: Problem, **settings):
+    best = _lorun(p).optimize(dtype=DTYPES[p.dtype], **settings)
     return rivals.autocast(p, lambda: best(p.y))
+
+
+@_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step", "packed_block", "winograd_conv2d"))
+def _(p: Problem):
+    """Whatever the library does on its own for this device in the problem's dtype."""
+    return _optimized(p)
 
 
 @_contender((inference, merged), "lorun_fast, optimize(), direct", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     """The same with torch's convolutions: the adapters' cost without the kernel's gain."""
-    best = _lorun(p).optimize(winograd=False)
-    return rivals.autocast(p, lambda: best(p.y))
+    return _optimized(p, convolutions="direct")
 
 
 @inference.contender("lorun_fast, not merged", kind=OURS, ops=("block_cs_step",))
@@ -273,6 +277,16 @@ def _(p: Problem):
 
 
 _contender((inference, throughput), "PEFT")(rivals.peft_layers)
+
+
+@inference.contender("PEFT, fp32")
+def _(p: Problem):
+    """In a table of bf16, what its users run who change nothing."""
+    if p.dtype != "bf16":
+        raise Unavailable("beside bf16")
+    return rivals.peft_layers(p, "fp32")
+
+
 inference.contender("loralib")(rivals.loralib_layers)
 
 

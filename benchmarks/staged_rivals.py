@@ -33,9 +33,9 @@ def unfold(y: Tensor, phi: Tensor, rho: Tensor, denoise: Callable[[Tensor, int],
     return x
 
 
-def autocast(p: Problem, fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """fn under bf16 autocast where the problem is in bf16."""
-    if p.dtype != "bf16":
+def autocast(p: Problem, fn: Callable[[], Tensor], dtype: str | None = None) -> Callable[[], Tensor]:
+    """fn under bf16 autocast where the problem, or ``dtype``, is bf16."""
+    if (dtype or p.dtype) != "bf16":
         return fn
 
     def run() -> Tensor:
@@ -100,7 +100,7 @@ def with_layers(p: Problem, kind: type[StagedLayer]) -> Run:
     return Run(autocast(p, network), parameters=tuple(parameters))
 
 
-def peft_layers(p: Problem) -> Callable[[], Tensor]:
+def peft_layers(p: Problem, dtype: str | None = None) -> Callable[[], Tensor]:
     """The peft package's own layers, one adapter a stage; it has none for transposed convolutions."""
     peft = optional.package("peft")
     denoiser = copy.deepcopy(p.base.denoiser)
@@ -131,7 +131,7 @@ def peft_layers(p: Problem) -> Callable[[], Tensor]:
             branch.stage = k
         return model(z)
 
-    return autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, denoise))
+    return autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, denoise), dtype)
 
 
 def loralib_factors(down: Tensor, up: Tensor, kernel: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorun_fast as lf
-from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Problem, Run, Work, case, size
+from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Case, Problem, Run, Work, case, size
 
 SIZES = ((16, 256), (32, 128), (64, 64), (64, 32), (64, 256))
 
 
-def _sizes() -> list:
-    cpu = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "n": 1}
+def block_sizes(dtype: str) -> list:
+    """Of a residual block: channels and pixels a side."""
+    cpu = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": (dtype,), "n": 1}
     sizes = [
         size(f"1x{channels}x{px}x{px}", channels=channels, px=px, compiled=channels == 16, **cpu)
         for channels, px in SIZES
@@ -21,25 +22,29 @@ def _sizes() -> list:
     return [*sizes, size("1x8x13x13", quick=True, channels=8, px=13, **cpu)]
 
 
-def _block(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def block_of(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return x + F.conv2d(F.relu(F.conv2d(x, first, padding=1)), second, padding=1)
 
 
-@case("winograd_conv2d.block", suite="layers", sizes=_sizes())
-def block(dtype, device, *, n, channels, px) -> Problem:
-    """The sizes of the network behind cs-25 at 256 px, and ISTA-Net+'s."""
+def block_inputs(dtype, device, n: int, channels: int, px: int) -> dict[str, Tensor]:
     scale = 1 / (3 * channels**0.5)
     inputs = {
         "x": torch.randn(n, channels, px, px, device=device).to(memory_format=torch.channels_last),
         "first": scale * torch.randn(channels, channels, 3, 3, device=device),
         "second": scale * torch.randn(channels, channels, 3, 3, device=device),
     }
-    inputs = {name: t.to(dtype) for name, t in inputs.items()}
+    return {name: t.to(dtype) for name, t in inputs.items()}
+
+
+@case("winograd_conv2d.block", suite="layers", sizes=block_sizes("fp32"))
+def block(dtype, device, *, n, channels, px) -> Problem:
+    """The sizes of the network behind cs-25 at 256 px, and ISTA-Net+'s."""
+    inputs = block_inputs(dtype, device, n, channels, px)
     x = inputs["x"]
     # 36 products of a tile of 16 pixels in place of 144; its transforms apart.
     flops = 2 * 2 * 36 / 16 * x.numel() * channels
     moved = x.element_size() * (3 * x.numel() + 2 * 36 * channels * channels)
-    return Problem(inputs, _block, forward=Work(moved, flops), tolerance=2e-5)
+    return Problem(inputs, block_of, forward=Work(moved, flops), tolerance=2e-5)
 
 
 @block.contender("lorun_fast", kind=OURS, ops=("winograd_conv2d",))
@@ -55,38 +60,42 @@ def _(p: Problem):
     return run
 
 
+def plain_contenders(block: Case) -> None:
+    """torch's own ways to compute a block."""
+
+    @block.contender("conv2d, nhwc", compiled=True)
+    def _(p: Problem):
+        """torch's convolutions on channels_last images and weights."""
+        return _direct(p, torch.channels_last)
+
+    @block.contender("conv2d, nchw", compiled=True)
+    def _(p: Problem):
+        """The same on contiguous ones."""
+        return _direct(p, torch.contiguous_format)
+
+    @block.contender("two bare convolutions", kind=LIMIT)
+    def _(p: Problem):
+        """Without activation and residual: what torch's convolutions cannot go below."""
+        x, first, second = (t.contiguous(memory_format=torch.channels_last) for t in (p.x, p.first, p.second))
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
+
+        def reference(x, first, second) -> Tensor:
+            return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
+
+        return Run(run, reference=reference)
+
+
 def _direct(p: Problem, layout: torch.memory_format):
     x, first, second = (t.contiguous(memory_format=layout) for t in (p.x, p.first, p.second))
 
     def run() -> Tensor:
         with torch.no_grad():
-            return _block(x, first, second)
+            return block_of(x, first, second)
 
     return run
 
 
-@block.contender("conv2d, nhwc", compiled=True)
-def _(p: Problem):
-    """torch's convolutions on channels_last images and weights."""
-    return _direct(p, torch.channels_last)
-
-
-@block.contender("conv2d, nchw", compiled=True)
-def _(p: Problem):
-    """The same on contiguous ones."""
-    return _direct(p, torch.contiguous_format)
-
-
-@block.contender("two bare convolutions", kind=LIMIT)
-def _(p: Problem):
-    """Without activation and residual: what a direct method cannot go below."""
-    x, first, second = (t.contiguous(memory_format=torch.channels_last) for t in (p.x, p.first, p.second))
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
-
-    def reference(x, first, second) -> Tensor:
-        return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
-
-    return Run(run, reference=reference)
+plain_contenders(block)

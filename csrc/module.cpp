@@ -13,6 +13,7 @@ constexpr uint64_t kTarget = TORCH_TARGET_VERSION;
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include "common/amx.h"
 #include "common/simd.h"
 
 namespace py = pybind11;
@@ -52,6 +53,7 @@ py::dict build_info() {
   }
   info["cpu_variants"] = py::tuple(variants);
   info["cpu_active"] = lorun::name(lorun::active_variant());
+  info["amx"] = lorun::has_amx();
   return info;
 }
 

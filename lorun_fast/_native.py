@@ -19,7 +19,7 @@ HOW_TO_BUILD = (
 )
 _TARGET_TORCH = "2.11"
 WISH = os.environ.get("LORUN_BACKEND", "auto")
-WISHES = ("auto", "reference", "aten", "triton", "winograd")
+WISHES = ("auto", "reference", "aten", "packed", "triton", "winograd")
 
 
 def _load():

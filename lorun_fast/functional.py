@@ -11,6 +11,7 @@ from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
 from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
 from lorun_fast.ops.lora_merge import lora_merge
+from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import winograd_conv2d, winograd_weight
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "lora_conv2d",
     "lora_linear",
     "lora_merge",
+    "packed_block",
+    "packed_conv2d",
+    "packed_weight",
     "winograd_conv2d",
     "winograd_weight",
 ]

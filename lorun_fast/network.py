@@ -197,7 +197,7 @@ class LoRun(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         channels_last: bool | None = None,
-        winograd: bool | None = None,
+        convolutions: str | None = None,
         compile: bool = False,
         cuda_graph: bool | None = None,
         images: Tensor | None = None,
@@ -208,20 +208,22 @@ class LoRun(nn.Module):
         Merges every stage into a plain denoiser, in fp32 and rounded once; lays convolution weights out with
         channels innermost; stores the denoiser in bf16 where the device multiplies it fast (a CPU with AMX or
         AVX512-bf16, a GPU of compute capability 8.0) and the score moves by at most 0.02 dB, in its own dtype
-        elsewhere; in fp32 on a CPU with AVX2 computes 3 x 3 convolutions by minimal filtering, whose rounding errors
-        are some 1e-5 of the values' size; on a GPU captures a CUDA graph per measurement size. The operator and the
-        iterate stay as they are. The result is called as this network is, shares nothing with it, and does not train.
+        elsewhere; on a CPU computes convolutions in fp32 by minimal filtering (3 x 3, AVX2 or AVX-512; rounding errors
+        some 1e-5 of the values' size), in bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
+        size. The operator and the iterate stay as they are. The result is called as this network is, shares nothing
+        with it, and does not train.
 
-        dtype, channels_last, winograd, cuda_graph: instead of what would be chosen. compile: torch.compile every stage,
-        on a CPU with frozen weights: minutes at the first call, for a network that runs long.
+        dtype, channels_last, convolutions, cuda_graph: instead of what would be chosen; convolutions: "direct"
+        (torch's), "winograd" or "packed". compile: torch.compile every stage, on a CPU with frozen weights: minutes at
+        the first call, for a network that runs long.
         images: (N, C, H, W) in [0, 1] to score bf16 on, restored from their measurements; photographs of
         scikit-image by default. sigma: for the score, of a network that takes a noise level.
         """
         from lorun_fast.optimize import optimize
 
         return optimize(
-            self, dtype=dtype, channels_last=channels_last, winograd=winograd, compile=compile, cuda_graph=cuda_graph,
-            images=images, sigma=sigma,
+            self, dtype=dtype, channels_last=channels_last, convolutions=convolutions, compile=compile,
+            cuda_graph=cuda_graph, images=images, sigma=sigma,
         )  # fmt: skip
 
     def parameter_report(self) -> ParameterReport:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lorun_fast import _native
+from lorun_fast.convolutions import KINDS, replace_convolutions
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
-from lorun_fast.winograd import replace_convolutions
 
 MOST_LOST = 0.02
 """How far bf16 may move the score, in dB, before it is not chosen."""
@@ -199,7 +199,7 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     channels_last: bool | None = None,
-    winograd: bool | None = None,
+    convolutions: str | None = None,
     compile: bool = False,
     cuda_graph: bool | None = None,
     images: Tensor | None = None,
@@ -211,8 +211,10 @@ def optimize(
     device = net.step_size.device
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got one on {device}")
-    if winograd and device.type != "cpu":
-        raise ValueError(f"winograd: expected a network on a CPU, got one on {device}")
+    if convolutions not in (None, "direct", *KINDS):
+        raise ValueError(f"convolutions: expected 'direct', 'winograd', 'packed' or None, got {convolutions!r}")
+    if convolutions in KINDS and device.type != "cpu":
+        raise ValueError(f"convolutions: {convolutions!r} expects a network on a CPU, got one on {device}")
     if sigma is not None and isinstance(sigma, Tensor):
         raise TypeError("sigma: expected a number, got a tensor")
     rows = []
@@ -233,7 +235,7 @@ def optimize(
     own = next(net.denoiser.parameters()).dtype
     best, chosen, why = _narrowed(net, built, own, dtype, device, images, sigma)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
-    rows.append(("convolutions", *_convolutions(best, chosen, device, winograd)))
+    rows.append(("convolutions", *_convolutions(best, chosen, device, convolutions)))
 
     if compile:
         _compile(best, device)
@@ -271,23 +273,36 @@ def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedL
     return built(None), own, f"{what}, but bf16 not chosen: {said}"
 
 
-def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: bool | None) -> tuple[str, str]:
-    """(done, why): minimal filtering, F(4x4, 3x3), where it was measured to be faster, or as asked for."""
-    if wish is None:
-        found = _native.build_info().get("cpu_active", "none")
-        if device.type != "cpu":
-            return "direct", f"{device.type} device"
-        if dtype != torch.float32:
-            return "direct", f"minimal filtering is for float32, this is {dtype}".replace("torch.", "")
-        if found != "avx2":
-            return "direct", f"minimal filtering was measured with AVX2, this CPU's loops are {found}"
-    elif not wish:
-        return "direct", "asked for"
-    replaced, convolutions = replace_convolutions(net.denoiser.copies)
+_METHODS = {"winograd": "F(4x4, 3x3)", "packed": "matrix tiles"}
+
+
+def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: str | None) -> tuple[str, str]:
+    """(done, why): another method than torch's, where it was measured to be faster, or as asked for."""
+    kind, why = (wish, "asked for") if wish is not None else _fastest(dtype, device)
+    if kind == "direct":
+        return kind, why
+    replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
     if not replaced:
-        return "direct", "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8"
-    why = "asked for" if wish else "AVX2; a quarter of the multiplications"
-    return "F(4x4, 3x3)", f"{replaced} of {convolutions} layers a stage; {why}"
+        return "direct", {
+            "winograd": "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8",
+            "packed": "no bfloat16 convolution of square kernels",
+        }[kind]
+    return _METHODS[kind], f"{replaced} of {convolutions} layers a stage; {why}"
+
+
+def _fastest(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """(kind, why)."""
+    found = _native.build_info()
+    loops = found.get("cpu_active", "none")
+    if device.type != "cpu":
+        return "direct", f"{device.type} device"
+    if dtype == torch.bfloat16:
+        return ("packed", "AMX") if found.get("amx") else ("direct", "matrix tiles need AMX")
+    if dtype != torch.float32:
+        return "direct", f"other methods are for float32 and bfloat16, this is {dtype}".replace("torch.", "")
+    if loops in ("avx2", "avx512"):
+        return "winograd", f"{loops.upper()}; a quarter of the multiplications"
+    return "direct", f"minimal filtering was measured with AVX2 and AVX-512, this CPU's loops are {loops}"
 
 
 def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None) -> tuple[float, str]:

@@ -304,6 +304,6 @@ def test_what_the_variable_may_say(monkeypatch):
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
     assert served["backend"] == "reference (PyTorch)" and "LORUN_BACKEND=reference" in served["reason"]
     monkeypatch.setattr(_native, "WISH", "fastest")
-    known = "auto, reference, aten, triton, winograd"
+    known = "auto, reference, aten, packed, triton, winograd"
     with pytest.raises(ValueError, match=f"LORUN_BACKEND: expected one of {known}, got 'fastest'"):
         _native._load()

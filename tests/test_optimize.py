@@ -10,9 +10,16 @@ from torch import nn
 
 import lorun_fast as lf
 from lorun_fast import optimize
-from lorun_fast.winograd import WinogradConv2d, replace_convolutions
+from lorun_fast.convolutions import PackedConv2d, WinogradConv2d, replace_convolutions, residual_block
 
 SIZE = (20, 13)
+
+
+@pytest.fixture(autouse=True)
+def no_matrix_units(monkeypatch):
+    """What is chosen must not depend on the machine that runs the tests."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 class Base(nn.Module):
@@ -150,10 +157,10 @@ def wide(**settings):
 @pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
 def test_minimal_filtering_computes_the_same(x, sharing):
     net = wide(sharing=sharing)
-    fast, y = net.optimize(winograd=True), net.op(x)
+    fast, y = net.optimize(convolutions="winograd"), net.op(x)
     torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE), rtol=0, atol=1e-5)
     done, why = fast.report["convolutions"]
-    assert done == "F(4x4, 3x3)" and "6 of 9 layers a stage; asked for" in why
+    assert done == "F(4x4, 3x3)" and "6 of 10 layers a stage; asked for" in why
     block = fast.denoiser.copies[1].encoder[0][0]
     assert type(block.conv1) is WinogradConv2d and type(fast.denoiser.copies[1].head) is nn.Conv2d
     assert (block.conv1 is fast.denoiser.copies[0].encoder[0][0].conv1) == (sharing == "tied")
@@ -162,7 +169,7 @@ def test_minimal_filtering_computes_the_same(x, sharing):
 
 def test_minimal_filtering_saves_and_loads_as_the_layers_it_stands_for(x, tmp_path):
     net = wide()
-    fast, direct, y = net.optimize(winograd=True), net.optimize(winograd=False), net.op(x)
+    fast, direct, y = net.optimize(convolutions="winograd"), net.optimize(convolutions="direct"), net.op(x)
     assert list(fast.state_dict()) == list(direct.state_dict())
     lf.save(fast, tmp_path / "fast.safetensors")
     torch.testing.assert_close(lf.load(tmp_path / "fast.safetensors")(y, size=SIZE), direct(y, size=SIZE))
@@ -170,7 +177,7 @@ def test_minimal_filtering_saves_and_loads_as_the_layers_it_stands_for(x, tmp_pa
     with torch.no_grad():
         for p in other.denoiser.parameters():
             p.mul_(1.5)
-    fast.load_state_dict(other.optimize(winograd=False).state_dict())
+    fast.load_state_dict(other.optimize(convolutions="direct").state_dict())
     torch.testing.assert_close(fast(y, size=SIZE), other.eval()(y, size=SIZE), rtol=0, atol=1e-5)
 
 
@@ -179,12 +186,104 @@ def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
     monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))
     monkeypatch.setattr(optimize._native, "build_info", lambda: {} if found is None else {"cpu_active": found})
     done, why = wide().optimize().report["convolutions"]
-    assert done == ("F(4x4, 3x3)" if found == "avx2" else "direct")
-    assert ("this CPU's loops are" in why) == (found != "avx2")
-    assert wide().optimize(winograd=False).report["convolutions"] == ("direct", "asked for")
-    assert wide().optimize(dtype=torch.bfloat16).report["convolutions"][0] == "direct"
-    narrow = network(denoiser=lf.ResUNet(channels=(4,), blocks=1)).optimize(winograd=True)
+    assert done == ("F(4x4, 3x3)" if found in ("avx2", "avx512") else "direct")
+    assert ("this CPU's loops are" in why) == (done == "direct")
+    assert wide().optimize(convolutions="direct").report["convolutions"] == ("direct", "asked for")
+    narrow = network(denoiser=lf.ResUNet(channels=(4,), blocks=1)).optimize(convolutions="winograd")
     assert narrow.report["convolutions"][0] == "direct" and "multiples of 8" in narrow.report["convolutions"][1]
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_matrix_tiles_are_chosen_for_bf16_where_there_are_any(monkeypatch, amx):
+    monkeypatch.setattr(optimize._native, "build_info", lambda: {"cpu_active": "avx512", "amx": amx})
+    done, why = wide().optimize(dtype=torch.bfloat16).report["convolutions"]
+    assert (done, why) == (
+        ("matrix tiles", "10 of 10 layers a stage; AMX") if amx else ("direct", "matrix tiles need AMX")
+    )
+    assert wide().optimize(dtype=torch.float16).report["convolutions"][0] == "direct"
+    asked = wide().optimize(dtype=torch.float32, convolutions="packed").report["convolutions"]
+    assert asked == ("direct", "no bfloat16 convolution of square kernels")
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+@pytest.mark.parametrize("denoiser", ["unet", "cnn"])
+def test_matrix_tiles_compute_the_same(x, sharing, denoiser):
+    base = lf.ResUNet(channels=(8, 16), blocks=2) if denoiser == "unet" else lf.ResCNN(channels=20, blocks=2)
+    net = network(sharing=sharing, denoiser=base)
+    settings = {"dtype": torch.bfloat16, "channels_last": True}
+    fast = net.optimize(**settings, convolutions="packed")
+    direct = net.optimize(**settings, convolutions="direct")
+    assert "layers a stage; asked for" in fast.report["convolutions"][1]
+    assert sum(type(m) is PackedConv2d for m in fast.modules()) >= 6
+    y = net.op(x)
+    exact = net(y, size=SIZE)
+    ours, theirs = ((n(y, size=SIZE) - exact).square().mean().sqrt() for n in (fast, direct))
+    assert 0 < ours < 1.5 * theirs < 0.02
+
+
+def test_matrix_tiles_save_and_load_as_the_layers_they_stand_for(x, tmp_path):
+    net, other = network(), network()
+    with torch.no_grad():
+        for p in other.denoiser.parameters():
+            p.mul_(1.5)
+    fast, direct = (net.optimize(dtype=torch.bfloat16, convolutions=c) for c in ("packed", "direct"))
+    assert list(fast.state_dict()) == list(direct.state_dict())
+    y, loaded = net.op(x), []
+    for n in (fast, direct):
+        lf.save(n, tmp_path / "one.safetensors")
+        loaded.append(lf.load(tmp_path / "one.safetensors")(y, size=SIZE))
+    assert torch.equal(*loaded)
+    changed = other.optimize(dtype=torch.bfloat16, convolutions="packed")
+    fast.load_state_dict(other.optimize(dtype=torch.bfloat16, convolutions="direct").state_dict())
+    assert torch.equal(fast(y, size=SIZE), changed(y, size=SIZE))
+
+
+def test_what_matrix_tiles_stand_for():
+    bf16 = {"dtype": torch.bfloat16}
+    layers = {
+        "conv": nn.Conv2d(3, 5, 3, padding=1, **bf16),
+        "same": nn.Conv2d(3, 5, 5, padding="same", **bf16),
+        "valid": nn.Conv2d(3, 5, 3, padding="valid", bias=False, **bf16),
+        "strided": nn.Conv2d(3, 5, 2, stride=2, **bf16),
+        "up": nn.ConvTranspose2d(3, 8, 2, stride=2, **bf16),
+        "up 4": nn.ConvTranspose2d(3, 4, 4, stride=4, bias=False, **bf16),
+    }
+    x = torch.randn(2, 3, 10, 12, **bf16)
+    for name, layer in layers.items():
+        assert PackedConv2d.unfit(layer) is None, name
+        expected = layer.double()(x.double())
+        y = PackedConv2d(layer.bfloat16())(x)
+        limit = 0.008 * expected.abs().max().item()
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=limit, msg=lambda t, n=name: f"{n}: {t}")
+    unfit = {
+        "its kernel is not square": nn.Conv2d(3, 5, (3, 1), **bf16),
+        "its strides differ|strides differ": nn.Conv2d(3, 5, 3, stride=(1, 2), **bf16),
+        "at most 7": nn.Conv2d(3, 5, 9, **bf16),
+        "dilated, grouped": nn.Conv2d(4, 4, 3, groups=2, **bf16),
+        "zeros": nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect", **bf16),
+        "not the same on all sides": nn.Conv2d(3, 5, 2, padding="same", **bf16),
+        "whose stride is not its kernel's size": nn.ConvTranspose2d(3, 8, 3, stride=2, **bf16),
+        "no multiple of 16": nn.ConvTranspose2d(3, 5, 2, stride=2, **bf16),
+        "torch.float32": nn.Conv2d(3, 5, 3),
+        "a Linear": nn.Linear(3, 5, **bf16),
+    }
+    for reason, layer in unfit.items():
+        with pytest.raises(ValueError, match=f"conv: expected a bf16 convolution of square kernels, got .*({reason})"):
+            PackedConv2d(layer)
+    shared = nn.Conv2d(3, 3, 3, padding=1, **bf16)
+    module = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3))
+    assert replace_convolutions([module], "packed") == (2, 3) and module[0] is module[1]
+
+
+def test_a_block_of_other_sizes_is_two_convolutions():
+    """Where the middle has another size than the image, or a layer was left alone."""
+    bf16 = {"dtype": torch.bfloat16}
+    x = torch.randn(1, 4, 6, 5, **bf16)
+    first, second = nn.Conv2d(4, 6, 5, padding=2, **bf16), nn.Conv2d(6, 4, 3, padding=1, **bf16)
+    expected = x + second(torch.relu(first(x)))
+    for a, b in ((PackedConv2d(first), PackedConv2d(second)), (first, PackedConv2d(second)), (first, second)):
+        y = residual_block(a, b, x, x)
+        torch.testing.assert_close(y, expected + x, rtol=0.02, atol=0.03)
 
 
 def test_what_minimal_filtering_leaves_alone():
@@ -204,7 +303,7 @@ def test_what_minimal_filtering_leaves_alone():
             WinogradConv2d(layer)
     shared = nn.Conv2d(8, 8, 3, padding="same")
     module = nn.Sequential(*layers.values(), shared, shared)
-    assert replace_convolutions([module]) == (2, 10)
+    assert replace_convolutions([module], "winograd") == (2, 11)
     assert type(module[-1]) is WinogradConv2d and module[-1] is module[-2]
     z = torch.rand(1, 8, 6, 7)
     torch.testing.assert_close(module[-1](z), shared(z), rtol=0, atol=1e-5)

@@ -109,7 +109,7 @@ def test_a_noise_map_of_the_stage_is_kept_copied_and_checked(tmp_path, net):
     y = own.op(torch.rand(1, 3, 12, 16))
     with torch.no_grad():
         assert torch.equal(again(y), own.eval()(y))
-        torch.testing.assert_close(again.optimize()(y), again(y), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again.optimize(dtype=torch.float32)(y), again(y), atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="noise_map: expected one of measurement, stage, got 'none'"):
         lf.LoRun(net.op, lf.ResUNet(3, 3), noise_map="none")
     with pytest.raises(ValueError, match="noise_map='stage': expected data_step='prox', got 'gradient'"):

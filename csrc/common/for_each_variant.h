@@ -4,16 +4,21 @@
 //   #include "common/for_each_variant.h"
 //   LORUN_PICK(my_kernel<float>)(arguments);        // the best variant that this machine runs
 //
-// The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width. It
-// includes nothing: shared declarations come before. (Vector types do not survive inlining from a function of a lesser
-// target, so multiversion() of simd.h, enough for plain loops, is not enough here.)
-// No include guard: each inclusion is for another file of kernels.
+// The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width, and
+// common/lanes.inl comes before it, once per variant. It includes nothing: shared declarations come before. (Vector
+// types do not survive inlining from a function of a lesser target, so multiversion() of simd.h, enough for plain
+// loops, is not enough here.) No include guard: each inclusion is for another file of kernels.
 
+#include <type_traits>
+
+#include "common/convert.h"
 #include "common/simd.h"
+#include "common/tensor.h"
 
 #define LORUN_VARIANT baseline
 #define LORUN_TARGET
 #define LORUN_VECTOR_BYTES 16
+#include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET
@@ -23,6 +28,7 @@
 #define LORUN_VARIANT avx2
 #define LORUN_TARGET LORUN_TARGET_AVX2
 #define LORUN_VECTOR_BYTES 32
+#include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET
@@ -31,6 +37,7 @@
 #define LORUN_VARIANT avx512
 #define LORUN_TARGET LORUN_TARGET_AVX512
 #define LORUN_VECTOR_BYTES 64
+#include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET

@@ -34,6 +34,18 @@ CpuVariant detect() {
 
 }  // namespace
 
+bool asks_for_lesser() {
+#ifdef LORUN_X86
+  const char* wish = std::getenv("LORUN_CPU");
+  for (const CpuVariant v : kCompiledVariants) {
+    if (wish != nullptr && std::string_view(wish) == name(v)) {
+      return true;
+    }
+  }
+#endif
+  return false;
+}
+
 CpuVariant active_variant() {
   static const CpuVariant variant = detect();
   return variant;

@@ -39,6 +39,9 @@ inline constexpr std::array kCompiledVariants{CpuVariant::kBaseline};
 // The best compiled variant that this machine runs; LORUN_CPU=baseline|avx2|avx512 asks for a lesser one.
 CpuVariant active_variant();
 
+// Whether LORUN_CPU names a variant.
+bool asks_for_lesser();
+
 template <int Bytes>
 using VectorWidth = std::integral_constant<int, Bytes>;
 

@@ -2,13 +2,7 @@
 
 namespace lorun::lora_merge::LORUN_VARIANT {
 
-template <class W>
-struct Lanes {
-  typedef W Vec __attribute__((vector_size(LORUN_VECTOR_BYTES)));
-  // As it lies in memory: any alignment, and the same bytes as W.
-  typedef W Loose __attribute__((vector_size(LORUN_VECTOR_BYTES), aligned(alignof(W)), may_alias));
-  static constexpr int kCount = LORUN_VECTOR_BYTES / sizeof(W);
-};
+using namespace ::lorun::LORUN_VARIANT;
 
 // sums = sum_r up[r] * down[r * stride], over `Vecs` vectors of neighbouring columns.
 template <class W, int Vecs>
@@ -19,12 +13,12 @@ LORUN_TARGET inline void run(const W* down, int64_t stride, const W* up, int64_t
     const W factor = up[r];
 #pragma GCC unroll 8
     for (int i = 0; i < Vecs; ++i) {
-      acc[i] += factor * *reinterpret_cast<const typename L::Loose*>(down + i * L::kCount);
+      acc[i] += factor * load(down + i * L::kCount);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Vecs; ++i) {
-    *reinterpret_cast<typename L::Loose*>(sums + i * L::kCount) = acc[i];
+    store(sums + i * L::kCount, acc[i]);
   }
 }
 

@@ -3,28 +3,13 @@
 
 namespace lorun::winograd_conv2d::LORUN_VARIANT {
 
-template <class T>
-struct Lanes {
-  static constexpr int64_t kCount = LORUN_VECTOR_BYTES / sizeof(T);
-  typedef T Vec __attribute__((vector_size(LORUN_VECTOR_BYTES)));
-  typedef T Loose __attribute__((vector_size(LORUN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-};
+using namespace ::lorun::LORUN_VARIANT;
 
 template <class T>
 using Vec = typename Lanes<T>::Vec;
 
 // Tiles of a product that stay in registers, two vectors each: 12 of 16 registers, 24 of AVX-512's 32.
 constexpr int64_t kTogether = LORUN_VECTOR_BYTES == 64 ? 12 : 6;
-
-template <class T>
-LORUN_TARGET LORUN_INLINE inline Vec<T> load(const T* at) {
-  return *reinterpret_cast<const typename Lanes<T>::Loose*>(at);
-}
-
-template <class T>
-LORUN_TARGET LORUN_INLINE inline void store(T* at, Vec<T> v) {
-  *reinterpret_cast<typename Lanes<T>::Loose*>(at) = v;
-}
 
 // t = B^T d
 template <class T, class V>

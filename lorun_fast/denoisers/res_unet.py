@@ -10,20 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.convolutions import residual_block
 from lorun_fast.denoisers import _inputs
-from lorun_fast.winograd import convolve
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(x)))."""
+    """x + conv(relu(conv(x))) + residual, which may be left out."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return convolve(self.conv2, convolve(self.conv1, x, "relu"), residual=x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return residual_block(self.conv1, self.conv2, x, residual)
 
 
 class ResUNet(nn.Module):
@@ -92,6 +92,9 @@ class ResUNet(nn.Module):
             x = down(blocks(x))
         x = self.body(x)
         for up, blocks, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
-            x = blocks(up(x)) + skip
+            *blocks, last = [up, *blocks]
+            for module in blocks:
+                x = module(x)
+            x = last(x, skip) if isinstance(last, ResidualBlock) else last(x) + skip
         x = self.tail(x)[:, :, :height, :width]
         return z[:, : self.out_channels] + x if self.residual else x

@@ -129,7 +129,7 @@ def _weight_gradient_by_products(grad: Tensor, x: Tensor, kernel, padding, dilat
     return found.view(kh, kw, out, channels).flip(0, 1).permute(2, 3, 0, 1)
 
 
-def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+def image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     """The gradient of conv(x, weight) for x."""
     return aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
 
@@ -180,7 +180,7 @@ def _conv2d_backward_one(
 
 def conv2d_backward(
     grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation, transposed,
-    output_padding, mask, *, convolution=conv2d, image_gradient=_image_gradient,
+    output_padding, mask, *, convolution=conv2d, image_gradient=image_gradient,
 ):  # fmt: skip
     """convolution, image_gradient: what repeats the forward pass, and what takes a gradient back to x."""
     if stage is not None and x.device.type != "cpu":

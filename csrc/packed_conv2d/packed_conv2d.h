@@ -1,0 +1,81 @@
+// Convolution with a weight packed for matrix tiles of 16 pixels, 32 products and 16 channels (AMX), and a residual
+// block of two of them in one pass over the image.
+//
+// With channels innermost, the values that one row of the kernel covers, `kernel` pixels of `in` channels, lie next to
+// each other in a row of the image, for any number of channels, and those for the next result `stride` pixels further.
+// So a row of the kernel is a matrix product straight from the image, its K = kernel * in rounded up to 32:
+//
+//   y[pixel, :] = sum over kernel rows of image[row, pixel * stride * in + (0 ... K - 1)] . w[row]
+//
+// where w is zero beyond kernel * in. The packed weight is (blocks of 16 channels, kernel rows, steps of 32, 16 pairs
+// of products, 16 channels, 2): a step is a tile as the instructions take it.
+//
+// A transposed convolution whose stride is its kernel's size s is one of 1 x 1 with s * s * out channels, in the order
+// (row, column, channel): those of one row are neighbours in the result ("shuffle").
+//
+// Bytes: x read and y written once (twice and once more with a residual); products: N H W out kernel K.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor.h"
+
+namespace lorun::packed_conv2d {
+
+constexpr int64_t kPixels = 16, kDepth = 32, kChannels = 16;  // of a tile
+constexpr int64_t kTileValues = kDepth * kChannels;
+constexpr int64_t kStrip = 4 * kPixels;  // results of a row that are computed together
+constexpr int64_t kMaxKernel = 7;
+
+template <class T>
+struct Filter {
+  int64_t in, out, kernel, stride, padding, shuffle;
+  const T* w;
+  const Wide<T>* bias;  // may be null
+  bool relu;
+
+  int64_t steps() const {
+    return (kernel * in + kDepth - 1) / kDepth;
+  }
+
+  int64_t blocks() const {
+    return (out + kChannels - 1) / kChannels;
+  }
+
+  int64_t block_values() const {
+    return kernel * steps() * kTileValues;
+  }
+
+  int64_t result(int64_t length) const {
+    return (length + 2 * padding - kernel) / stride + 1;
+  }
+};
+
+// Channels innermost: x (n, height, width, in); y and the residuals alike with the result's sizes.
+template <class T>
+struct Image {
+  int64_t n, height, width;
+  const T* x;
+};
+
+// Added to a result after its activation; either may be null.
+template <class T>
+struct Added {
+  const T *first, *second;
+
+  Added from(int64_t at) const {
+    return {first == nullptr ? nullptr : first + at, second == nullptr ? nullptr : second + at};
+  }
+};
+
+// Where the sums of a strip go: y[p * pitch + c] = act(sum + bias[c]) + added[p * pitch + c].
+template <class T>
+struct Finish {
+  T* y;
+  int64_t pitch, channels;
+  const Wide<T>* bias;  // may be null
+  bool relu;
+  Added<T> added;
+};
+
+}  // namespace lorun::packed_conv2d

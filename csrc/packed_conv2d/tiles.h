@@ -1,0 +1,203 @@
+// Strips of results by AMX (formulas in packed_conv2d.h): the products of one strip, and between them the results of
+// the strip before it, rounded and stored. One after the other they would leave the tiles idle, for both take more
+// instructions than the processor looks ahead.
+#pragma once
+
+#include "common/amx.h"
+
+#ifdef LORUN_AMX
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "packed_conv2d/packed_conv2d.h"
+
+#define LORUN_TARGET_AMX __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")))
+
+namespace lorun::packed_conv2d {
+
+// Sums of a strip that wait to be finished: (blocks, room, 16), of which the first `pixels` of each block count.
+struct Waiting {
+  const float* sums;
+  int64_t room, pixels;
+  Finish<BFloat16> to;
+};
+
+// act(sums + bias) + added, rounded: a few vectors at a time, pixel by pixel, then the next block of channels.
+template <bool Relu, int Count>  // Count: of images that are added
+class Finisher {
+ public:
+  LORUN_TARGET_AMX LORUN_INLINE inline explicit Finisher(const Waiting& w) : w_(w), pitch_(w.to.pitch) {
+    begin(0);
+  }
+
+  int64_t vectors() const {
+    return (w_.to.channels + kChannels - 1) / kChannels * w_.pixels;
+  }
+
+  // The next `count` vectors, or those left of a block.
+  LORUN_TARGET_AMX LORUN_INLINE inline void advance(int64_t count) {
+    count = std::min(count, left_);
+    left_ -= count;
+    for (; count > 0; --count) {
+      one();
+    }
+    if (left_ == 0) [[unlikely]] {
+      begin(channel_ + kChannels);
+    }
+  }
+
+  LORUN_TARGET_AMX LORUN_INLINE inline void rest() {
+    while (left_ > 0) {
+      advance(left_);
+    }
+  }
+
+ private:
+  LORUN_TARGET_AMX LORUN_INLINE inline void begin(int64_t channel) {
+    const Finish<BFloat16>& to = w_.to;
+    const int64_t channels = std::min(to.channels - channel, kChannels);
+    if (channels <= 0) {
+      return;
+    }
+    channel_ = channel;
+    left_ = w_.pixels;
+    lanes_ = (1u << channels) - 1;
+    bias_ = to.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes_, to.bias + channel);
+    sums_ = w_.sums + channel * w_.room;
+    y_ = to.y + channel;
+    if constexpr (Count >= 1) {
+      first_ = to.added.first + channel;
+    }
+    if constexpr (Count >= 2) {
+      second_ = to.added.second + channel;
+    }
+  }
+
+  LORUN_TARGET_AMX LORUN_INLINE inline __m512 widened(const BFloat16* at) const {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_, at)), 16));
+  }
+
+  LORUN_TARGET_AMX LORUN_INLINE inline void one() {
+    __m512 v = _mm512_add_ps(_mm512_load_ps(sums_), bias_);
+    if constexpr (Relu) {
+      v = _mm512_max_ps(_mm512_setzero_ps(), v);  // of a NaN and another, the second
+    }
+    if constexpr (Count >= 1) {
+      v = _mm512_add_ps(v, widened(first_));
+      first_ += pitch_;
+    }
+    if constexpr (Count >= 2) {
+      v = _mm512_add_ps(v, widened(second_));
+      second_ += pitch_;
+    }
+    _mm256_mask_storeu_epi16(y_, lanes_, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    y_ += pitch_;
+    sums_ += kChannels;
+  }
+
+  const Waiting& w_;
+  int64_t pitch_, channel_ = 0, left_ = 0;
+  const float* sums_ = nullptr;
+  BFloat16* y_ = nullptr;
+  const BFloat16 *first_ = nullptr, *second_ = nullptr;
+  __mmask16 lanes_ = 0;
+  __m512 bias_{};
+};
+
+// f<Relu, Count>() as these sums need a Finisher.
+template <class F>
+void as_needed(const Waiting& w, const F& f) {
+  const int count = w.to.added.second != nullptr ? 2 : w.to.added.first != nullptr ? 1 : 0;
+  if (w.to.relu) {
+    return count == 0   ? f.template operator()<true, 0>()
+           : count == 1 ? f.template operator()<true, 1>()
+                        : f.template operator()<true, 2>();
+  }
+  return count == 0   ? f.template operator()<false, 0>()
+         : count == 1 ? f.template operator()<false, 1>()
+                      : f.template operator()<false, 2>();
+}
+
+// Sums of a strip, 64 pixels of one block of channels or 32 pixels of two, and the results of another that waits.
+template <int Blocks, bool Relu, int Count>
+LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t offset,
+                                     int64_t block, float* sums, const Waiting& waiting) {
+  Finisher<Relu, Count> meanwhile(waiting);
+  const int64_t kernel = f.kernel, steps = f.steps(), next = kPixels * f.stride * f.in, pitch = 2 * f.stride * f.in;
+  const int64_t other = f.block_values(), at_once = (meanwhile.vectors() + kernel * steps - 1) / (kernel * steps);
+  const BFloat16* weight = f.w + block * other;
+  tile_fence();
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t row = 0; row < kernel; ++row) {
+    const BFloat16* x = rows[row] + offset;
+    for (int64_t j = 0; j < steps; ++j, weight += kTileValues, x += kDepth) {
+      tile_load<6>(weight, 64);
+      tile_load<4>(x, pitch);
+      tile_multiply_add<0, 4, 6>();
+      tile_load<5>(x + next, pitch);
+      tile_multiply_add<1, 5, 6>();
+      if constexpr (Blocks == 1) {
+        tile_load<4>(x + 2 * next, pitch);
+        tile_multiply_add<2, 4, 6>();
+        tile_load<5>(x + 3 * next, pitch);
+        tile_multiply_add<3, 5, 6>();
+      } else {
+        tile_load<7>(weight + other, 64);
+        tile_multiply_add<2, 4, 7>();
+        tile_multiply_add<3, 5, 7>();
+      }
+      meanwhile.advance(at_once);
+    }
+  }
+  meanwhile.rest();
+  constexpr int64_t kSums = kPixels * kChannels;
+  tile_store<0>(sums, 64);
+  tile_store<1>(sums + kSums, 64);
+  tile_store<2>(sums + 2 * kSums, 64);
+  tile_store<3>(sums + 3 * kSums, 64);
+}
+
+// Computes strips with the tiles of the thread that made it.
+class TileStrips {
+ public:
+  static constexpr int64_t kSums = 2 * kStrip * kChannels;
+
+  explicit TileStrips(float* sums) : sums_(sums) {}
+
+  // `pixels` results from `first` on, of one block of channels (64 pixels or fewer) or two (32). They are in memory
+  // after the next call, or flush().
+  void compute(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t first, int64_t pixels, int64_t block,
+               int64_t blocks, const Finish<BFloat16>& to) {
+    float* sums = sums_ + (second_ ? kSums / 2 : 0);
+    const int64_t offset = first * f.stride * f.in;
+    as_needed(waiting_, [&]<bool Relu, int Count>() {
+      if (blocks == 1) {
+        multiply_tiles<1, Relu, Count>(f, rows, offset, block, sums, waiting_);
+      } else {
+        multiply_tiles<2, Relu, Count>(f, rows, offset, block, sums, waiting_);
+      }
+    });
+    waiting_ = {sums, kStrip / blocks, pixels, to};
+    second_ = !second_;
+  }
+
+  void flush() {
+    as_needed(waiting_, [&]<bool Relu, int Count>() LORUN_TARGET_AMX { Finisher<Relu, Count>(waiting_).rest(); });
+    waiting_ = {};
+  }
+
+ private:
+  Tiles tiles_;
+  float* sums_;
+  bool second_ = false;  // half of the sums is the next strip's
+  Waiting waiting_{};
+};
+
+}  // namespace lorun::packed_conv2d
+
+#endif

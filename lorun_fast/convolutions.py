@@ -1,0 +1,197 @@
+"""Convolutions of a network for inference on a CPU: modules that stand for torch's and compute the same otherwise.
+
+:class:`WinogradConv2d`: minimal filtering, for fp32 (ops/winograd_conv2d.py). :class:`PackedConv2d`: matrix tiles, for
+bf16 (ops/packed_conv2d.py). Both apply what follows a convolution on the way, for denoisers that call
+:func:`convolve` and :func:`residual_block`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
+from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_conv2d, winograd_weight
+from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
+
+
+def _form_again(module: StandIn, *_) -> None:
+    module.form_weight()
+
+
+class StandIn(nn.Module):
+    """A convolution whose state is that of the layer it stands for, and whose weight is kept in another form as well.
+
+    forward(x, activation=None, residual=None) is act(conv(x) + bias) + residual; activation: None or "relu".
+    """
+
+    expected: str
+
+    def __init__(self, conv: nn.Module):
+        super().__init__()
+        reason = self.unfit(conv)
+        if reason is not None:
+            raise ValueError(f"conv: expected {self.expected}, got {reason}")
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+        self.register_load_state_dict_post_hook(_form_again)
+
+    @staticmethod
+    def unfit(conv: nn.Module) -> str | None:
+        """Why this cannot stand for a module; None if it can."""
+        raise NotImplementedError
+
+    def form_weight(self) -> None:
+        """Makes the other form of the weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
+
+
+class WinogradConv2d(StandIn):
+    """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
+
+    ``points``, (36, in, out): its weight transformed, 4 times as large. Raises ValueError for a layer that this does
+    not fit.
+    """
+
+    expected = "a 3 x 3 convolution with stride and padding 1"
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
+        self.register_buffer("points", None, persistent=False)
+        self.form_weight()
+
+    @staticmethod
+    def unfit(conv: nn.Module) -> str | None:
+        """Why this cannot stand for a module; None if it can."""
+        if type(conv) is not nn.Conv2d:
+            return f"a {type(conv).__name__}"
+        if conv.kernel_size != (3, 3):
+            return "its kernel is not 3 x 3"
+        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding not in ((1, 1), "same"):
+            return "its stride or dilation is not 1, or its result not of the image's size"
+        if conv.groups != 1 or conv.padding_mode != "zeros":
+            return "it is grouped or does not pad with zeros"
+        if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
+            return f"its channels are not multiples of {CHANNELS}"
+        return None if conv.weight.dtype == torch.float32 else f"its weight is {conv.weight.dtype}"
+
+    def form_weight(self) -> None:
+        self.points = winograd_weight(self.weight)
+
+    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return winograd_conv2d(x, self.points, self.bias, activation=activation, residual=residual)
+
+
+class PackedConv2d(StandIn):
+    """An nn.Conv2d, or an nn.ConvTranspose2d whose stride is its kernel's size, for inference in bf16.
+
+    ``tiles``: its weight as matrix tiles take it. Raises ValueError for a layer that this does not fit.
+    """
+
+    expected = "a bf16 convolution of square kernels"
+
+    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d):
+        super().__init__(conv)
+        size = conv.kernel_size[0]
+        self.transposed = isinstance(conv, nn.ConvTranspose2d)
+        if self.transposed:
+            self.geometry = {"out": size * size * conv.out_channels, "kernel": 1, "shuffle": size}
+        else:
+            padding = size // 2 if conv.padding == "same" else 0 if conv.padding == "valid" else conv.padding[0]
+            self.geometry = {"out": conv.out_channels, "kernel": size, "stride": conv.stride[0], "padding": padding}
+        self.register_buffer("tiles", None, persistent=False)
+        self.register_buffer("offset", None, persistent=False)
+        self.form_weight()
+
+    @staticmethod
+    def unfit(conv: nn.Module) -> str | None:
+        """Why this cannot stand for a module; None if it can."""
+        if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
+            return f"a {type(conv).__name__}"
+        (size, width), (stride, other) = conv.kernel_size, conv.stride
+        if size != width or stride != other or size > MAX_KERNEL:
+            return f"its kernel is not square and at most {MAX_KERNEL} x {MAX_KERNEL}, or its strides differ"
+        if conv.dilation != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
+            return "it is dilated, grouped or does not pad with zeros"
+        if type(conv) is nn.Conv2d:
+            padding = (size - 1) / 2 if conv.padding == "same" else 0 if conv.padding == "valid" else conv.padding[0]
+            if padding != int(padding) or (isinstance(conv.padding, tuple) and conv.padding[1] != padding):
+                return "its padding is not the same on all sides"
+        elif stride != size or conv.padding != (0, 0) or conv.output_padding != (0, 0):
+            return "it is a transposed convolution whose stride is not its kernel's size, or with padding"
+        elif size * conv.out_channels % PACKED_CHANNELS:
+            return f"it is transposed and its stride times its channels no multiple of {PACKED_CHANNELS}"
+        return None if conv.weight.dtype == torch.bfloat16 else f"its weight is {conv.weight.dtype}"
+
+    def form_weight(self) -> None:
+        weight, bias = self.weight, self.bias
+        if self.transposed:
+            # One channel for each pixel of a cell and channel.
+            weight = weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]
+            bias = None if bias is None else bias.repeat(self.geometry["shuffle"] ** 2)
+        self.tiles = packed_weight(weight)
+        self.offset = None if bias is None else bias.float()
+
+    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return packed_conv2d(x, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether it is 3 x 3 with stride and padding 1."""
+        return not self.transposed and self.geometry == {
+            "out": self.out_channels, "kernel": 3, "stride": 1, "padding": 1,
+        }  # fmt: skip
+
+
+def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    """act(conv(x)) + residual, in one pass where the layer can. activation: None or "relu"."""
+    if isinstance(conv, StandIn):
+        return conv(x, activation, residual)
+    y = conv(x)
+    if activation == "relu":
+        y = F.relu(y)
+    return y if residual is None else residual + y
+
+
+def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x + second(relu(first(x))) + residual, in one pass where the layers can."""
+    if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and first.keeps_size and second.keeps_size:
+        return packed_block(
+            x, first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
+            middle=first.out_channels, residual=residual,
+        )  # fmt: skip
+    y = convolve(second, convolve(first, x, "relu"), residual=x)
+    return y if residual is None else y + residual
+
+
+KINDS: dict[str, type[StandIn]] = {"winograd": WinogradConv2d, "packed": PackedConv2d}
+
+
+def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int]:
+    """In place, every convolution that fits, one for all that share a weight; (replaced, all convolutions) of one.
+
+    kind: "winograd" or "packed".
+    """
+    stand_in = KINDS[kind]
+    made: dict[tuple[int, int | None], StandIn] = {}
+    counts = (0, 0)
+    for network in dict.fromkeys(networks):
+        slots = [
+            (parent, name, child)
+            for parent in network.modules()
+            for name, child in parent._modules.items()
+            if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))
+        ]
+        fitting = [slot for slot in slots if stand_in.unfit(slot[2]) is None]
+        counts = (len(fitting), len(slots))
+        for parent, name, conv in fitting:
+            key = (id(conv.weight), None if conv.bias is None else id(conv.bias))
+            if key not in made:
+                made[key] = stand_in(conv)
+            setattr(parent, name, made[key])
+    return counts

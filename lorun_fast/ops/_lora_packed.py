@@ -1,0 +1,86 @@
+"""The "packed" backend of lora_conv2d: bf16 convolutions of training by matrix tiles (AMX), on CPUs.
+
+Forward pass and x's gradient; the factors' gradients are those of the "aten" backend.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lorun_fast import _native
+from lorun_fast.ops import _lora_aten
+from lorun_fast.ops._backends import Backend, register
+from lorun_fast.ops.lora import is_channels_last
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_conv2d, packed_weight
+
+_INSIDE = (None, "relu")
+
+
+def supports(
+    x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
+    output_padding,
+) -> str | None:  # fmt: skip
+    height, width = weight.shape[2:]
+    if transposed or groups != 1 or height != width or height > MAX_KERNEL:
+        return f"its kernel is square, at most {MAX_KERNEL} x {MAX_KERNEL}, not transposed, of one group"
+    if list(dilation) != [1, 1] or stride[0] != stride[1] or padding[0] != padding[1]:
+        return "its dilation is 1, its strides and paddings are the same"
+    if x.dtype != torch.bfloat16 or not is_channels_last(x):
+        return "x is bfloat16 in channels_last"
+    if min(x.shape[2:]) + 2 * padding[0] < height:
+        return "the kernel fits the image"
+    return None
+
+
+def conv2d(
+    x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
+    output_padding,
+):  # fmt: skip
+    # The op adds in fp32: the bias stays as it is.
+    bias = None if bias is None else bias.float()
+    geometry = {"out": weight.shape[0], "kernel": weight.shape[2], "stride": stride[0], "padding": padding[0]}
+
+    def tiles(k: int | None) -> Tensor:
+        d, u = (down, up) if k is None else (down[k], up[k])
+        return packed_weight(_lora_aten.merge(weight, d, u, scale, False, x.dtype))
+
+    if stage is None and activation in _INSIDE:
+        residual = None if residual is None else residual.to(x.dtype)
+        return packed_conv2d(x, tiles(None), bias, activation=activation, residual=residual, **geometry)
+
+    def one(samples: Tensor, k: int | None) -> Tensor:
+        return packed_conv2d(samples, tiles(k), bias, **geometry)
+
+    y = one(x, None) if stage is None else _lora_aten.by_stage(x, stage, one)
+    return _lora_aten.finish(y, activation, residual)
+
+
+def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    stride, padding = geometry[0][0], geometry[1][0]
+    around = weight.shape[2] - 1 - padding
+    if stride != 1 or around < 0:
+        return _lora_aten.image_gradient(grad, x, weight, geometry)
+    tiles = packed_weight(weight, adjoint=True)
+    return packed_conv2d(grad, tiles, out=weight.shape[1], kernel=weight.shape[2], padding=around)
+
+
+def missing() -> str | None:
+    if not _native.available():
+        return _native.reason()
+    return None if _native.build_info()["amx"] else "this CPU has no AMX, or LORUN_CPU turns it off"
+
+
+register(
+    "lora_conv2d",
+    Backend(
+        "packed",
+        ("cpu",),
+        conv2d,
+        partial(_lora_aten.conv2d_backward, convolution=conv2d, image_gradient=_image_gradient),
+        missing=missing,
+        supports=supports,
+    ),
+)

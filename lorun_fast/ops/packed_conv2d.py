@@ -1,0 +1,250 @@
+"""Convolution with a weight packed once for matrix tiles (AMX), and a residual block of two in one pass.
+
+For inference in bf16 on CPUs: bias, ReLU and residual are applied to the fp32 sums, and the result is rounded once.
+Definition: reference/packed_conv2d.py.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
+from lorun_fast.ops._library import define
+from lorun_fast.reference import packed_conv2d as reference
+
+MAX_KERNEL = 7
+_ACTIVATIONS = (None, "relu")
+
+
+def _check_packed(name: str, packed: Tensor, x: Tensor, out: int, channels: int, kernel: int) -> None:
+    shape = reference.packed_shape(out, channels, kernel)
+    if packed.shape != shape:
+        raise ValueError(
+            f"{name}: expected {shape} of packed_weight for ({out}, {channels}, {kernel}, {kernel}), "
+            f"got {shape_of(packed)}"
+        )
+    if packed.dtype != x.dtype:
+        raise TypeError(f"{name}: expected {x.dtype} as x has, got {packed.dtype}")
+
+
+def _check_bias(name: str, bias: Tensor | None, x: Tensor, out: int) -> None:
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"{name}: expected shape ({out}), got {shape_of(bias)}")
+    if bias is not None and bias.dtype != parameter_dtype(x.dtype):
+        raise TypeError(f"{name}: expected {parameter_dtype(x.dtype)} beside {x.dtype}, got {bias.dtype}")
+
+
+def _check_residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual: expected shape {tuple(shape)}, got {shape_of(residual)}")
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected {x.dtype} as x has, got {residual.dtype}")
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    check_same_device(("x", x), *((name, t) for name, t in others.items() if t is not None))
+
+
+def _result_shape(x: Tensor, out: int, kernel: int, stride: int, padding: int, shuffle: int) -> tuple[int, ...]:
+    n, _, height, width = x.shape
+    rows, columns = ((length + 2 * padding - kernel) // stride + 1 for length in (height, width))
+    return (n, out // shuffle**2, rows * shuffle, columns * shuffle)
+
+
+def _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle):
+    check_image("x", x, 4, "(N, C, H, W)")
+    if not (1 <= kernel <= MAX_KERNEL and stride >= 1 and padding >= 0):
+        raise ValueError(
+            f"kernel, stride, padding: expected 1 to {MAX_KERNEL}, 1 or more and 0 or more, "
+            f"got {kernel}, {stride} and {padding}"
+        )
+    if shuffle < 1 or out < 1 or out % shuffle**2:
+        raise ValueError(f"out: expected channels in whole cells of {shuffle} x {shuffle}, got {out}")
+    if shuffle > 1 and out // shuffle % reference.CHANNELS:
+        raise ValueError(f"out: expected rows of a cell in multiples of 16 channels, got {out} in {shuffle} rows")
+    if min(x.shape[2:]) + 2 * padding < kernel or x.shape[1] < 1:
+        raise ValueError(f"x: expected at least {kernel} pixels with the padding, got shape {shape_of(x)}")
+    _check_packed("weight", weight, x, out, x.shape[1], kernel)
+    _check_bias("bias", bias, x, out)
+    _check_residual(residual, x, _result_shape(x, out, kernel, stride, padding, shuffle))
+    _check_devices(x, weight=weight, bias=bias, residual=residual)
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    n, channels, height, width = shape
+    return x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _fake(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu):
+    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
+    return _empty(x, _result_shape(x, out, kernel, stride, padding, shuffle))
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, residual, *ctx.geometry, ctx.relu = inputs
+    # The sign of what ReLU gave tells its gradient, unless something was added to it.
+    ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, y = ctx.saved_tensors
+    before = grad
+    if ctx.relu:
+        before = grad * ((_op(x, weight, bias, None, *ctx.geometry, True) if y is None else y) > 0)
+    found = reference.packed_conv2d_backward(before, x, weight, *ctx.geometry)
+    grads = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=True)]
+    return (*grads, grad if ctx.needs_input_grad[3] else None, *[None] * 6)
+
+
+_op = define(
+    "packed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out, int kernel, int stride, "
+    "int padding, int shuffle, bool relu) -> Tensor",
+    reference=reference.packed_conv2d,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    direct=True,
+)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or not 1 <= weight.shape[2] <= MAX_KERNEL:
+        raise ValueError(f"weight: expected (out, in, k, k) with k from 1 to {MAX_KERNEL}, got {shape_of(weight)}")
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight: expected one channel or more, got shape {shape_of(weight)}")
+
+
+def _fake_weight(weight, adjoint):
+    _check_weight(weight)
+    out, channels = weight.shape[:2]
+    return weight.new_empty(reference.packed_shape(*((channels, out) if adjoint else (out, channels)), weight.shape[2]))
+
+
+def _setup_weight(ctx, inputs, output):
+    weight, ctx.adjoint = inputs
+    ctx.sizes = weight.shape
+
+
+def _backward_weight(ctx, grad):
+    out, channels, kernel, _ = ctx.sizes
+    of = (channels, out) if ctx.adjoint else (out, channels)
+    return reference.unpacked_weight(grad, *of, kernel, ctx.adjoint), None
+
+
+_weight_op = define(
+    "packed_weight(Tensor weight, bool adjoint) -> Tensor",
+    reference=reference.packed_weight,
+    fake=_fake_weight,
+    backward=_backward_weight,
+    setup_context=_setup_weight,
+    direct=True,
+)
+
+
+def _check_block(x, first, first_bias, second, second_bias, residual, middle):
+    check_image("x", x, 4, "(N, C, H, W)")
+    channels = x.shape[1]
+    if middle < 1 or channels < 1:
+        raise ValueError(f"middle, x: expected one channel or more, got {middle} and {channels}")
+    _check_packed("first", first, x, middle, channels, 3)
+    _check_packed("second", second, x, channels, middle, 3)
+    _check_bias("first_bias", first_bias, x, middle)
+    _check_bias("second_bias", second_bias, x, channels)
+    _check_residual(residual, x, x.shape)
+    _check_devices(x, first=first, first_bias=first_bias, second=second, second_bias=second_bias, residual=residual)
+
+
+def _fake_block(x, first, first_bias, second, second_bias, residual, middle):
+    _check_block(x, first, first_bias, second, second_bias, residual, middle)
+    return _empty(x, x.shape)
+
+
+def _setup_block(ctx, inputs, output):
+    x, first, first_bias, second, *_, ctx.middle = inputs
+    ctx.save_for_backward(x, first, first_bias, second)
+
+
+def _backward_block(ctx, grad):
+    x, first, first_bias, second = ctx.saved_tensors
+    between = _op(x, first, first_bias, None, ctx.middle, 3, 1, 1, 1, True)
+    inner, grad_second, grad_second_bias = reference.packed_conv2d_backward(
+        grad, between, second, x.shape[1], 3, 1, 1, 1
+    )
+    outer, grad_first, grad_first_bias = reference.packed_conv2d_backward(
+        inner * (between > 0), x, first, ctx.middle, 3, 1, 1, 1
+    )
+    found = (grad + outer, grad_first, grad_first_bias, grad_second, grad_second_bias, grad)
+    return (*[g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:6], strict=True)], None)
+
+
+_block_op = define(
+    "packed_block(Tensor x, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, Tensor? residual, "
+    "int middle) -> Tensor",
+    reference=reference.packed_block,
+    fake=_fake_block,
+    backward=_backward_block,
+    setup_context=_setup_block,
+    direct=True,
+)
+
+
+def packed_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
+    """The weight (out, in, k, k) as :func:`packed_conv2d` takes it: (ceil(out / 16), k * ceil(k * in / 32), 16, 32).
+
+    k from 1 to 7, any floating-point dtype, which it keeps. adjoint: the weight of the convolution's transpose (stride
+    1), which takes a gradient back to x. Differentiable. Raises ValueError for another shape.
+    """
+    _check_weight(weight)
+    return _weight_op(weight, adjoint)
+
+
+def packed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: int,
+    kernel: int,
+    stride: int = 1,
+    padding: int = 0,
+    shuffle: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x) + bias) + residual with a packed weight; in bf16 by AMX's matrix tiles where the CPU has them.
+
+    x: (N, in, H, W), channels_last without a copy; any number of channels. weight: of :func:`packed_weight`, in x's
+        dtype, of ``out`` channels and kernels of ``kernel`` x ``kernel``. bias: (out,), fp32 (fp64 beside fp64).
+    shuffle: s > 1 spreads the out = s * s * c channels, (row, column, channel), over s x s pixels of c channels: a
+        transposed convolution of s x s with stride s is one of 1 x 1 so spread.
+    activation: None or "relu". residual: as the result, x's dtype.
+    Sums in fp32, rounded once. Returns (N, out / s**2, s * H', s * W') in channels_last. Differentiable, without
+        speed: the op is for inference. NaN and infinities reach up to 32 values further than the kernel, for what
+        lies beside it is multiplied by zero. Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
+    return _op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, activation == "relu")
+
+
+def packed_block(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    first_bias: Tensor | None = None,
+    second_bias: Tensor | None = None,
+    middle: int | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x + conv(relu(conv(x) + first_bias)) + second_bias + residual: a residual block in one pass over the image.
+
+    x, residual: (N, C, H, W). first, second: of :func:`packed_weight`, of (middle, C, 3, 3) and (C, middle, 3, 3);
+        ``middle`` is C where it is left out. Biases: fp32 (fp64 beside fp64). What lies between the convolutions is
+        rounded to x's dtype and stays in the cache.
+    Returns (N, C, H, W) in channels_last. Errors and gradients as :func:`packed_conv2d`'s.
+    """
+    middle = x.shape[1] if middle is None and x.ndim == 4 else middle
+    _check_block(x, first, first_bias, second, second_bias, residual, middle)
+    return _block_op(x, first, first_bias, second, second_bias, residual, middle)
