@@ -146,6 +146,29 @@ void over_rows(int64_t rows, int64_t work, int64_t bytes, const Body& body) {
   run(TypeTag<PlainStrips<T>>{});
 }
 
+struct Shifted;
+
+// Forms the shifted weights of filters that are computed by pairs of pixels, for as long as this thread calls nothing.
+template <class T, class... Filters>
+void shift_weights(Filters&... filters) {
+#ifdef LORUN_AMX
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto values = [](const Filter<T>& f) {
+      return has_amx() && takes_pairs(f) ? f.blocks() * f.block_values() : 0;
+    };
+    T* to = static_cast<T*>(scratch<Shifted>((values(filters) + ...) * sizeof(T)));
+    const auto shift = [&](Filter<T>& f) {
+      if (values(f) > 0) {
+        shift_weight(f, to);
+        f.shifted = to;
+        to += values(f);
+      }
+    };
+    (shift(filters), ...);
+  }
+#endif
+}
+
 template <class T>
 void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, T* y) {
   const int64_t height = f.result(image.height), width = f.result(image.width);
@@ -293,6 +316,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
     const Tensor y = empty_beside(x, {n, y_height, y_width, y_channels}, type);
     f.w = tiles.const_data_ptr<T>();
     f.bias = data_of<Wide<T>>(offset);
+    shift_weights<T>(f);
     convolve(Image<T>{n, height, width, image.const_data_ptr<T>()}, f, Added<T>{data_of<T>(added), nullptr},
              y.mutable_data_ptr<T>());
     return channels_outside(y);
@@ -323,6 +347,7 @@ Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor se
     f.bias = data_of<Wide<T>>(offset);
     g.w = others.const_data_ptr<T>();
     g.bias = data_of<Wide<T>>(other_offset);
+    shift_weights<T>(f, g);
     const T* pixels = image.const_data_ptr<T>();
     convolve_twice(Image<T>{n, height, width, pixels}, f, g, Added<T>{pixels, data_of<T>(added)},
                    y.mutable_data_ptr<T>());

@@ -33,6 +33,7 @@ struct Filter {
   const T* w;
   const Wide<T>* bias;  // may be null
   bool relu;
+  const T* shifted = nullptr;  // the weight for pixels at odd places, see tiles.h; may be null
 
   int64_t steps() const {
     return (kernel * in + kDepth - 1) / kDepth;

@@ -162,6 +162,60 @@ LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* 
   tile_store<3>(sums + 3 * kSums, 64);
 }
 
+// 16 channels are half a cache line, and every second row of a tile would straddle two. Instead, a tile takes whole
+// lines: 16 pairs of pixels. Of the two results of a pair, the first meets the lines (0, 1) and (2, 3) of its
+// pixels with the weights (w0, w1) and (w2, 0) of a kernel's row, and the second, one pixel further, meets the same
+// lines with (0, w0) and (w1, w2): the weight shifted by a pixel.
+constexpr int64_t kPaired = 16;
+
+inline bool takes_pairs(const Filter<BFloat16>& f) {
+  return f.in == kPaired && f.kernel == 3 && f.stride == 1;
+}
+
+// The shifted weight, as many values as the weight.
+inline void shift_weight(const Filter<BFloat16>& f, BFloat16* to) {
+  constexpr int64_t kHalf = kTileValues / 2;
+  for (const BFloat16* w = f.w; w < f.w + f.blocks() * f.block_values(); w += 2 * kTileValues, to += 2 * kTileValues) {
+    std::fill_n(to, kHalf, BFloat16{});
+    std::copy_n(w, 3 * kHalf, to + kHalf);
+  }
+}
+
+// Sums of a strip of 64 pixels by pairs of pixels.
+template <bool Relu, int Count>
+LORUN_TARGET_AMX void multiply_pairs(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t offset,
+                                     int64_t block, float* sums, const Waiting& waiting) {
+  Finisher<Relu, Count> meanwhile(waiting);
+  const int64_t at_once = (meanwhile.vectors() + 5) / 6, next = kPixels * 2 * kPaired;
+  const BFloat16 *first = f.w + block * f.block_values(), *second = f.shifted + block * f.block_values();
+  tile_fence();
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t row = 0; row < 3; ++row) {
+    const BFloat16* x = rows[row] + offset;
+    for (int64_t j = 0; j < 2; ++j, first += kTileValues, second += kTileValues, x += kDepth) {
+      tile_load<6>(first, 64);
+      tile_load<4>(x, 64);
+      tile_multiply_add<0, 4, 6>();
+      tile_load<5>(x + next, 64);
+      tile_multiply_add<1, 5, 6>();
+      tile_load<7>(second, 64);
+      tile_multiply_add<2, 4, 7>();
+      tile_multiply_add<3, 5, 7>();
+      meanwhile.advance(at_once);
+    }
+  }
+  meanwhile.rest();
+  // Pixel by pixel again.
+  constexpr int64_t kSums = 2 * kPixels * kChannels;
+  tile_store<0>(sums, 128);
+  tile_store<1>(sums + kSums, 128);
+  tile_store<2>(sums + kChannels, 128);
+  tile_store<3>(sums + kSums + kChannels, 128);
+}
+
 // Computes strips with the tiles of the thread that made it.
 class TileStrips {
  public:
@@ -176,7 +230,9 @@ class TileStrips {
     float* sums = sums_ + (second_ ? kSums / 2 : 0);
     const int64_t offset = first * f.stride * f.in;
     as_needed(waiting_, [&]<bool Relu, int Count>() {
-      if (blocks == 1) {
+      if (blocks == 1 && f.shifted != nullptr) {
+        multiply_pairs<Relu, Count>(f, rows, offset, block, sums, waiting_);
+      } else if (blocks == 1) {
         multiply_tiles<1, Relu, Count>(f, rows, offset, block, sums, waiting_);
       } else {
         multiply_tiles<2, Relu, Count>(f, rows, offset, block, sums, waiting_);
