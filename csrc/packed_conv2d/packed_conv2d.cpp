@@ -54,24 +54,24 @@ class PlainStrips {
 template <class T, class Strips, class To>
 void convolve_row(Strips& strips, const Filter<T>& f, const T* const* rows, int64_t width, const To& to) {
   const int64_t blocks = f.blocks();
-  const auto strip = [&](int64_t first, int64_t room, int64_t block, int64_t count) {
+  const auto strip = [&](int64_t first, int64_t block, int64_t count) {
     const int64_t channel = block * kChannels;
     Finish<T> where = to(first, channel);
     where.channels = std::min(count * kChannels, f.out - channel);
     where.bias = f.bias == nullptr ? nullptr : f.bias + channel;
     where.relu = f.relu;
-    strips.compute(f, rows, first, std::min(room, width - first), block, count, where);
+    strips.compute(f, rows, first, std::min(kStrip, width - first), block, count, where);
   };
   for (int64_t first = 0; first < width; first += kStrip) {
-    // Where half a strip is left, two blocks fill it, unless they lie in two rows of a shuffled result.
-    const bool half = width - first <= kStrip / 2;
-    const bool pairs = half && (f.shuffle == 1 || f.out / f.shuffle % (2 * kChannels) == 0);
-    int64_t block = 0;
-    for (; pairs && block + 2 <= blocks; block += 2) {
-      strip(first, kStrip / 2, block, 2);
+    // Where a row ends, more blocks of channels fill what pixels do not: four tiles in all, unless blocks lie in two
+    // rows of a shuffled result.
+    const int64_t tiles = (std::min(kStrip, width - first) + kPixels - 1) / kPixels;
+    int64_t together = tiles > 2 ? 1 : 4 / tiles;
+    while (f.shuffle > 1 && f.out / f.shuffle % (together * kChannels) != 0) {
+      together /= 2;
     }
-    for (; block < blocks; ++block) {
-      strip(first, kStrip, block, 1);
+    for (int64_t block = 0; block < blocks; block += together) {
+      strip(first, block, std::min(together, blocks - block));
     }
   }
 }

@@ -120,10 +120,11 @@ void as_needed(const Waiting& w, const F& f) {
                       : f.template operator()<false, 2>();
 }
 
-// Sums of a strip, 64 pixels of one block of channels or 32 pixels of two, and the results of another that waits.
-template <int Blocks, bool Relu, int Count>
+// Sums of a strip, 16 * Tiles pixels of Blocks blocks of channels, and the results of another that waits.
+template <int Tiles, int Blocks, bool Relu, int Count>
 LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t offset,
                                      int64_t block, float* sums, const Waiting& waiting) {
+  static_assert(Tiles * Blocks <= 4 && (Tiles <= 2 || Blocks == 1));
   Finisher<Relu, Count> meanwhile(waiting);
   const int64_t kernel = f.kernel, steps = f.steps(), next = kPixels * f.stride * f.in, pitch = 2 * f.stride * f.in;
   const int64_t other = f.block_values(), at_once = (meanwhile.vectors() + kernel * steps - 1) / (kernel * steps);
@@ -136,20 +137,36 @@ LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* 
   for (int64_t row = 0; row < kernel; ++row) {
     const BFloat16* x = rows[row] + offset;
     for (int64_t j = 0; j < steps; ++j, weight += kTileValues, x += kDepth) {
+      // Sum b * Tiles + t is that of tile t and block b.
       tile_load<6>(weight, 64);
       tile_load<4>(x, pitch);
       tile_multiply_add<0, 4, 6>();
-      tile_load<5>(x + next, pitch);
-      tile_multiply_add<1, 5, 6>();
-      if constexpr (Blocks == 1) {
+      if constexpr (Tiles >= 2) {
+        tile_load<5>(x + next, pitch);
+        tile_multiply_add<1, 5, 6>();
+      }
+      if constexpr (Tiles >= 3) {
         tile_load<4>(x + 2 * next, pitch);
         tile_multiply_add<2, 4, 6>();
+      }
+      if constexpr (Tiles >= 4) {
         tile_load<5>(x + 3 * next, pitch);
         tile_multiply_add<3, 5, 6>();
-      } else {
+      }
+      if constexpr (Blocks >= 2) {
         tile_load<7>(weight + other, 64);
-        tile_multiply_add<2, 4, 7>();
-        tile_multiply_add<3, 5, 7>();
+        tile_multiply_add<Tiles, 4, 7>();
+      }
+      if constexpr (Blocks >= 2 && Tiles >= 2) {
+        tile_multiply_add<Tiles + 1, 5, 7>();
+      }
+      if constexpr (Blocks >= 3) {
+        tile_load<6>(weight + 2 * other, 64);
+        tile_multiply_add<2, 4, 6>();
+      }
+      if constexpr (Blocks >= 4) {
+        tile_load<7>(weight + 3 * other, 64);
+        tile_multiply_add<3, 4, 7>();
       }
       meanwhile.advance(at_once);
     }
@@ -157,9 +174,15 @@ LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* 
   meanwhile.rest();
   constexpr int64_t kSums = kPixels * kChannels;
   tile_store<0>(sums, 64);
-  tile_store<1>(sums + kSums, 64);
-  tile_store<2>(sums + 2 * kSums, 64);
-  tile_store<3>(sums + 3 * kSums, 64);
+  if constexpr (Tiles * Blocks >= 2) {
+    tile_store<1>(sums + kSums, 64);
+  }
+  if constexpr (Tiles * Blocks >= 3) {
+    tile_store<2>(sums + 2 * kSums, 64);
+  }
+  if constexpr (Tiles * Blocks >= 4) {
+    tile_store<3>(sums + 3 * kSums, 64);
+  }
 }
 
 // 16 channels are half a cache line, and every second row of a tile would straddle two. Instead, a tile takes whole
@@ -223,22 +246,29 @@ class TileStrips {
 
   explicit TileStrips(float* sums) : sums_(sums) {}
 
-  // `pixels` results from `first` on, of one block of channels (64 pixels or fewer) or two (32). They are in memory
-  // after the next call, or flush().
+  // `pixels` results from `first` on of some blocks of channels, at most 4 tiles in all. They are in memory after the
+  // next call, or flush().
   void compute(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t first, int64_t pixels, int64_t block,
                int64_t blocks, const Finish<BFloat16>& to) {
     float* sums = sums_ + (second_ ? kSums / 2 : 0);
     const int64_t offset = first * f.stride * f.in;
+    int64_t tiles = (pixels + kPixels - 1) / kPixels;
     as_needed(waiting_, [&]<bool Relu, int Count>() {
-      if (blocks == 1 && f.shifted != nullptr) {
-        multiply_pairs<Relu, Count>(f, rows, offset, block, sums, waiting_);
-      } else if (blocks == 1) {
-        multiply_tiles<1, Relu, Count>(f, rows, offset, block, sums, waiting_);
+      const auto with = [&](auto kernel) { kernel(f, rows, offset, block, sums, waiting_); };
+      if (tiles >= 3 && f.shifted != nullptr) {
+        tiles = 4;
+        with(&multiply_pairs<Relu, Count>);
+      } else if (tiles >= 3) {
+        with(tiles == 4 ? &multiply_tiles<4, 1, Relu, Count> : &multiply_tiles<3, 1, Relu, Count>);
+      } else if (tiles == 2) {
+        with(blocks == 2 ? &multiply_tiles<2, 2, Relu, Count> : &multiply_tiles<2, 1, Relu, Count>);
+      } else if (blocks >= 3) {
+        with(blocks == 4 ? &multiply_tiles<1, 4, Relu, Count> : &multiply_tiles<1, 3, Relu, Count>);
       } else {
-        multiply_tiles<2, Relu, Count>(f, rows, offset, block, sums, waiting_);
+        with(blocks == 2 ? &multiply_tiles<1, 2, Relu, Count> : &multiply_tiles<1, 1, Relu, Count>);
       }
     });
-    waiting_ = {sums, kStrip / blocks, pixels, to};
+    waiting_ = {sums, tiles * kPixels, pixels, to};
     second_ = !second_;
   }
 

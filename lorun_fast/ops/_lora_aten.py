@@ -7,6 +7,7 @@ whole weight where the factors' own are cheaper, and activations in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -89,7 +90,7 @@ _LARGE_IMAGE = 2**18
 _UNFOLDED = 2**18
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     """The gradient of conv(x, weight) for a weight of this shape."""
     stride, padding, dilation, transposed, _, groups = geometry
     products = (
@@ -134,6 +135,22 @@ def image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> 
     return aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
 
 
+def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    return aten.convolution(x, weight, None, *geometry)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What the backward pass is made of: conv(x, weight), and its gradients for x and for the weight.
+
+    Each takes the geometry of aten.convolution; the gradients get the result's gradient first.
+    """
+
+    convolution: Callable[[Tensor, Tensor, tuple], Tensor] = _convolution
+    image_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = image_gradient
+    weight_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = weight_gradient
+
+
 _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 
 
@@ -148,7 +165,7 @@ def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
 
 def _conv2d_backward_one(
     grad, x, weight, down, up, scale, stride, padding, dilation, groups, transposed, output_padding, mask,
-    image_gradient,
+    way,
 ):  # fmt: skip
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     factors = mask[3] or mask[4]
@@ -161,28 +178,28 @@ def _conv2d_backward_one(
         narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
         if mask[3]:
             s = aten.convolution(grad, narrow_up.mT.contiguous()[:, :, None, None], None, *_POINTWISE)
-            grad_down = _weight_gradient(s, x, narrow_down, geometry)
+            grad_down = way.weight_gradient(s, x, narrow_down, geometry)
             found[3] = scale * grad_down.to(down.dtype)
             del s
         if mask[4]:
-            t = aten.convolution(x, narrow_down, None, *geometry)
+            t = way.convolution(x, narrow_down, geometry)
             found[4] = scale * _over_pixels(grad, t).to(up.dtype)
             del t
     w = merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
     if whole:
-        grad_w = _weight_gradient(grad, x, w, geometry)
+        grad_w = way.weight_gradient(grad, x, w, geometry)
         found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
         found[1] = grad_w.to(weight.dtype)
     if mask[0]:
-        found[0] = image_gradient(grad, x, w, geometry)
+        found[0] = way.image_gradient(grad, x, w, geometry)
     return found
 
 
 def conv2d_backward(
     grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation, transposed,
-    output_padding, mask, *, convolution=conv2d, image_gradient=image_gradient,
+    output_padding, mask, *, forward=conv2d, way=Way(),
 ):  # fmt: skip
-    """convolution, image_gradient: what repeats the forward pass, and what takes a gradient back to x."""
+    """forward: what repeats the forward pass. way: what the rest is made of."""
     if stage is not None and x.device.type != "cpu":
         return reference.lora_conv2d_backward(
             grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation,
@@ -191,9 +208,9 @@ def conv2d_backward(
     rest = (scale, stride, padding, dilation, groups, transposed, output_padding)
     if activation is not None:
         if output is None:
-            output = convolution(x, weight, bias, down, up, stage, None, *rest[:5], None, *rest[5:])
+            output = forward(x, weight, bias, down, up, stage, None, *rest[:5], None, *rest[5:])
         grad = reference.activation_backward(grad, activation, output)
-    one = partial(_conv2d_backward_one, image_gradient=image_gradient)
+    one = partial(_conv2d_backward_one, way=way)
     if stage is None:
         found = one(grad, x, weight, down, up, *rest, mask)
     else:

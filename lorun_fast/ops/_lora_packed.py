@@ -1,6 +1,6 @@
 """The "packed" backend of lora_conv2d: bf16 convolutions of training by matrix tiles (AMX), on CPUs.
 
-Forward pass and x's gradient; the factors' gradients are those of the "aten" backend.
+Forward pass and both gradients, as the "aten" backend arranges them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from lorun_fast.ops import _lora_aten
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_conv2d, packed_weight
+from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
 
 _INSIDE = (None, "relu")
+_NARROW = 16
 
 
 def supports(
@@ -58,6 +60,20 @@ def conv2d(
     return _lora_aten.finish(y, activation, residual)
 
 
+def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    (stride, _), (padding, _) = geometry[:2]
+    out, _, kernel, _ = weight.shape
+    return packed_conv2d(x, packed_weight(weight), out=out, kernel=kernel, stride=stride, padding=padding)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    stride, padding = geometry[0][0], geometry[1][0]
+    # Wide ones take as long as oneDNN's, and longer on small images.
+    if stride != 1 or grad.shape[1] > _NARROW:
+        return _lora_aten.weight_gradient(grad, x, weight, geometry)
+    return packed_weight_gradient(grad, x, kernel=weight.shape[2], padding=padding)
+
+
 def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     stride, padding = geometry[0][0], geometry[1][0]
     around = weight.shape[2] - 1 - padding
@@ -79,7 +95,11 @@ register(
         "packed",
         ("cpu",),
         conv2d,
-        partial(_lora_aten.conv2d_backward, convolution=conv2d, image_gradient=_image_gradient),
+        partial(
+            _lora_aten.conv2d_backward,
+            forward=conv2d,
+            way=_lora_aten.Way(_convolution, _image_gradient, _weight_gradient),
+        ),
         missing=missing,
         supports=supports,
     ),

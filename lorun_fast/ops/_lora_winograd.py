@@ -65,7 +65,7 @@ register(
         "winograd",
         ("cpu",),
         conv2d,
-        partial(_lora_aten.conv2d_backward, convolution=conv2d, image_gradient=_image_gradient),
+        partial(_lora_aten.conv2d_backward, forward=conv2d, way=_lora_aten.Way(image_gradient=_image_gradient)),
         unranked="a fresh network would equal the tied one to rounding only",
         missing=lambda: None if _native.available() else _native.reason(),
         supports=supports,

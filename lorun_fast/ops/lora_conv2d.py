@@ -152,7 +152,10 @@ def _reference(
 
 _backends.register("lora_conv2d", Backend("reference", ("cpu", "cuda"), _reference, reference.lora_conv2d_backward))
 _backends.register("lora_conv2d", Backend("aten", ("cpu", "cuda"), _lora_aten.conv2d, _lora_aten.conv2d_backward))
-_backends.TABLE["lora_conv2d", "cpu"] = (Row("aten", "at least as fast as the definition on every size"),)
+_backends.TABLE["lora_conv2d", "cpu"] = (
+    Row("packed", "bf16, channels_last: 0.7 to 1.06 of aten's time in forward and backward on 12 sizes, AMX"),
+    Row("aten", "at least as fast as the definition on every size"),
+)
 _backends.TABLE["lora_conv2d", "cuda"] = (Row("aten", "no other is measured"),)
 
 

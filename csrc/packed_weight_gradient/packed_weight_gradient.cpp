@@ -1,0 +1,144 @@
+// The weight gradient of a convolution on the CPU (formulas and layouts in packed_weight_gradient.h).
+
+#include "packed_weight_gradient/packed_weight_gradient.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "common/convert.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/tensor.h"
+#include "packed_weight_gradient/tiles.h"
+
+namespace lorun::packed_weight_gradient {
+namespace {
+
+// (n, channels, height, width) seen as (n, height, width, channels), dense.
+Tensor channels_inside(const Tensor& t) {
+  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
+}
+
+#ifdef LORUN_AMX
+
+struct Slot;
+
+// Rows [begin, end) of all images' gradients, into the sums of their part.
+void sum_rows(const Shape& s, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end, float* sums) {
+  const int64_t height = s.grad_height(), row_values = s.steps() * kTileValues;
+  const int64_t left_values = s.left_blocks() * s.left_block(), right_values = s.right_blocks() * s.right_block();
+  BFloat16* left =
+      static_cast<BFloat16*>(scratch<Slot>((left_values + right_values + kLanes * s.line()) * sizeof(BFloat16)));
+  BFloat16 *right = left + left_values, *lines = right + right_values;
+  std::fill_n(sums, s.sums(), 0.0f);
+  std::fill_n(lines, kLanes * s.line(), BFloat16{});
+  std::fill_n(left, left_values, BFloat16{});  // the lines of the last block that no channel fills
+  for (int64_t i = begin; i < end;) {
+    const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
+    for (int64_t j = 0; j < count; ++j) {
+      lay_out_left(s, grad + (i + j) * s.grad_width() * s.out, left + j * row_values, lines);
+    }
+    for (int64_t j = 0; j < count + s.kernel - 1; ++j) {
+      const int64_t row = top - s.padding + j;
+      const bool inside = row >= 0 && row < s.height;
+      lay_out_right(s, inside ? x + (n * s.height + row) * s.width * s.in : nullptr, right + j * row_values);
+    }
+    multiply_all(s, left, right, count, sums);
+    i += count;
+  }
+}
+
+void by_tiles(const Shape& s, const BFloat16* grad, const BFloat16* x, float* g) {
+  const int64_t rows = s.n * s.grad_height(), parts = s.parts();
+  const std::unique_ptr<float[], void (*)(float*)> sums(
+      static_cast<float*>(::operator new(parts * s.sums() * sizeof(float), std::align_val_t{64})),
+      [](float* p) { ::operator delete(p, std::align_val_t{64}); });
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const Tiles tiles;
+    for (int64_t part = begin; part < end; ++part) {
+      sum_rows(s, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.get() + part * s.sums());
+    }
+  });
+  const int64_t taps = s.kernel * s.kernel;
+  parallel(s.out, s.in * taps * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t c = 0; c < s.in; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t row = tap / s.kernel, line = tap % s.kernel * s.out + o;
+          const int64_t tile = (row * s.left_blocks() + line / kLanes) * s.right_blocks() + c / kLanes;
+          const float* at = sums.get() + tile * kSums + line % kLanes * kLanes + c % kLanes;
+          float sum = 0;
+          for (int64_t part = 0; part < parts; ++part) {
+            sum += at[part * s.sums()];
+          }
+          g[(o * s.in + c) * taps + tap] = sum;
+        }
+      }
+    }
+  });
+}
+
+#endif
+
+// As the formula reads, for other dtypes and processors.
+template <class T>
+void by_loops(const Shape& s, const T* grad, const T* x, Wide<T>* g) {
+  const int64_t height = s.grad_height(), width = s.grad_width(), taps = s.kernel * s.kernel;
+  parallel(s.out, s.in * taps * s.n * height * width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * s.in * taps; i < end * s.in * taps; ++i) {
+      const int64_t o = i / (s.in * taps), c = i / taps % s.in, row = i % taps / s.kernel, column = i % s.kernel;
+      Wide<T> sum = 0;
+      for (int64_t n = 0; n < s.n; ++n) {
+        for (int64_t h = std::max<int64_t>(0, s.padding - row); h < height; ++h) {
+          const int64_t from = h - s.padding + row;
+          for (int64_t w = std::max<int64_t>(0, s.padding - column); from < s.height && w < width; ++w) {
+            const int64_t at = w - s.padding + column;
+            if (at < s.width) {
+              sum += widen(grad[((n * height + h) * width + w) * s.out + o]) *
+                     widen(x[((n * s.height + from) * s.width + at) * s.in + c]);
+            }
+          }
+        }
+      }
+      g[i] = sum;
+    }
+  });
+}
+
+Tensor weight_gradient(Tensor grad, Tensor x, int64_t kernel, int64_t padding) {
+  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4, "grad, x: expected 4 dimensions, got ", shape_of(grad), " and ",
+                  shape_of(x));
+  const ScalarType type = x.scalar_type();
+  const Shape s{x.size(0), grad.size(1), x.size(1), x.size(2), x.size(3), kernel, padding};
+  STD_TORCH_CHECK(kernel >= 1 && padding >= 0, "kernel, padding: expected 1 or more and 0 or more");
+  check_shape("grad", grad, {s.n, s.out, s.grad_height(), s.grad_width()});
+  STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected x's dtype, got another one");
+  return dispatch_storage(type, "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);
+    const Tensor g = empty_beside(x, {s.out, s.in, kernel, kernel}, wide_type(type));
+    const T *from = gradients.const_data_ptr<T>(), *at = pixels.const_data_ptr<T>();
+    Wide<T>* to = g.mutable_data_ptr<Wide<T>>();
+#ifdef LORUN_AMX
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (has_amx()) {
+        by_tiles(s, from, at, to);
+        return g;
+      }
+    }
+#endif
+    by_loops(s, from, at, to);
+    return g;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
+  m.impl("packed_weight_gradient", TORCH_BOX(&weight_gradient));
+}
+
+}  // namespace lorun::packed_weight_gradient

@@ -1,0 +1,84 @@
+// The weight gradient of a convolution of stride 1, by matrix tiles:
+//
+//   G[o, c, i, j] = sum over n, h, w of grad[n, o, h, w] * x[n, c, h - padding + i, w - padding + j].
+//
+// The sums run over pixels, so both factors are laid out anew, some rows of an image at a time, as the tile products
+// take them. A step is 32 pixels of a row of x; zeros stand where a row ends and where a channel is missing.
+//
+//   left (blocks of 16 of the kernel * out pairs (column, channel) of the gradient, rows, steps, 16, 32 pixels): the
+//     gradient, a line of pixels for each channel, shifted for each column of the kernel;
+//   right (blocks of 16 channels of x, rows + kernel - 1, steps, 16 pairs of pixels, 16 channels, 2).
+//
+// A row of the kernel shifts the rows of the right side.
+//
+// Products: N H W out in k^2, as many as the convolution's. Every part of the rows has sums of its own, which are added
+// in order: the result does not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lorun::packed_weight_gradient {
+
+constexpr int64_t kLanes = 16, kDepth = 32;  // channels of a tile, pixels of a step
+constexpr int64_t kTileValues = kLanes * kDepth, kSums = kLanes * kLanes;
+constexpr int64_t kSteps = 16;           // that are multiplied together, from the first-level cache
+constexpr int64_t kLaidOut = 640 << 10;  // bytes: both sides stay in the second-level cache
+constexpr int64_t kParts = 16, kPartBytes = 16 << 20;
+
+struct Shape {
+  int64_t n, out, in, height, width, kernel, padding;  // height, width: of x
+
+  int64_t grad_height() const {
+    return height + 2 * padding - kernel + 1;
+  }
+
+  int64_t grad_width() const {
+    return width + 2 * padding - kernel + 1;
+  }
+
+  int64_t steps() const {
+    return (width + kDepth - 1) / kDepth;
+  }
+
+  // Values of a line of the gradient's pixels with the zeros around it that shifts reach.
+  int64_t line() const {
+    return (std::max(width, grad_width()) + padding + 2 * kernel + 2 * kDepth + kDepth - 1) / kDepth * kDepth;
+  }
+
+  int64_t left_blocks() const {
+    return (kernel * out + kLanes - 1) / kLanes;
+  }
+
+  int64_t right_blocks() const {
+    return (in + kLanes - 1) / kLanes;
+  }
+
+  // Rows of the gradient that are laid out at a time.
+  int64_t rows() const {
+    const int64_t row = steps() * kTileValues * 2, around = (kernel - 1) * right_blocks() * row;
+    const int64_t fit = (kLaidOut - around) / ((left_blocks() + right_blocks()) * row);
+    return std::clamp<int64_t>(fit, 1, std::max<int64_t>(grad_height(), 1));
+  }
+
+  // Values of one block.
+  int64_t left_block() const {
+    return rows() * steps() * kTileValues;
+  }
+
+  int64_t right_block() const {
+    return (rows() + kernel - 1) * steps() * kTileValues;
+  }
+
+  // Sums of a part of the rows, (kernel rows, left blocks, right blocks, 16, 16).
+  int64_t sums() const {
+    return kernel * left_blocks() * right_blocks() * kSums;
+  }
+
+  int64_t parts() const {
+    const int64_t fit = kPartBytes / std::max<int64_t>(sums() * static_cast<int64_t>(sizeof(float)), 1);
+    return std::clamp<int64_t>(n * grad_height(), 1, std::clamp<int64_t>(fit, 1, kParts));
+  }
+};
+
+}  // namespace lorun::packed_weight_gradient

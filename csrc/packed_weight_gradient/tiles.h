@@ -1,0 +1,179 @@
+// The products by AMX, and the layouts that they want (packed_weight_gradient.h).
+#pragma once
+
+#include "common/amx.h"
+#include "common/tensor.h"
+
+#ifdef LORUN_AMX
+
+#include <immintrin.h>
+
+#include "packed_weight_gradient/packed_weight_gradient.h"
+
+namespace lorun::packed_weight_gradient {
+
+#define LORUN_TARGET_AMX __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+
+// Pixels w and w + 1 of a row (width, channels), `lanes` of their channels, interleaved; zeros after the row.
+LORUN_TARGET_AMX LORUN_INLINE inline __m512i pair_of(const BFloat16* row, int64_t w, int64_t width, int64_t channels,
+                                                     __mmask16 lanes) {
+  const BFloat16* at = row + w * channels;
+  const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(w < width ? lanes : __mmask16{0}, at));
+  const __mmask16 last = w + 1 < width ? lanes : __mmask16{0};
+  const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(last, at + channels));
+  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
+
+// Lines of 16 words, rows for columns.
+LORUN_TARGET_AMX LORUN_INLINE inline void transpose(__m512i (&a)[16]) {
+  __m512i b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  // a[4 * i + j]: words of rows 4 i ... 4 i + 3, of columns j, j + 4, j + 8, j + 12.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+    b[4 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    b[8 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88);
+    a[8 + j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd);
+    a[4 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0x88);
+    a[12 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0xdd);
+  }
+}
+
+inline __mmask16 lanes_of(int64_t channels, int64_t block) {
+  return (1u << std::min(channels - block * kLanes, kLanes)) - 1;
+}
+
+// A row of x, (width, channels), or zeros. right: where its first block's first step lies.
+LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* row, BFloat16* right) {
+  for (int64_t block = 0; block < s.right_blocks(); ++block) {
+    const __mmask16 lanes = lanes_of(s.in, block);
+    BFloat16* to = right + block * s.right_block();
+    if (row == nullptr) {
+      std::fill_n(to, s.steps() * kTileValues, BFloat16{});
+      continue;
+    }
+    for (int64_t w = 0; w < s.steps() * kDepth; w += 2, to += 2 * kLanes) {
+      _mm512_store_si512(to, pair_of(row + block * kLanes, w, s.width, s.in, lanes));
+    }
+  }
+}
+
+// A row of the gradient, (width, channels). left: where its first block's first step lies. lines: work space for 16
+// lines of Shape::line() values, whose first and last values are zero.
+LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* row, BFloat16* left, BFloat16* lines) {
+  const int64_t pitch = s.line(), steps = (s.grad_width() + kDepth - 1) / kDepth;
+  for (int64_t channel = 0; channel < s.out; channel += kLanes) {
+    const int64_t count = std::min(kLanes, s.out - channel);
+    const __mmask16 lanes = (1u << count) - 1;
+    for (int64_t step = 0; step < steps; ++step) {
+      __m512i a[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        a[i] = pair_of(row + channel, step * kDepth + 2 * i, s.grad_width(), s.out, lanes);
+      }
+      transpose(a);
+      for (int64_t c = 0; c < count; ++c) {
+        _mm512_storeu_si512(lines + c * pitch + s.kernel + step * kDepth, a[c]);
+      }
+    }
+    for (int64_t column = 0; column < s.kernel; ++column) {
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t line = column * s.out + channel + c;
+        const BFloat16* from = lines + c * pitch + s.kernel + s.padding - column;
+        BFloat16* to = left + line / kLanes * s.left_block() + line % kLanes * kDepth;
+        for (int64_t step = 0; step < s.steps(); ++step) {
+          _mm512_store_si512(to + step * kTileValues, _mm512_loadu_si512(from + step * kDepth));
+        }
+      }
+    }
+  }
+}
+
+// sums (A, B, 16, 16) += left . right over some steps, of A and B neighbouring blocks.
+template <int A, int B>
+LORUN_TARGET_AMX inline void multiply(const BFloat16* left, int64_t left_block, const BFloat16* right,
+                                      int64_t right_block, int64_t steps, float* sums, int64_t next) {
+  const BFloat16 *other_left = left + left_block, *other_right = right + right_block;
+  float* other = sums + next;
+  tile_fence();
+  tile_load<0>(sums, 64);
+  if constexpr (B > 1) {
+    tile_load<1>(sums + kSums, 64);
+  }
+  if constexpr (A > 1) {
+    tile_load<2>(other, 64);
+  }
+  if constexpr (A > 1 && B > 1) {
+    tile_load<3>(other + kSums, 64);
+  }
+  for (int64_t i = 0; i < steps * kTileValues; i += kTileValues) {
+    tile_load<4>(left + i, 64);
+    tile_load<6>(right + i, 64);
+    tile_multiply_add<0, 4, 6>();
+    if constexpr (A > 1) {
+      tile_load<5>(other_left + i, 64);
+      tile_multiply_add<2, 5, 6>();
+    }
+    if constexpr (B > 1) {
+      tile_load<7>(other_right + i, 64);
+      tile_multiply_add<1, 4, 7>();
+    }
+    if constexpr (A > 1 && B > 1) {
+      tile_multiply_add<3, 5, 7>();
+    }
+  }
+  tile_store<0>(sums, 64);
+  if constexpr (B > 1) {
+    tile_store<1>(sums + kSums, 64);
+  }
+  if constexpr (A > 1) {
+    tile_store<2>(other, 64);
+  }
+  if constexpr (A > 1 && B > 1) {
+    tile_store<3>(other + kSums, 64);
+  }
+}
+
+// All taps of `rows` rows that are laid out, added to the sums.
+LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, const BFloat16* right, int64_t rows,
+                                          float* sums) {
+  const int64_t total = rows * s.steps(), next = s.right_blocks() * kSums;
+  for (int64_t step = 0; step < total; step += kSteps) {
+    const int64_t steps = std::min(kSteps, total - step);
+    for (int64_t row = 0; row < s.kernel; ++row) {
+      for (int64_t b = 0; b < s.right_blocks(); b += 2) {
+        const BFloat16* r = right + b * s.right_block() + (row * s.steps() + step) * kTileValues;
+        for (int64_t a = 0; a < s.left_blocks(); a += 2) {
+          const BFloat16* l = left + a * s.left_block() + step * kTileValues;
+          float* to = sums + ((row * s.left_blocks() + a) * s.right_blocks() + b) * kSums;
+          const bool two_left = a + 1 < s.left_blocks(), two_right = b + 1 < s.right_blocks();
+          const auto product = two_left ? (two_right ? &multiply<2, 2> : &multiply<2, 1>)
+                                        : (two_right ? &multiply<1, 2> : &multiply<1, 1>);
+          product(l, s.left_block(), r, s.right_block(), steps, to, next);
+        }
+      }
+    }
+  }
+}
+
+#undef LORUN_TARGET_AMX
+
+}  // namespace lorun::packed_weight_gradient
+
+#endif
