@@ -10,7 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 
 import lorun_fast as lf
-from lorun_fast.apps import images, models
+from lorun_fast.apps import images, models, restoring
+from lorun_fast.apps.runtime import Runtime
 
 M = 16  # 25 % of 8 x 8
 
@@ -235,6 +236,21 @@ def test_bf16_and_threads(tmp_path, model, capsys):
     assert torch.get_num_threads() == threads
     difference = np.abs(restored["fp32"] - restored["bf16"]).max()
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_how_a_network_is_prepared(monkeypatch, model, amx):
+    monkeypatch.setattr(restoring._native, "build_info", lambda: {"amx": amx, "cpu_active": "baseline"})
+    net = lf.load(model).eval()
+
+    def prepared(device: str, dtype: torch.dtype):
+        return restoring.prepared(net, Runtime(torch.device(device), dtype, 1))
+
+    assert prepared("cpu", torch.float32).report["dtype"][0] == "float32"
+    assert prepared("meta", torch.float32) is net
+    narrow = prepared("cpu", torch.bfloat16)
+    assert (narrow is net) == (not amx)
+    assert not amx or narrow.report["convolutions"][0] == "matrix tiles"
 
 
 def test_another_phi_of_the_same_shape(tmp_path, model, capsys):

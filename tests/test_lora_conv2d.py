@@ -143,6 +143,7 @@ def test_opcheck(form, stage):
 @pytest.mark.parametrize("form", adapters.FORMS)
 @pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": (0, 3), "dilation": (2, 1)}, {"padding": (4, 0)}])
 def test_gradients_of_large_channels_last_images_by_matrix_products(monkeypatch, form, geometry):
+    monkeypatch.setattr(_lora_aten, "_PRODUCTS_PAY", True)
     monkeypatch.setattr(_lora_aten, "_LARGE_IMAGE", 1)
     monkeypatch.setattr(_lora_aten, "_UNFOLDED", 400)  # several pieces, the last one smaller
     calls = []

@@ -83,9 +83,11 @@ def conv2d(
     return finish(y, activation, residual)
 
 
-# Channels innermost, fp32, on the CPU: oneDNN's weight gradient takes 2 to 4 times that of these products on images of
-# this many values and more (32 and 64 channels at 96 and 256 pixels a side), and about half on smaller ones.
+# Channels innermost, fp32, on a CPU with AVX2: oneDNN's weight gradient takes 2 to 4 times that of these products on
+# images of this many values and more (32 and 64 channels at 96 and 256 pixels a side), and about half on smaller ones.
+# With AVX-512 it takes half on all of them, and as long with few channels on one side.
 _LARGE_IMAGE = 2**18
+_PRODUCTS_PAY = torch.backends.cpu.get_cpu_capability() != "AVX512"
 # Values of the unfolded gradient at a time, to stay in L2.
 _UNFOLDED = 2**18
 
@@ -94,7 +96,8 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) ->
     """The gradient of conv(x, weight) for a weight of this shape."""
     stride, padding, dilation, transposed, _, groups = geometry
     products = (
-        x.device.type == "cpu"
+        _PRODUCTS_PAY
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x[0].numel() >= _LARGE_IMAGE
         and is_channels_last(x)
