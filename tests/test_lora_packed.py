@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -18,11 +20,7 @@ backend = _backends.BACKENDS["lora_conv2d"]["packed"]
 @pytest.fixture
 def anywhere(monkeypatch):
     """Without AMX its ops run plain loops: slow, and the same code around them."""
-    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", _with(backend, missing=lambda: None))
-
-
-def _with(known: _backends.Backend, **changes) -> _backends.Backend:
-    return _backends.Backend(**{**known.__dict__, **changes})
+    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", replace(backend, missing=lambda: None))
 
 
 def problem(form="loralib", stages=None, in_=8, out=16, kernel=3, size=(7, 6)) -> dict:
