@@ -198,7 +198,7 @@ def _(p: Problem):
 
 @_both("lorun_fast, packed", kind=OURS, devices=("cpu",))
 def _(p: Problem):
-    """LORUN_BACKEND=packed: the convolution and x's gradient by matrix tiles."""
+    """LORUN_BACKEND=packed: the convolution, x's gradient and narrow weight gradients by matrix tiles."""
     return _asked_for("packed", p)
 
 

@@ -26,6 +26,8 @@ class StandIn(nn.Module):
     forward(x, activation=None, residual=None) is act(conv(x) + bias) + residual; activation: None or "relu".
     """
 
+    method: str
+    """As a report names it."""
     expected: str
 
     def __init__(self, conv: nn.Module):
@@ -58,6 +60,7 @@ class WinogradConv2d(StandIn):
     not fit.
     """
 
+    method = "F(4x4, 3x3)"
     expected = "a 3 x 3 convolution with stride and padding 1"
 
     def __init__(self, conv: nn.Conv2d):
@@ -87,12 +90,21 @@ class WinogradConv2d(StandIn):
         return winograd_conv2d(x, self.points, self.bias, activation=activation, residual=residual)
 
 
+def _padding(conv: nn.Conv2d) -> int | None:
+    """Of an undilated layer of square kernels, on all sides; None where they differ."""
+    if conv.padding == "same":
+        return None if conv.kernel_size[0] % 2 == 0 else conv.kernel_size[0] // 2
+    above, left = (0, 0) if conv.padding == "valid" else conv.padding
+    return above if above == left else None
+
+
 class PackedConv2d(StandIn):
     """An nn.Conv2d, or an nn.ConvTranspose2d whose stride is its kernel's size, for inference in bf16.
 
     ``tiles``: its weight as matrix tiles take it. Raises ValueError for a layer that this does not fit.
     """
 
+    method = "matrix tiles"
     expected = "a bf16 convolution of square kernels"
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d):
@@ -102,8 +114,9 @@ class PackedConv2d(StandIn):
         if self.transposed:
             self.geometry = {"out": size * size * conv.out_channels, "kernel": 1, "shuffle": size}
         else:
-            padding = size // 2 if conv.padding == "same" else 0 if conv.padding == "valid" else conv.padding[0]
-            self.geometry = {"out": conv.out_channels, "kernel": size, "stride": conv.stride[0], "padding": padding}
+            self.geometry = {
+                "out": conv.out_channels, "kernel": size, "stride": conv.stride[0], "padding": _padding(conv)
+            }  # fmt: skip
         self.register_buffer("tiles", None, persistent=False)
         self.register_buffer("offset", None, persistent=False)
         self.form_weight()
@@ -119,8 +132,7 @@ class PackedConv2d(StandIn):
         if conv.dilation != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
             return "it is dilated, grouped or does not pad with zeros"
         if type(conv) is nn.Conv2d:
-            padding = (size - 1) / 2 if conv.padding == "same" else 0 if conv.padding == "valid" else conv.padding[0]
-            if padding != int(padding) or (isinstance(conv.padding, tuple) and conv.padding[1] != padding):
+            if _padding(conv) is None:
                 return "its padding is not the same on all sides"
         elif stride != size or conv.padding != (0, 0) or conv.output_padding != (0, 0):
             return "it is a transposed convolution whose stride is not its kernel's size, or with padding"

@@ -273,9 +273,6 @@ def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedL
     return built(None), own, f"{what}, but bf16 not chosen: {said}"
 
 
-_METHODS = {"winograd": "F(4x4, 3x3)", "packed": "matrix tiles"}
-
-
 def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: str | None) -> tuple[str, str]:
     """(done, why): another method than torch's, where it was measured to be faster, or as asked for."""
     kind, why = (wish, "asked for") if wish is not None else _fastest(dtype, device)
@@ -287,7 +284,7 @@ def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device,
             "winograd": "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8",
             "packed": "no bfloat16 convolution of square kernels",
         }[kind]
-    return _METHODS[kind], f"{replaced} of {convolutions} layers a stage; {why}"
+    return KINDS[kind].method, f"{replaced} of {convolutions} layers a stage; {why}"
 
 
 def _fastest(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:

@@ -14,8 +14,8 @@ namespace {
 bool detect() {
   unsigned int a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned int kBf16 = 1u << 22, kTile = 1u << 24;
-  // LORUN_CPU asks for a lesser machine than this one.
-  if (active_variant() != CpuVariant::kAvx512 || asks_for_lesser() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) ||
+  // LORUN_CPU asks for vectors, and a machine without tiles.
+  if (active_variant() != CpuVariant::kAvx512 || asks_for_variant() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) ||
       (d & kBf16) == 0 || (d & kTile) == 0) {
     return false;
   }

@@ -9,6 +9,8 @@
 
 #if defined(LORUN_X86) && defined(__linux__)
 #define LORUN_AMX 1
+// For the vector code around the tiles: what every processor that has them runs.
+#define LORUN_TARGET_AMX __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")))
 #endif
 
 namespace lorun {

@@ -1,11 +1,24 @@
 #include "common/simd.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 namespace lorun {
 
 namespace {
+
+// The variant that LORUN_CPU names.
+std::optional<CpuVariant> wish() {
+  const char* named = std::getenv("LORUN_CPU");
+  for (const CpuVariant v : kCompiledVariants) {
+    if (named != nullptr && std::string_view(named) == name(v)) {
+      return v;
+    }
+  }
+  return std::nullopt;
+}
 
 CpuVariant detect() {
 #ifdef LORUN_X86
@@ -18,15 +31,7 @@ CpuVariant detect() {
       best = CpuVariant::kAvx512;
     }
   }
-  const char* wish = std::getenv("LORUN_CPU");
-  if (wish != nullptr) {
-    for (const CpuVariant v : kCompiledVariants) {
-      if (std::string_view(wish) == name(v) && v < best) {
-        return v;
-      }
-    }
-  }
-  return best;
+  return std::min(best, wish().value_or(best));
 #else
   return CpuVariant::kBaseline;
 #endif
@@ -34,16 +39,8 @@ CpuVariant detect() {
 
 }  // namespace
 
-bool asks_for_lesser() {
-#ifdef LORUN_X86
-  const char* wish = std::getenv("LORUN_CPU");
-  for (const CpuVariant v : kCompiledVariants) {
-    if (wish != nullptr && std::string_view(wish) == name(v)) {
-      return true;
-    }
-  }
-#endif
-  return false;
+bool asks_for_variant() {
+  return wish().has_value();
 }
 
 CpuVariant active_variant() {

@@ -40,7 +40,7 @@ inline constexpr std::array kCompiledVariants{CpuVariant::kBaseline};
 CpuVariant active_variant();
 
 // Whether LORUN_CPU names a variant.
-bool asks_for_lesser();
+bool asks_for_variant();
 
 template <int Bytes>
 using VectorWidth = std::integral_constant<int, Bytes>;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -88,6 +89,20 @@ inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sh
 
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// (n, channels, height, width) seen as (n, height, width, channels), dense.
+inline Tensor channels_inside(const Tensor& t) {
+  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
+}
+
+inline std::optional<Tensor> channels_inside(const std::optional<Tensor>& t) {
+  return t ? std::optional(channels_inside(*t)) : std::nullopt;
+}
+
+// The way back, without a copy.
+inline Tensor channels_outside(const Tensor& t) {
+  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
 }
 
 }  // namespace lorun

@@ -253,19 +253,6 @@ void convolve_twice(const Image<T>& image, const Filter<T>& f, const Filter<T>& 
   });
 }
 
-// (n, channels, height, width) seen as (n, height, width, channels), dense.
-Tensor channels_inside(const Tensor& t) {
-  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
-}
-
-std::optional<Tensor> channels_inside(const std::optional<Tensor>& t) {
-  return t ? std::optional(channels_inside(*t)) : std::nullopt;
-}
-
-Tensor channels_outside(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
-}
-
 template <class T>
 const T* data_of(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr<T>() : nullptr;

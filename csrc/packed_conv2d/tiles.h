@@ -13,8 +13,6 @@
 
 #include "packed_conv2d/packed_conv2d.h"
 
-#define LORUN_TARGET_AMX __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")))
-
 namespace lorun::packed_conv2d {
 
 // Sums of a strip that wait to be finished: (blocks, room, 16), of which the first `pixels` of each block count.

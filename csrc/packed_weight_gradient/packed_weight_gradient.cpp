@@ -17,11 +17,6 @@
 namespace lorun::packed_weight_gradient {
 namespace {
 
-// (n, channels, height, width) seen as (n, height, width, channels), dense.
-Tensor channels_inside(const Tensor& t) {
-  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
-}
-
 #ifdef LORUN_AMX
 
 struct Slot;

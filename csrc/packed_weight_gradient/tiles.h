@@ -12,8 +12,6 @@
 
 namespace lorun::packed_weight_gradient {
 
-#define LORUN_TARGET_AMX __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
-
 // Pixels w and w + 1 of a row (width, channels), `lanes` of their channels, interleaved; zeros after the row.
 LORUN_TARGET_AMX LORUN_INLINE inline __m512i pair_of(const BFloat16* row, int64_t w, int64_t width, int64_t channels,
                                                      __mmask16 lanes) {
@@ -171,8 +169,6 @@ LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, 
     }
   }
 }
-
-#undef LORUN_TARGET_AMX
 
 }  // namespace lorun::packed_weight_gradient
 

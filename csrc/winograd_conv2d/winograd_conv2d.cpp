@@ -29,15 +29,6 @@ constexpr int64_t kChannels = 8;           // both channel counts are multiples 
 constexpr int64_t kMultiple = 12;          // of tiles, as the products want them
 constexpr int64_t kWorkBytes = 128 << 10;  // a part of the second-level cache
 
-// (n, channels, height, width) seen as (n, height, width, channels), dense.
-Tensor channels_inside(const Tensor& t) {
-  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
-}
-
-Tensor channels_outside(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
-}
-
 // The widest vectors that both channel counts fill.
 template <class T>
 auto kernel_for(const Problem<T>& p) {
@@ -92,7 +83,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
     check_type("residual", *residual, wide_type(type));
   }
   const Tensor image = channels_inside(x), points = dense(weight);
-  const std::optional<Tensor> added = residual ? std::optional(channels_inside(*residual)) : std::nullopt;
+  const std::optional<Tensor> added = channels_inside(residual);
   const std::optional<Tensor> offset = bias ? std::optional(dense(*bias)) : std::nullopt;
   const Tensor y = empty_beside(x, {n, height, width, out}, type);
   const auto call = [&](auto tag) {
