@@ -37,14 +37,17 @@ namespace {
 
 // Packed blocks that one thread works on at a time, in bytes: to stay in L2 beside a part of Phi.
 constexpr int64_t kSliceBytes = 256 << 10;
+// Batches for each thread to take in turns, unless they would be of so few blocks that copying Phi's panels shows.
+constexpr int64_t kTurns = 4, kLeastBatch = 32;
 // Packed blocks of a batch that all threads share, where the number of batches must not depend on theirs.
 constexpr int64_t kSumBytes = 2 << 20;
 
-// Where a block's part of a measurement (n, m, rows, cols) starts, and its step size.
+// Where a block's part of a measurement (n, m, rows, cols) starts, its step size, and where its part of A starts.
 template <class Y, class W>
 struct Beside {
   Y* y;
   W rho;
+  W* tile;
 };
 
 struct Slot;
@@ -104,9 +107,10 @@ void for_each_batch(const Grid& grid, int64_t m, const F& f) {
     }
     return;
   }
-  const int64_t rounds = (total + batch * crew - 1) / (batch * crew);
+  const int64_t rounds =
+      std::max((total + batch * crew - 1) / (batch * crew), std::min(kTurns, total / (kLeastBatch * crew)));
   const Slices slices(total, rounds * crew, 8);
-  parallel_pairs(slices, Slices(1, 1, 1), [&](int64_t i, int64_t) {
+  parallel_turns(slices.count, [&](int64_t i) {
     f(Work<W, Y>(grid, m, slices.size, 1), slices.begin(i), slices.end(i) - slices.begin(i));
   });
 }
@@ -166,12 +170,13 @@ void unpack(const Wide<T>* packed, const Grid& grid, int64_t first, int64_t bloc
 
 // Finds each block's measurements in a contiguous y, and its step size.
 template <class Y, class W>
-void locate(Y* y, const W* rho, int64_t rho_by_sample, const Grid& grid, int64_t m, int64_t first, int64_t blocks,
-            Beside<Y, W>* beside) {
+void locate(Y* y, const W* rho, int64_t rho_by_sample, const Grid& grid, const Work<W, Y>& work, int64_t first,
+            int64_t blocks) {
   const int64_t each = grid.per_sample();
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n = (first + b) / each;
-    beside[b] = {y + n * m * each + (first + b) % each, rho == nullptr ? W(0) : rho[n * rho_by_sample]};
+    work.beside[b] = {y + n * work.m * each + (first + b) % each, rho == nullptr ? W(0) : rho[n * rho_by_sample],
+                      work.tiles + work.tile_index(b, work.m, 0)};
   }
 }
 
@@ -210,7 +215,7 @@ Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
     using W = Wide<T>;
     for_each_batch<W, T>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
-      locate<T, W>(y.mutable_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      locate<T, W>(y.mutable_data_ptr<T>(), nullptr, 0, grid, work, first, blocks);
       measure_all(work, dense_phi.const_data_ptr<W>(), blocks,
                   [&](int64_t b, int64_t k, W value) LORUN_INLINE { work.beside[b].y[k * each] = narrow<T>(value); });
     });
@@ -229,12 +234,12 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
     for_each_batch<W, const T>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
-      locate<const T, W>(dense_y.const_data_ptr<T>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      locate<const T, W>(dense_y.const_data_ptr<T>(), nullptr, 0, grid, work, first, blocks);
       const Slices tiles(blocks, blocks, work.rows_of_tile);
       parallel(tiles.count, tiles.size * m, [&](int64_t begin, int64_t end) {
         for (int64_t b = tiles.begin(begin); b < tiles.end(end - 1); ++b) {
           for (int64_t k = 0; k < m; ++k) {
-            work.tiles[work.tile_index(b, m, k)] = widen(work.beside[b].y[k * each]);
+            work.beside[b].tile[k * work.rows_of_tile] = widen(work.beside[b].y[k * each]);
           }
         }
       });
@@ -260,15 +265,15 @@ Tensor step_of(const Tensor& x, const Tensor& y, const Tensor& phi, const Tensor
     W* const kept = residual != nullptr ? residual->mutable_data_ptr<W>() : nullptr;
     for_each_batch<W, const W>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
-      locate<const W, W>(ys, dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, m, first, blocks,
-                         work.beside);
+      locate<const W, W>(ys, dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, work, first,
+                         blocks);
       measure_all(work, phis, blocks, [&](int64_t b, int64_t k, W value) LORUN_INLINE {
         const auto& at = work.beside[b];
         const W* const measured = at.y + k * each;
         if (kept != nullptr) {
           kept[measured - ys] = value - *measured;
         }
-        work.tiles[work.tile_index(b, m, k)] = at.rho * (*measured - value);
+        at.tile[k * work.rows_of_tile] = at.rho * (*measured - value);
       });
       spread_all(work, work.block_slices(blocks), phis, m, grid.pixels(), true, work.packed);
       unpack<T>(work.packed, grid, first, blocks, z.mutable_data_ptr<T>());
@@ -304,7 +309,7 @@ Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
     for (int64_t first = 0; first < grid.blocks(); first += work.batch) {
       const int64_t blocks = std::min(work.batch, grid.blocks() - first);
       pack<T>(x, grid, first, blocks, work.packed);
-      locate<const W, W>(dense_y.const_data_ptr<W>(), nullptr, 0, grid, m, first, blocks, work.beside);
+      locate<const W, W>(dense_y.const_data_ptr<W>(), nullptr, 0, grid, work, first, blocks);
       parallel(m, blocks, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           for (int64_t b = 0; b < blocks; ++b) {

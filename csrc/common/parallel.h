@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace lorun {
@@ -43,6 +44,22 @@ void parallel_pairs(const Slices& outer, const Slices& inner, const F& f) {
     torch::stable::parallel_for(0, outer.count * inner.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         f(i / inner.count, i % inner.count);
+      }
+    });
+  }
+}
+
+// f(i) for i in [0, count), each taken by the next free thread: one that another program slows, or a slower core, takes
+// fewer instead of keeping the others waiting. For long pieces of arithmetic; where memory is what limits, a fixed
+// share keeps it in the same core's cache from call to call.
+template <class F>
+void parallel_turns(int64_t count, const F& f) {
+  const int64_t crew = std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::atomic<int64_t> next = 0;
+  if (crew > 0) {
+    torch::stable::parallel_for(0, crew, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < count; i = next++) {
+        f(i);
       }
     });
   }
