@@ -12,6 +12,7 @@ from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
 from lorun_fast.ops.lora_merge import lora_merge
 from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
+from lorun_fast.ops.packed_factor_gradients import packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
 from lorun_fast.ops.winograd_conv2d import winograd_conv2d, winograd_weight
 
@@ -32,6 +33,7 @@ __all__ = [
     "lora_merge",
     "packed_block",
     "packed_conv2d",
+    "packed_factor_gradients",
     "packed_weight",
     "packed_weight_gradient",
     "winograd_conv2d",

@@ -95,3 +95,32 @@ def test_formulas_get_the_arguments_and_the_context():
     torch.testing.assert_close(out.flatten(), phi @ x.detach().flatten())
     (got,) = torch.autograd.grad(out, x, grad)
     torch.testing.assert_close(got.flatten(), 7 * (phi.mT @ grad.flatten()) + 4)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_narrows_what_the_op_says(enabled):
+    """x to bf16, while weight and factors stay wide, and nothing is narrowed below."""
+    x, weight = torch.rand(2, 4, 5, 6, requires_grad=True), torch.rand(3, 4, 3, 3)
+    down, up = torch.rand(2, 4, 3, 3, requires_grad=True), torch.rand(3, 2, requires_grad=True)
+    rest = (None, None, 1.0, [1, 1], [1, 1], [1, 1], 1, "silu", False, [0, 0])
+
+    def run(conv):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = conv()
+            assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+            return [out, *torch.autograd.grad(out.sum(), (x, down, up))]
+
+    equal(
+        [
+            run(lambda: F.lora_conv2d(x, weight, None, down, up, padding=1, activation="silu")),
+            run(lambda: OPS.lora_conv2d(x, weight, None, down, up, *rest)),
+        ]
+    )
+
+
+def test_an_op_whose_result_is_a_list():
+    x, weight, down, up = (torch.rand(s) for s in ((1, 2, 4, 4), (3, 2, 1, 1), (1, 2, 1, 1), (3, 1)))
+    out = F.lora_conv2d(x.requires_grad_(), weight, None, down, up.requires_grad_())
+    found = torch.autograd.grad(out.sum(), (x, up), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_conv2d: expected one differentiation, got a second"):
+        found[0].sum().backward()

@@ -265,8 +265,7 @@ Tensor step_of(const Tensor& x, const Tensor& y, const Tensor& phi, const Tensor
     W* const kept = residual != nullptr ? residual->mutable_data_ptr<W>() : nullptr;
     for_each_batch<W, const W>(grid, m, [&](const auto& work, int64_t first, int64_t blocks) {
       pack<T>(x, grid, first, blocks, work.packed);
-      locate<const W, W>(ys, dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, work, first,
-                         blocks);
+      locate<const W, W>(ys, dense_rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, grid, work, first, blocks);
       measure_all(work, phis, blocks, [&](int64_t b, int64_t k, W value) LORUN_INLINE {
         const auto& at = work.beside[b];
         const W* const measured = at.y + k * each;

@@ -360,16 +360,7 @@ Tensor pack(Tensor weight, bool adjoint) {
     T* to = packed.mutable_data_ptr<T>();
     parallel(f.blocks() * kernel, steps * kTileValues, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / kernel, row = i % kernel;
-        T* tiles = to + i * steps * kTileValues;
-        for (int64_t k = 0; k < steps * kDepth; ++k) {
-          T* pair = tiles + k / 2 * (2 * kChannels) + k % 2;
-          const T* from = w + row * by_row + k / in * by_column + k % in * by_in + block * kChannels * by_out;
-          const int64_t count = k < kernel * in ? std::min(kChannels, out - block * kChannels) : 0;
-          for (int64_t c = 0; c < kChannels; ++c) {
-            pair[2 * c] = c < count ? from[c * by_out] : T{};
-          }
-        }
+        pack_row(f, Strided<T>{w, by_out, by_in, by_row, by_column}, i, to + i * steps * kTileValues);
       }
     });
     return packed;

@@ -16,6 +16,7 @@
 // Bytes: x read and y written once (twice and once more with a residual); products: N H W out kernel K.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/tensor.h"
@@ -51,6 +52,28 @@ struct Filter {
     return (length + 2 * padding - kernel) / stride + 1;
   }
 };
+
+// A weight (out, in, kernel, kernel) as it lies in memory.
+template <class T>
+struct Strided {
+  const T* w;
+  int64_t by_out, by_in, by_row, by_column;
+};
+
+// Row `i` of (blocks, kernel rows) of the packed weight: f.steps() tiles.
+template <class T>
+void pack_row(const Filter<T>& f, const Strided<T>& weight, int64_t i, T* tiles) {
+  const int64_t block = i / f.kernel, row = i % f.kernel, first = block * kChannels;
+  for (int64_t k = 0; k < f.steps() * kDepth; ++k) {
+    T* pair = tiles + k / 2 * (2 * kChannels) + k % 2;
+    const T* from =
+        weight.w + row * weight.by_row + k / f.in * weight.by_column + k % f.in * weight.by_in + first * weight.by_out;
+    const int64_t count = k < f.kernel * f.in ? std::min(kChannels, f.out - first) : 0;
+    for (int64_t c = 0; c < kChannels; ++c) {
+      pair[2 * c] = c < count ? from[c * weight.by_out] : T{};
+    }
+  }
+}
 
 // Channels innermost: x (n, height, width, in); y and the residuals alike with the result's sizes.
 template <class T>

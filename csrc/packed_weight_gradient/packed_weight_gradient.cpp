@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "common/convert.h"
 #include "common/parallel.h"
@@ -48,32 +46,14 @@ void sum_rows(const Shape& s, const BFloat16* grad, const BFloat16* x, int64_t b
 
 void by_tiles(const Shape& s, const BFloat16* grad, const BFloat16* x, float* g) {
   const int64_t rows = s.n * s.grad_height(), parts = s.parts();
-  const std::unique_ptr<float[], void (*)(float*)> sums(
-      static_cast<float*>(::operator new(parts * s.sums() * sizeof(float), std::align_val_t{64})),
-      [](float* p) { ::operator delete(p, std::align_val_t{64}); });
+  const Sums sums(parts * s.sums());
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
     for (int64_t part = begin; part < end; ++part) {
-      sum_rows(s, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.get() + part * s.sums());
+      sum_rows(s, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.memory.get() + part * s.sums());
     }
   });
-  const int64_t taps = s.kernel * s.kernel;
-  parallel(s.out, s.in * taps * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t c = 0; c < s.in; ++c) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t row = tap / s.kernel, line = tap % s.kernel * s.out + o;
-          const int64_t tile = (row * s.left_blocks() + line / kLanes) * s.right_blocks() + c / kLanes;
-          const float* at = sums.get() + tile * kSums + line % kLanes * kLanes + c % kLanes;
-          float sum = 0;
-          for (int64_t part = 0; part < parts; ++part) {
-            sum += at[part * s.sums()];
-          }
-          g[(o * s.in + c) * taps + tap] = sum;
-        }
-      }
-    }
-  });
+  add_parts(s, sums.memory.get(), parts, s.sums(), g);
 }
 
 #endif

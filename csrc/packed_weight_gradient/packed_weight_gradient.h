@@ -17,6 +17,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
+
+#include "common/parallel.h"
 
 namespace lorun::packed_weight_gradient {
 
@@ -79,6 +83,36 @@ struct Shape {
     const int64_t fit = kPartBytes / std::max<int64_t>(sums() * static_cast<int64_t>(sizeof(float)), 1);
     return std::clamp<int64_t>(n * grad_height(), 1, std::clamp<int64_t>(fit, 1, kParts));
   }
+};
+
+// Sums of `parts` parts, `apart` values from one part's to the next's, added in order: g (out, in, kernel, kernel).
+inline void add_parts(const Shape& s, const float* sums, int64_t parts, int64_t apart, float* g) {
+  const int64_t taps = s.kernel * s.kernel;
+  parallel(s.out, s.in * taps * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t c = 0; c < s.in; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t row = tap / s.kernel, line = tap % s.kernel * s.out + o;
+          const int64_t tile = (row * s.left_blocks() + line / kLanes) * s.right_blocks() + c / kLanes;
+          const float* at = sums + tile * kSums + line % kLanes * kLanes + c % kLanes;
+          float sum = 0;
+          for (int64_t part = 0; part < parts; ++part) {
+            sum += at[part * apart];
+          }
+          g[(o * s.in + c) * taps + tap] = sum;
+        }
+      }
+    }
+  });
+}
+
+// Sums in one piece of memory, as the tiles want it.
+struct Sums {
+  std::unique_ptr<float[], void (*)(float*)> memory;
+
+  explicit Sums(int64_t count)
+      : memory(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})),
+               [](float* p) { ::operator delete(p, std::align_val_t{64}); }) {}
 };
 
 }  // namespace lorun::packed_weight_gradient

@@ -60,15 +60,45 @@ inline __mmask16 lanes_of(int64_t channels, int64_t block) {
 
 // A row of x, (width, channels), or zeros. right: where its first block's first step lies.
 LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* row, BFloat16* right) {
-  for (int64_t block = 0; block < s.right_blocks(); ++block) {
-    const __mmask16 lanes = lanes_of(s.in, block);
-    BFloat16* to = right + block * s.right_block();
-    if (row == nullptr) {
-      std::fill_n(to, s.steps() * kTileValues, BFloat16{});
-      continue;
+  const int64_t apart = s.right_block(), blocks = s.right_blocks();
+  if (row == nullptr) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      std::fill_n(right + block * apart, s.steps() * kTileValues, BFloat16{});
     }
-    for (int64_t w = 0; w < s.steps() * kDepth; w += 2, to += 2 * kLanes) {
-      _mm512_store_si512(to, pair_of(row + block * kLanes, w, s.width, s.in, lanes));
+    return;
+  }
+  // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: the
+  // row is read once, from end to end.
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t w = 0; w < s.steps() * kDepth; w += 2, row += 2 * s.in, right += 2 * kLanes) {
+    const bool first = w < s.width, second = w + 1 < s.width;
+    for (int64_t block = 0; block < blocks; block += 2) {
+      const __mmask32 lanes = (uint64_t{1} << std::min<int64_t>(s.in - block * kLanes, 32)) - 1;
+      const BFloat16* at = row + block * kLanes;
+      const __m512i a = _mm512_maskz_loadu_epi16(first ? lanes : __mmask32{0}, at);
+      const __m512i b = _mm512_maskz_loadu_epi16(second ? lanes : __mmask32{0}, at + s.in);
+      _mm512_store_si512(right + block * apart, _mm512_permutex2var_epi16(a, low, b));
+      if (block + 1 < blocks) {
+        _mm512_store_si512(right + (block + 1) * apart, _mm512_permutex2var_epi16(a, high, b));
+      }
+    }
+  }
+}
+
+// Lines of Shape::line() values, `count` channels of the gradient from `channel` on whose pixels begin at place
+// s.kernel, shifted for each column of the kernel. left: where its first block's first step lies.
+LORUN_TARGET_AMX inline void shift_lines(const Shape& s, int64_t channel, int64_t count, const BFloat16* lines,
+                                         BFloat16* left) {
+  for (int64_t column = 0; column < s.kernel; ++column) {
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t line = column * s.out + channel + c;
+      const BFloat16* from = lines + c * s.line() + s.kernel + s.padding - column;
+      BFloat16* to = left + line / kLanes * s.left_block() + line % kLanes * kDepth;
+      for (int64_t step = 0; step < s.steps(); ++step) {
+        _mm512_store_si512(to + step * kTileValues, _mm512_loadu_si512(from + step * kDepth));
+      }
     }
   }
 }
@@ -90,16 +120,7 @@ LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* row, B
         _mm512_storeu_si512(lines + c * pitch + s.kernel + step * kDepth, a[c]);
       }
     }
-    for (int64_t column = 0; column < s.kernel; ++column) {
-      for (int64_t c = 0; c < count; ++c) {
-        const int64_t line = column * s.out + channel + c;
-        const BFloat16* from = lines + c * pitch + s.kernel + s.padding - column;
-        BFloat16* to = left + line / kLanes * s.left_block() + line % kLanes * kDepth;
-        for (int64_t step = 0; step < s.steps(); ++step) {
-          _mm512_store_si512(to + step * kTileValues, _mm512_loadu_si512(from + step * kDepth));
-        }
-      }
-    }
+    shift_lines(s, channel, count, lines, left);
   }
 }
 

@@ -3,8 +3,8 @@
 torch.library.register_autograd registers a Python function for the dispatcher's autograd key: every call then leaves
 C++ for Python and comes back, also when nothing needs a gradient, and building a graph binds arguments by name. That
 is most of what a small op costs. So a call from here decides in Python: below autograd if nothing needs a gradient,
-else through a torch.autograd.Function with the same formulas. Tracing, function transforms and autocast take the
-registered op as it is.
+else through a torch.autograd.Function with the same formulas. Autocast, too, narrows here what the op says and is
+off below. Tracing and function transforms take the registered op as it is.
 """
 
 from __future__ import annotations
@@ -17,29 +17,44 @@ from torch import Tensor
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
+_without_autocast = torch._C._DisableAutocast
 
 
-def direct_call(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``."""
+def direct_call(
+    op: Callable, backward: Callable, setup_context: Callable, autocast: Callable | None = None
+) -> Callable:
+    """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``.
+
+    autocast: as for :func:`lorun_fast.ops._library.define`.
+    """
 
     def forward(ctx, *args):
         with _below_autograd():
             output = op(*args)
         setup_context(ctx, args, output)
-        return output
+        return tuple(output) if isinstance(output, list) else output
 
     name = op._schema.name.split("::")[1]
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     apply = type(name, (torch.autograd.Function,), methods).apply
 
-    def call(*args):
-        if torch.compiler.is_compiling() or _transforms_active() or _autocast_active():
-            return op(*args)
+    def run(*args):
         if torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return apply(*args)
         with _below_autograd():
             return op(*args)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _transforms_active():
+            return op(*args)
+        if not _autocast_active():
+            return run(*args)
+        device = args[0].device.type
+        if autocast is not None and torch.is_autocast_enabled(device):
+            args = autocast(torch.get_autocast_dtype(device), *args)
+        with _without_autocast():
+            return run(*args)
 
     return call

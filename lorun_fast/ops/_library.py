@@ -37,7 +37,7 @@ def define(
     backward, setup_context: as for ``torch.library.register_autograd``.
     autocast: autocast(dtype, *args) -> args, how autocast to that dtype changes the arguments; unchanged without it.
     direct: return a callable instead that reaches the same implementations sooner in eager mode (see ops/_direct.py).
-        For ops that return a tensor or a tuple of them.
+        For ops that return a tensor, or a tuple or list of them.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,7 +50,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return direct_call(op, backward, setup_context) if direct else op
+    return direct_call(op, backward, setup_context, autocast) if direct else op
 
 
 def _outside_autocast(op: Callable, device: str, autocast: Callable | None) -> Callable:

@@ -146,12 +146,15 @@ def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
 class Way:
     """What the backward pass is made of: conv(x, weight), and its gradients for x and for the weight.
 
-    Each takes the geometry of aten.convolution; the gradients get the result's gradient first.
+    Each takes the geometry of aten.convolution; the gradients get the result's gradient first. factor_gradients: those
+    of down and up in one pass, (grad, x, down, up, geometry) in x's dtype; None, the function or its result: from the
+    other three.
     """
 
     convolution: Callable[[Tensor, Tensor, tuple], Tensor] = _convolution
     image_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = image_gradient
     weight_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = weight_gradient
+    factor_gradients: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
 
 _POINTWISE = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
@@ -179,12 +182,17 @@ def _conv2d_backward_one(
     if low_rank:
         # conv(x, dW) = up applied to t = conv(x, down): r channels stand for out of them.
         narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
-        if mask[3]:
+        both = None
+        if mask[3] and mask[4] and way.factor_gradients is not None:
+            both = way.factor_gradients(grad, x, narrow_down, narrow_up, geometry)
+        if both is not None:
+            found[3], found[4] = (scale * g.to(t.dtype) for g, t in zip(both, (down, up), strict=True))
+        elif mask[3]:
             s = aten.convolution(grad, narrow_up.mT.contiguous()[:, :, None, None], None, *_POINTWISE)
             grad_down = way.weight_gradient(s, x, narrow_down, geometry)
             found[3] = scale * grad_down.to(down.dtype)
             del s
-        if mask[4]:
+        if both is None and mask[4]:
             t = way.convolution(x, narrow_down, geometry)
             found[4] = scale * _over_pixels(grad, t).to(up.dtype)
             del t

@@ -15,6 +15,7 @@ from lorun_fast.ops import _lora_aten
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_conv2d, packed_weight
+from lorun_fast.ops.packed_factor_gradients import MAX_RANK, packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
 
 _INSIDE = (None, "relu")
@@ -74,6 +75,13 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -
     return packed_weight_gradient(grad, x, kernel=weight.shape[2], padding=padding)
 
 
+def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometry: tuple):
+    stride, padding = geometry[0][0], geometry[1][0]
+    if stride != 1 or down.shape[0] > MAX_RANK:
+        return None
+    return packed_factor_gradients(grad, x, down, up, padding=padding)
+
+
 def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     stride, padding = geometry[0][0], geometry[1][0]
     around = weight.shape[2] - 1 - padding
@@ -98,7 +106,7 @@ register(
         partial(
             _lora_aten.conv2d_backward,
             forward=conv2d,
-            way=_lora_aten.Way(_convolution, _image_gradient, _weight_gradient),
+            way=_lora_aten.Way(_convolution, _image_gradient, _weight_gradient, _factor_gradients),
         ),
         missing=missing,
         supports=supports,

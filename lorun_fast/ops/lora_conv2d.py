@@ -130,6 +130,7 @@ _conv = define(
     backward=_backward,
     setup_context=_setup,
     autocast=under_autocast,
+    direct=True,
 )
 _conv_backward = define(
     "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
@@ -137,6 +138,7 @@ _conv_backward = define(
     reference=_backward_op,
     fake=_fake_backward,
     **once("lora_conv2d"),
+    direct=True,
 )
 
 

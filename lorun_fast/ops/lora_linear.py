@@ -75,6 +75,7 @@ _linear = define(
     backward=_backward,
     setup_context=_setup,
     autocast=under_autocast,
+    direct=True,
 )
 _linear_backward = define(
     "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
@@ -82,6 +83,7 @@ _linear_backward = define(
     reference=_backward_op,
     fake=_fake_backward,
     **once("lora_linear"),
+    direct=True,
 )
 
 

@@ -1,0 +1,132 @@
+// Both gradients by AMX (packed_factor_gradients.h).
+#pragma once
+
+#include "common/amx.h"
+
+#ifdef LORUN_AMX
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "packed_factor_gradients/packed_factor_gradients.h"
+#include "packed_weight_gradient/tiles.h"
+
+namespace lorun::packed_factor_gradients {
+
+using packed_weight_gradient::kDepth;
+using packed_weight_gradient::kLanes;
+using packed_weight_gradient::kTileValues;
+
+constexpr int64_t kMaxRank = kLanes;
+
+// Where the rows of the kernel lie under each of four tiles of 16 results; null: a row of zeros, under all four.
+struct Under {
+  const BFloat16* rows[packed_conv2d::kMaxKernel][4];
+};
+
+// sums (16 * Tiles pixels, 16) of a convolution to at most 16 channels.
+template <int Tiles>
+LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under& under, float* sums) {
+  const int64_t values = f.steps() * kDepth, pitch = 2 * f.in;
+  const BFloat16* weight = f.w;
+  tile_fence();
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t row = 0; row < f.kernel; ++row, weight += values * kLanes) {
+    const auto& x = under.rows[row];
+    for (int64_t j = 0; x[0] != nullptr && j < values; j += kDepth) {
+      tile_load<6>(weight + j * kLanes, 64);
+      tile_load<4>(x[0] + j, pitch);
+      tile_multiply_add<0, 4, 6>();
+      if constexpr (Tiles >= 2) {
+        tile_load<5>(x[1] + j, pitch);
+        tile_multiply_add<1, 5, 6>();
+      }
+      if constexpr (Tiles >= 3) {
+        tile_load<4>(x[2] + j, pitch);
+        tile_multiply_add<2, 4, 6>();
+      }
+      if constexpr (Tiles >= 4) {
+        tile_load<5>(x[3] + j, pitch);
+        tile_multiply_add<3, 5, 6>();
+      }
+    }
+  }
+  constexpr int64_t kSums = kLanes * kLanes;
+  tile_store<0>(sums, 64);
+  if constexpr (Tiles >= 2) {
+    tile_store<1>(sums + kSums, 64);
+  }
+  if constexpr (Tiles >= 3) {
+    tile_store<2>(sums + 2 * kSums, 64);
+  }
+  if constexpr (Tiles >= 4) {
+    tile_store<3>(sums + 3 * kSums, 64);
+  }
+}
+
+// Values that a tile of 16 results reads from a row.
+inline int64_t tile_room(const Filter<BFloat16>& f) {
+  return (kLanes - 1) * f.in + f.steps() * kDepth;
+}
+
+// Row h of a convolution of image (height, width, f.in), stride 1, to at most 16 channels: sums (result's width rounded
+// up to 16, 16). edge: work space of 4 * f.kernel * tile_room(f) values, for tiles that would leave the row.
+inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t height, int64_t width, int64_t h,
+                       BFloat16* edge, float* sums) {
+  const int64_t results = f.result(width), room = tile_room(f);
+  Under under;
+  for (int64_t first = 0; first < results; first += 4 * kLanes) {
+    const int64_t tiles = std::min<int64_t>((results - first + kLanes - 1) / kLanes, 4);
+    for (int64_t row = 0; row < f.kernel; ++row) {
+      const int64_t from = h - f.padding + row;
+      const BFloat16* line = from >= 0 && from < height ? image + from * width * f.in : nullptr;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t begin = (first + tile * kLanes - f.padding) * f.in, end = begin + room;
+        if (line == nullptr || (begin >= 0 && end <= width * f.in)) {
+          under.rows[row][tile] = line == nullptr ? nullptr : line + begin;
+          continue;
+        }
+        BFloat16* to = edge + (row * 4 + tile) * room;
+        const int64_t filled = std::max<int64_t>(begin, 0), last = std::max(std::min(end, width * f.in), filled);
+        std::fill_n(to, room, BFloat16{});
+        std::copy(line + filled, line + last, to + filled - begin);
+        under.rows[row][tile] = to;
+      }
+    }
+    float* to = sums + first * kLanes;
+    if (tiles > 2) {
+      tiles == 4 ? narrow_tiles<4>(f, under, to) : narrow_tiles<3>(f, under, to);
+    } else {
+      tiles == 2 ? narrow_tiles<2>(f, under, to) : narrow_tiles<1>(f, under, to);
+    }
+  }
+}
+
+// The first `count` channels of sums (width, 16), rounded, a line of pixels each: line c's step s at
+// to + c * by_line + s * by_step, with zeros after the last pixel.
+LORUN_TARGET_AMX inline void lines_of(const float* sums, int64_t width, int64_t count, BFloat16* to, int64_t by_line,
+                                      int64_t by_step) {
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t first = 0; first < width; first += kDepth, to += by_step) {
+    __m512i a[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t p = first + 2 * i;
+      const __m512 one = p < width ? _mm512_load_ps(sums + p * kLanes) : _mm512_setzero_ps();
+      const __m512 two = p + 1 < width ? _mm512_load_ps(sums + (p + 1) * kLanes) : _mm512_setzero_ps();
+      a[i] = _mm512_permutexvar_epi16(pairs, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(two, one)));
+    }
+    packed_weight_gradient::transpose(a);
+    for (int64_t c = 0; c < count; ++c) {
+      _mm512_storeu_si512(to + c * by_line, a[c]);
+    }
+  }
+}
+
+}  // namespace lorun::packed_factor_gradients
+
+#endif
