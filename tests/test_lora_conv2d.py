@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import lora_help
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,14 +42,8 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def problem(form="peft", n=5, in_=4, out=6, k=3, rank=2, stages: int | None = K, dtype=torch.float64, groups=1) -> dict:
-    down, up = adapters.factor_shapes((out, in_ // groups, k, k), rank, form, groups=groups)
-    lead = () if stages is None else (stages,)
-    shapes = {
-        "x": (n, in_, 7, 6), "weight": (out, in_ // groups, k, k), "bias": (out,), "down": (*lead, *down),
-        "up": (*lead, *up),
-    }  # fmt: skip
-    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+def problem(form="peft", n=5, in_=4, out=6, k=3, stages: int | None = K, **rest) -> dict:
+    return lora_help.problem(form, n=n, in_=in_, out=out, kernel=k, stages=stages, **rest)
 
 
 def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, residual=None, **geometry):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import lora_help
 import pytest
 import torch
+from lora_help import call_of, channels_last, why_not
 from torch import nn
 
 import lorun_fast as lf
@@ -23,22 +25,8 @@ def anywhere(monkeypatch):
     monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", replace(backend, missing=lambda: None))
 
 
-def problem(form="loralib", stages=None, in_=8, out=16, kernel=3, size=(7, 6)) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    down, up = adapters.factor_shapes((out, in_, kernel, kernel), 2, form)
-    lead = () if stages is None else (stages,)
-    shapes = {
-        "x": (4, in_, *size),
-        "weight": (out, in_, kernel, kernel),
-        "bias": (out,),
-        "down": (*lead, *down),
-        "up": (*lead, *up),
-    }
-    p = {
-        name: torch.randn(shape, generator=generator) / (5 if name == "weight" else 1) for name, shape in shapes.items()
-    }
-    p["x"] = p["x"].bfloat16().contiguous(memory_format=torch.channels_last)
-    return p
+def problem(form="loralib", **sizes) -> dict:
+    return channels_last(lora_help.problem(form, dtype=torch.float32, **sizes), torch.bfloat16)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
@@ -46,7 +34,7 @@ def problem(form="loralib", stages=None, in_=8, out=16, kernel=3, size=(7, 6)) -
 @pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
 @pytest.mark.parametrize("added", [False, True])
 def test_results_and_gradients_are_those_of_the_definition(monkeypatch, anywhere, activation, form, stage, added):
-    p = problem(form, None if stage is None else K)
+    p = problem(form, stages=None if stage is None else K)
     generator = torch.Generator().manual_seed(1)
     if added:
         p["residual"] = torch.randn(4, 16, 7, 6, generator=generator).bfloat16()
@@ -112,12 +100,7 @@ def test_other_kernels_and_strides(monkeypatch, anywhere, form, kernel, settings
 def test_what_it_serves(change, reason):
     layout, dtype = change.pop("layout", torch.channels_last), change.pop("dtype", torch.bfloat16)
     x = torch.zeros(1, 8, 5, 5, dtype=dtype).contiguous(memory_format=layout)
-    weight = torch.zeros(change.pop("weight", (16, 8, 3, 3)))
-    arguments = {
-        "scale": 1.0, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": None,
-        "transposed": False, "output_padding": [0, 0],
-    } | change  # fmt: skip
-    found = backend.supports(x, weight, None, None, None, None, None, *arguments.values())
+    found = why_not(backend, x, torch.zeros(change.pop("weight", (16, 8, 3, 3))), **change)
     assert found is None if reason is None else reason in found
 
 
@@ -126,7 +109,7 @@ def test_it_serves_where_there_are_tiles(monkeypatch, amx):
     monkeypatch.setattr(_native, "available", lambda: True)
     monkeypatch.setattr(_native, "build_info", lambda: {"amx": amx})
     p = problem()
-    args = (*p.values(), None, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+    args = call_of(p)
     assert _backends.choose("lora_conv2d", "cpu", args).name == ("packed" if amx else "aten")
     args = (p["x"].float(), *args[1:])
     assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"

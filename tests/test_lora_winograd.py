@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lora_help
 import pytest
 import torch
+from lora_help import call_of, channels_last, why_not
 from torch import nn
 
 import lorun_fast as lf
@@ -20,19 +22,8 @@ def asked_for(monkeypatch):
     monkeypatch.setattr(_native, "WISH", "winograd")
 
 
-def problem(form="loralib", stages=None, dtype=torch.float64, in_=8, out=16) -> dict:
-    down, up = adapters.factor_shapes((out, in_, 3, 3), 2, form)
-    lead = () if stages is None else (stages,)
-    shapes = {
-        "x": (4, in_, 7, 6),
-        "weight": (out, in_, 3, 3),
-        "bias": (out,),
-        "down": (*lead, *down),
-        "up": (*lead, *up),
-    }
-    p = {name: torch.randn(shape, dtype=dtype) / (5 if name == "weight" else 1) for name, shape in shapes.items()}
-    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
-    return p
+def problem(form="loralib", **sizes) -> dict:
+    return channels_last(lora_help.problem(form, **sizes))
 
 
 @pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
@@ -41,7 +32,7 @@ def problem(form="loralib", stages=None, dtype=torch.float64, in_=8, out=16) -> 
 @pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
 @pytest.mark.parametrize("added", [False, True])
 def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activation, form, stage, added):
-    p = problem(form, None if stage is None else K)
+    p = problem(form, stages=None if stage is None else K)
     if added:
         p["residual"] = torch.randn(4, 16, 7, 6, dtype=torch.float64)
     calls, found = [], {}
@@ -83,18 +74,12 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activati
 def test_what_it_serves(change, reason):
     layout, dtype = change.pop("layout", torch.channels_last), change.pop("dtype", torch.float32)
     x = torch.zeros(1, 8, 5, 5, dtype=dtype).contiguous(memory_format=layout)
-    weight = torch.zeros(change.pop("weight", (16, 8, 3, 3)))
-    arguments = {
-        "scale": 1.0, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": None,
-        "transposed": False, "output_padding": [0, 0],
-    } | change  # fmt: skip
-    found = backend.supports(x, weight, None, None, None, None, None, *arguments.values())
+    found = why_not(backend, x, torch.zeros(change.pop("weight", (16, 8, 3, 3))), **change)
     assert found is None if reason is None else reason in found
 
 
 def test_it_serves_only_when_asked_for(monkeypatch):
-    p = problem(dtype=torch.float32)
-    args = (*p.values(), None, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+    args = call_of(problem(dtype=torch.float32))
     assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
     assert "winograd: a fresh network would equal the tied one to rounding only" in served["reason"]

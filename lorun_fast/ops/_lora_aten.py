@@ -83,6 +83,24 @@ def conv2d(
     return finish(y, activation, residual)
 
 
+def conv2d_by(convolve: Callable, x, weight, down, up, stage, residual, scale, activation):
+    """The forward pass by an op that adds the bias, and applies ReLU and the residual before it rounds.
+
+    convolve: takes samples and their merged weight, in x's dtype, and where the op is to finish the result activation
+        and residual by name.
+    """
+
+    def one(samples: Tensor, k: int | None, **finishing) -> Tensor:
+        d, u = (down, up) if k is None else (down[k], up[k])
+        return convolve(samples, merge(weight, d, u, scale, False, x.dtype), **finishing)
+
+    if stage is None and activation in (None, "relu"):
+        residual = None if residual is None else residual.to(x.dtype)
+        return one(x, None, activation=activation, residual=residual)
+    y = one(x, None) if stage is None else by_stage(x, stage, one)
+    return finish(y, activation, residual)
+
+
 # Channels innermost, fp32, on a CPU with AVX2: oneDNN's weight gradient takes 2 to 4 times that of these products on
 # images of this many values and more (32 and 64 channels at 96 and 256 pixels a side), and about half on smaller ones.
 # With AVX-512 it takes half on all of them, and as long with few channels on one side.

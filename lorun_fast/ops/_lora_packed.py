@@ -18,7 +18,6 @@ from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_conv2d, packed_weigh
 from lorun_fast.ops.packed_factor_gradients import MAX_RANK, packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
 
-_INSIDE = (None, "relu")
 _NARROW = 16
 
 
@@ -46,19 +45,10 @@ def conv2d(
     bias = None if bias is None else bias.float()
     geometry = {"out": weight.shape[0], "kernel": weight.shape[2], "stride": stride[0], "padding": padding[0]}
 
-    def tiles(k: int | None) -> Tensor:
-        d, u = (down, up) if k is None else (down[k], up[k])
-        return packed_weight(_lora_aten.merge(weight, d, u, scale, False, x.dtype))
+    def convolve(samples: Tensor, merged: Tensor, **finishing) -> Tensor:
+        return packed_conv2d(samples, packed_weight(merged), bias, **geometry, **finishing)
 
-    if stage is None and activation in _INSIDE:
-        residual = None if residual is None else residual.to(x.dtype)
-        return packed_conv2d(x, tiles(None), bias, activation=activation, residual=residual, **geometry)
-
-    def one(samples: Tensor, k: int | None) -> Tensor:
-        return packed_conv2d(samples, tiles(k), bias, **geometry)
-
-    y = one(x, None) if stage is None else _lora_aten.by_stage(x, stage, one)
-    return _lora_aten.finish(y, activation, residual)
+    return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
 def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:

@@ -16,8 +16,6 @@ from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.winograd_conv2d import CHANNELS, DTYPES, winograd_conv2d, winograd_weight
 
-_INSIDE = (None, "relu")
-
 
 def supports(
     x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
@@ -40,19 +38,10 @@ def conv2d(
 ):  # fmt: skip
     bias = None if bias is None else bias.to(x.dtype)
 
-    def points(k: int | None) -> Tensor:
-        d, u = (down, up) if k is None else (down[k], up[k])
-        return winograd_weight(_lora_aten.merge(weight, d, u, scale, False, x.dtype))
+    def convolve(samples: Tensor, merged: Tensor, **finishing) -> Tensor:
+        return winograd_conv2d(samples, winograd_weight(merged), bias, **finishing)
 
-    if stage is None and activation in _INSIDE:
-        residual = None if residual is None else residual.to(x.dtype)
-        return winograd_conv2d(x, points(None), bias, activation=activation, residual=residual)
-
-    def one(samples: Tensor, k: int | None) -> Tensor:
-        return winograd_conv2d(samples, points(k), bias)
-
-    y = one(x, None) if stage is None else _lora_aten.by_stage(x, stage, one)
-    return _lora_aten.finish(y, activation, residual)
+    return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
 def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
