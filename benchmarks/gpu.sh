@@ -2,9 +2,10 @@
 # Build, test and benchmark on one machine without network, in ten minutes: make gpu, or
 #   bash benchmarks/gpu.sh [--device cuda|cpu] [--fresh] [--tune] [FOLDER]
 #
-# FOLDER (default benchmarks/results) receives summary.txt, a log per part, and the CSV rows. A part that fails
-# or runs out of time is recorded and the next one starts. A second run repeats only what did not succeed on
-# the same sources; --fresh repeats everything. --device cpu runs the same steps on a CPU with tiny sizes.
+# FOLDER (default benchmarks/results) receives summary.txt, a log per part, and the CSV rows, and after every part
+# results.tar.gz with all of these: one file to fetch. A part that fails or runs out of time is recorded and the next
+# one starts. A second run repeats only what did not succeed on the same sources; --fresh repeats everything.
+# --device cpu runs the same steps on a CPU with tiny sizes.
 # --tune searches kernel tiles too, with what time is left at the end, into FOLDER/lorun-kernels.json; nothing reads
 # that file unless LORUN_KERNELS_CONFIGS names it (docs/kernels-tuning.md).
 # PYTHON names the interpreter (default: .venv/bin/python, else python3); TOTAL the seconds for everything.
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
         --device) device=${2:-}; shift 2 || { echo "$usage" >&2; exit 2; } ;;
         --fresh) fresh=1; shift ;;
         --tune) tune=1; shift ;;
-        -h | --help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
+        -h | --help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
         -*) echo "$usage" >&2; exit 2 ;;
         *) out=$1; shift ;;
     esac
@@ -48,7 +49,14 @@ stamp="$device $(sources)"
 
 failed=0
 summary=$out/summary.txt
-record() { printf '%-10s %-22s %5ss  %s\n' "$1" "$2" "$3" "$4" | tee -a "$summary"; }
+record() { printf '%-10s %-22s %5ss  %s\n' "$1" "$2" "$3" "$4" | tee -a "$summary"; bundle; }
+
+# Kept up to date, so that it is there also when the machine is taken away before the end.
+bundle() (
+    cd "$out" || exit
+    shopt -s nullglob
+    tar -czf results.tmp summary.txt ./*.log ./*.csv ./*.json && mv results.tmp results.tar.gz
+)
 
 # part NAME SECONDS COMMAND...: runs it under a time limit, its output in NAME.log, its end in the summary.
 part() {

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -629,11 +630,16 @@ def test_gpu_script_runs_every_part_and_a_second_run_repeats_none(gpu_sh, tmp_pa
     assert (tmp_path / "out" / "summary.txt").read_text().count("total") == 3
 
 
-def test_gpu_script_goes_on_after_failures_and_repeats_only_those(gpu_sh):
+def test_gpu_script_goes_on_after_failures_and_repeats_only_those(gpu_sh, tmp_path):
     first = gpu_sh("--device", "cpu", FAIL="-m pytest")
     assert first.status == 1
     assert first.parts["tests"] == "failed, status 3" and first.parts["network"] == "ok"
     assert "tests.log: as asked" in first.text
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as bundle:
+        held = {Path(name).name for name in bundle.getnames()}
+        summary = bundle.extractfile("summary.txt").read().decode()
+    assert held == {"summary.txt", *(f"{name}.log" for name in PARTS[:-1])}
+    assert re.search("tests +failed, status 3", summary) and re.search("total +with failures", summary)
     second = gpu_sh("--device", "cpu")
     assert second.status == 0 and second.parts["tests"] == "ok" and second.parts["ops"] == "done before"
     assert second.calls.count("\n") == 1
