@@ -19,27 +19,38 @@ namespace {
 
 struct Slot;
 
+// Work space of a thread.
+struct Space {
+  BFloat16 *left, *right, *lines;
+
+  explicit Space(const Shape& s) {
+    const int64_t left_values = s.left_blocks() * s.left_block(), right_values = s.right_blocks() * s.right_block();
+    const int64_t line_values = kLanes * s.line();
+    left = static_cast<BFloat16*>(scratch<Slot>((left_values + line_values + right_values) * sizeof(BFloat16)));
+    lines = left + left_values;
+    right = lines + line_values;
+    // What lies around the lines, and those of the last block that no channel fills.
+    std::fill_n(s.fills_blocks() ? lines : lines - s.left_block(), right - lines + (s.fills_blocks() ? 0 : s.left_block()),
+                BFloat16{});
+  }
+};
+
 // Rows [begin, end) of all images' gradients, into the sums of their part.
-void sum_rows(const Shape& s, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end, float* sums) {
+void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end,
+              float* sums) {
   const int64_t height = s.grad_height(), row_values = s.steps() * kTileValues;
-  const int64_t left_values = s.left_blocks() * s.left_block(), right_values = s.right_blocks() * s.right_block();
-  BFloat16* left =
-      static_cast<BFloat16*>(scratch<Slot>((left_values + right_values + kLanes * s.line()) * sizeof(BFloat16)));
-  BFloat16 *right = left + left_values, *lines = right + right_values;
   std::fill_n(sums, s.sums(), 0.0f);
-  std::fill_n(lines, kLanes * s.line(), BFloat16{});
-  std::fill_n(left, left_values, BFloat16{});  // the lines of the last block that no channel fills
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
     for (int64_t j = 0; j < count; ++j) {
-      lay_out_left(s, grad + (i + j) * s.grad_width() * s.out, left + j * row_values, lines);
+      lay_out_left(s, grad + (i + j) * s.grad_width() * s.out, space.left + j * row_values, space.lines);
     }
     for (int64_t j = 0; j < count + s.kernel - 1; ++j) {
       const int64_t row = top - s.padding + j;
       const bool inside = row >= 0 && row < s.height;
-      lay_out_right(s, inside ? x + (n * s.height + row) * s.width * s.in : nullptr, right + j * row_values);
+      lay_out_right(s, inside ? x + (n * s.height + row) * s.width * s.in : nullptr, space.right + j * row_values);
     }
-    multiply_all(s, left, right, count, sums);
+    multiply_all(s, space.left, space.right, count, sums);
     i += count;
   }
 }
@@ -49,8 +60,10 @@ void by_tiles(const Shape& s, const BFloat16* grad, const BFloat16* x, float* g)
   const Sums sums(parts * s.sums());
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
+    const Space space(s);
     for (int64_t part = begin; part < end; ++part) {
-      sum_rows(s, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.memory.get() + part * s.sums());
+      float* to = sums.memory.get() + part * s.sums();
+      sum_rows(s, space, grad, x, part * rows / parts, (part + 1) * rows / parts, to);
     }
   });
   add_parts(s, sums.memory.get(), parts, s.sums(), g);

@@ -28,7 +28,8 @@ constexpr int64_t kLanes = 16, kDepth = 32;  // channels of a tile, pixels of a 
 constexpr int64_t kTileValues = kLanes * kDepth, kSums = kLanes * kLanes;
 constexpr int64_t kSteps = 16;           // that are multiplied together, from the first-level cache
 constexpr int64_t kLaidOut = 640 << 10;  // bytes: both sides stay in the second-level cache
-constexpr int64_t kParts = 16, kPartBytes = 16 << 20;
+// Parts of the rows with sums of their own: at most so many, of so many steps at least, and so much memory.
+constexpr int64_t kParts = 16, kPartSteps = 32, kPartBytes = 16 << 20;
 
 struct Shape {
   int64_t n, out, in, height, width, kernel, padding;  // height, width: of x
@@ -52,6 +53,10 @@ struct Shape {
 
   int64_t left_blocks() const {
     return (kernel * out + kLanes - 1) / kLanes;
+  }
+
+  bool fills_blocks() const {
+    return kernel * out % kLanes == 0;
   }
 
   int64_t right_blocks() const {
@@ -81,25 +86,30 @@ struct Shape {
 
   int64_t parts() const {
     const int64_t fit = kPartBytes / std::max<int64_t>(sums() * static_cast<int64_t>(sizeof(float)), 1);
-    return std::clamp<int64_t>(n * grad_height(), 1, std::clamp<int64_t>(fit, 1, kParts));
+    const int64_t worth = n * grad_height() * steps() / kPartSteps;
+    return std::clamp<int64_t>(std::min(fit, worth), 1, kParts);
   }
 };
 
-// Sums of `parts` parts, `apart` values from one part's to the next's, added in order: g (out, in, kernel, kernel).
-inline void add_parts(const Shape& s, const float* sums, int64_t parts, int64_t apart, float* g) {
+// Sums of `parts` parts, `apart` values from one part's to the next's, added in order onto the first: g (out, in,
+// kernel, kernel).
+inline void add_parts(const Shape& s, float* sums, int64_t parts, int64_t apart, float* g) {
+  parallel(s.sums() / kSums, parts * kSums, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = begin * kSums; i < end * kSums; ++i) {
+        sums[i] += sums[part * apart + i];
+      }
+    }
+  });
   const int64_t taps = s.kernel * s.kernel;
-  parallel(s.out, s.in * taps * parts, [&](int64_t begin, int64_t end) {
+  parallel(s.out, s.in * taps, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
-      for (int64_t c = 0; c < s.in; ++c) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t row = tap / s.kernel, line = tap % s.kernel * s.out + o;
-          const int64_t tile = (row * s.left_blocks() + line / kLanes) * s.right_blocks() + c / kLanes;
-          const float* at = sums + tile * kSums + line % kLanes * kLanes + c % kLanes;
-          float sum = 0;
-          for (int64_t part = 0; part < parts; ++part) {
-            sum += at[part * apart];
-          }
-          g[(o * s.in + c) * taps + tap] = sum;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t line = tap % s.kernel * s.out + o;
+        const int64_t tiles = (tap / s.kernel * s.left_blocks() + line / kLanes) * s.right_blocks();
+        const float* from = sums + tiles * kSums + line % kLanes * kLanes;
+        for (int64_t c = 0; c < s.in; ++c) {
+          g[(o * s.in + c) * taps + tap] = from[c / kLanes * kSums + c % kLanes];
         }
       }
     }
