@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 #include <tuple>
 
 #include "common/convert.h"
@@ -25,6 +27,8 @@ struct Factors {
 #ifdef LORUN_AMX
 
 using packed_weight_gradient::add_parts;
+using packed_weight_gradient::end_right;
+using packed_weight_gradient::GradientLines;
 using packed_weight_gradient::lay_out_right;
 using packed_weight_gradient::multiply_all;
 using packed_weight_gradient::Sums;
@@ -55,25 +59,29 @@ struct Filters {
 // Work space of a thread.
 struct Space {
   int64_t together;
-  BFloat16 *down_left, *up_left, *lines, *down_right, *up_right, *edge;
+  BFloat16 *down_left, *up_left, *down_lines, *up_lines, *down_right, *up_right, *edge;
   float* narrow;  // sums of a row of s or t
 
   Space(const Shape& down, const Shape& up, const Filters& f) : together(std::min(down.rows(), up.rows())) {
     const int64_t edge_values = std::max(4 * f.down.kernel * tile_room(f.down), 4 * tile_room(f.up));
-    const int64_t edge_room = (edge_values + kDepth - 1) / kDepth * kDepth;
+    const int64_t sizes[] = {down.left_blocks() * down.left_block(),
+                             up.left_blocks() * up.left_block(),
+                             kLanes * down.line(),
+                             kLanes * up.line(),
+                             down.right_blocks() * down.right_block(),
+                             up.right_blocks() * up.right_block(),
+                             (edge_values + kDepth - 1) / kDepth * kDepth};
     const int64_t narrow_room = (up.width + kDepth) / kDepth * kDepth * kLanes;
-    const int64_t left = down.left_blocks() * down.left_block() + up.left_blocks() * up.left_block();
-    const int64_t right = down.right_blocks() * down.right_block() + up.right_blocks() * up.right_block();
-    const int64_t values = left + kLanes * down.line() + right + edge_room;
-    down_left = static_cast<BFloat16*>(scratch<Slot>(values * sizeof(BFloat16) + narrow_room * sizeof(float)));
-    up_left = down_left + down.left_blocks() * down.left_block();
-    lines = down_left + left;
-    down_right = lines + kLanes * down.line();
-    up_right = down_right + down.right_blocks() * down.right_block();
-    edge = down_left + values - edge_room;
-    narrow = reinterpret_cast<float*>(edge + edge_room);
-    // The lines of a block that no channel fills, and what lies around the others.
-    std::fill(down_left, down_right, BFloat16{});
+    const int64_t values = std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0});
+    BFloat16* at = static_cast<BFloat16*>(scratch<Slot>(values * sizeof(BFloat16) + narrow_room * sizeof(float)));
+    BFloat16** const pieces[] = {&down_left, &up_left, &down_lines, &up_lines, &down_right, &up_right, &edge};
+    for (int i = 0; i < 7; ++i) {
+      *pieces[i] = at;
+      at += sizes[i];
+    }
+    narrow = reinterpret_cast<float*>(at);
+    // The lines of a block that no channel fills.
+    std::fill(down_left, down_lines, BFloat16{});
   }
 };
 
@@ -82,27 +90,29 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
               int64_t begin, int64_t end, float* sums) {
   const Shape down = p.down(), up = p.up();
   const int64_t height = down.grad_height(), width = down.grad_width();
-  const int64_t down_row = down.steps() * kTileValues, up_row = up.steps() * kTileValues;
   std::fill_n(sums, down.sums() + up.sums(), 0.0f);
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({space.together, height - top, end - i});
     const BFloat16 *g = grad + n * height * width * p.out, *image = x + n * p.height * p.width * p.in;
-    int64_t ready = 0;
-    for (int64_t j = 0; j < count; ++j) {
+    GradientLines t(up, space.up_lines, 0, p.rank), s(down, space.down_lines, 0, p.rank);
+    for (int64_t j = 0, ready = 0; j < count; ++j) {
       // Laid out first: reading a row from end to end brings it to the caches sooner than tiles would.
       for (; ready < j + p.kernel; ++ready) {
-        const int64_t row = top - p.padding + ready;
-        const bool inside = row >= 0 && row < p.height;
-        lay_out_right(down, inside ? image + row * p.width * p.in : nullptr, space.down_right + ready * down_row);
+        lay_out_right(down, image, top - p.padding + ready, 1, space.down_right + ready * down.pitch() * kLanes);
       }
       narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow);
-      lines_of(space.narrow, width, p.rank, space.up_left + j * up_row, kDepth, kTileValues);
-      lay_out_right(up, g + (top + j) * width * p.out, space.up_right + j * up_row);
+      lines_of(space.narrow, up, t.next());
+      t.add(space.up_left);
+      lay_out_right(up, g, top + j, 1, space.up_right + j * up.pitch() * kLanes);
       narrow_row(f.up, g, height, width, top + j, space.edge, space.narrow);
-      lines_of(space.narrow, width, p.rank, space.lines + p.kernel, down.line(), kDepth);
-      shift_lines(down, 0, p.rank, space.lines, space.down_left + j * down_row);
+      lines_of(space.narrow, down, s.next());
+      s.add(space.down_left);
     }
+    s.end(space.down_left);
+    end_right(down, count + p.kernel - 1, space.down_right);
     multiply_all(down, space.down_left, space.down_right, count, sums);
+    t.end(space.up_left);
+    end_right(up, count, space.up_right);
     multiply_all(up, space.up_left, space.up_right, count, sums + down.sums());
     i += count;
   }

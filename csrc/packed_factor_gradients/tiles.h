@@ -106,13 +106,13 @@ inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t
   }
 }
 
-// The first `count` channels of sums (width, 16), rounded, a line of pixels each: line c's step s at
-// to + c * by_line + s * by_step, with zeros after the last pixel.
-LORUN_TARGET_AMX inline void lines_of(const float* sums, int64_t width, int64_t count, BFloat16* to, int64_t by_line,
-                                      int64_t by_step) {
+// A row of sums (width, 16) as the next of the gradient's lines, rounded; s: the weight gradient that they are for.
+LORUN_TARGET_AMX inline void lines_of(const float* sums, const Shape& s, BFloat16* to) {
+  const int64_t width = s.grad_width();
   const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t first = 0; first < width; first += kDepth, to += by_step) {
+  int64_t first = 0;
+  for (; first < width; first += kDepth) {
     __m512i a[16];
     for (int64_t i = 0; i < 16; ++i) {
       const int64_t p = first + 2 * i;
@@ -121,10 +121,11 @@ LORUN_TARGET_AMX inline void lines_of(const float* sums, int64_t width, int64_t 
       a[i] = _mm512_permutexvar_epi16(pairs, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(two, one)));
     }
     packed_weight_gradient::transpose(a);
-    for (int64_t c = 0; c < count; ++c) {
-      _mm512_storeu_si512(to + c * by_line, a[c]);
+    for (int64_t c = 0; c < s.out; ++c) {
+      _mm512_storeu_si512(to + c * s.line() + first, a[c]);
     }
   }
+  packed_weight_gradient::clear_between(to, first, s.pitch(), s.out, s.line());
 }
 
 }  // namespace lorun::packed_factor_gradients

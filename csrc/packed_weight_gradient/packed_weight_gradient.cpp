@@ -29,27 +29,22 @@ struct Space {
     left = static_cast<BFloat16*>(scratch<Slot>((left_values + line_values + right_values) * sizeof(BFloat16)));
     lines = left + left_values;
     right = lines + line_values;
-    // What lies around the lines, and those of the last block that no channel fills.
-    std::fill_n(s.fills_blocks() ? lines : lines - s.left_block(), right - lines + (s.fills_blocks() ? 0 : s.left_block()),
-                BFloat16{});
+    if (!s.fills_blocks()) {  // the lines of the last block that no channel fills
+      std::fill(lines - s.left_block(), lines, BFloat16{});
+    }
   }
 };
 
 // Rows [begin, end) of all images' gradients, into the sums of their part.
 void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end,
               float* sums) {
-  const int64_t height = s.grad_height(), row_values = s.steps() * kTileValues;
+  const int64_t height = s.grad_height();
   std::fill_n(sums, s.sums(), 0.0f);
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
-    for (int64_t j = 0; j < count; ++j) {
-      lay_out_left(s, grad + (i + j) * s.grad_width() * s.out, space.left + j * row_values, space.lines);
-    }
-    for (int64_t j = 0; j < count + s.kernel - 1; ++j) {
-      const int64_t row = top - s.padding + j;
-      const bool inside = row >= 0 && row < s.height;
-      lay_out_right(s, inside ? x + (n * s.height + row) * s.width * s.in : nullptr, space.right + j * row_values);
-    }
+    lay_out_left(s, grad + i * s.grad_width() * s.out, count, space.left, space.lines);
+    lay_out_right(s, x + n * s.height * s.width * s.in, top - s.padding, count + s.kernel - 1, space.right);
+    end_right(s, count + s.kernel - 1, space.right);
     multiply_all(s, space.left, space.right, count, sums);
     i += count;
   }

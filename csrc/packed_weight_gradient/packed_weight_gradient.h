@@ -3,13 +3,17 @@
 //   G[o, c, i, j] = sum over n, h, w of grad[n, o, h, w] * x[n, c, h - padding + i, w - padding + j].
 //
 // The sums run over pixels, so both factors are laid out anew, some rows of an image at a time, as the tile products
-// take them. A step is 32 pixels of a row of x; zeros stand where a row ends and where a channel is missing.
+// take them: as one line of pixels, row after row `pitch` apart, zeros in between, in which a tap is a shift by
+// i * pitch + j. A step is 32 pixels of that line, whatever the rows' width.
 //
-//   left (blocks of 16 of the kernel * out pairs (column, channel) of the gradient, rows, steps, 16, 32 pixels): the
-//     gradient, a line of pixels for each channel, shifted for each column of the kernel;
-//   right (blocks of 16 channels of x, rows + kernel - 1, steps, 16 pairs of pixels, 16 channels, 2).
+//   left (blocks of 16 of the kernel * out pairs (column, channel) of the gradient, steps, 16, 32 pixels): the
+//   gradient,
+//     a line of pixels for each channel, shifted for each column of the kernel;
+//   right (blocks of 16 channels of x, pairs of pixels of rows + kernel - 1 rows, 16 channels, 2).
 //
-// A row of the kernel shifts the rows of the right side.
+// A row of the kernel shifts the right side by a pitch, an even number. Zeros are enough of them if the pitch is the
+// width of either image and of x with the padding of one side: a tap that leaves a row of x or of the gradient by
+// `padding` or kernel - 1 - padding pixels meets nothing else.
 //
 // Products: N H W out in k^2, as many as the convolution's. Every part of the rows has sums of its own, which are added
 // in order: the result does not depend on the number of threads.
@@ -27,6 +31,7 @@ namespace lorun::packed_weight_gradient {
 constexpr int64_t kLanes = 16, kDepth = 32;  // channels of a tile, pixels of a step
 constexpr int64_t kTileValues = kLanes * kDepth, kSums = kLanes * kLanes;
 constexpr int64_t kSteps = 16;           // that are multiplied together, from the first-level cache
+constexpr int64_t kAtHand = 512;         // pixels of 16 lines at a time, in the first-level cache
 constexpr int64_t kLaidOut = 640 << 10;  // bytes: both sides stay in the second-level cache
 // Parts of the rows with sums of their own: at most so many, of so many steps at least, and so much memory.
 constexpr int64_t kParts = 16, kPartSteps = 32, kPartBytes = 16 << 20;
@@ -42,13 +47,24 @@ struct Shape {
     return width + 2 * padding - kernel + 1;
   }
 
-  int64_t steps() const {
-    return (width + kDepth - 1) / kDepth;
+  // Pixels from one row to the next.
+  int64_t pitch() const {
+    const int64_t pixels = std::max(width + padding, grad_width());
+    return pixels + pixels % 2;
   }
 
-  // Values of a line of the gradient's pixels with the zeros around it that shifts reach.
+  int64_t steps(int64_t rows) const {
+    return (rows * pitch() + kDepth - 1) / kDepth;
+  }
+
+  // Zeros before a line's first pixel that shifts reach.
+  int64_t front() const {
+    return (kernel + kDepth - 1) / kDepth * kDepth;
+  }
+
+  // Values of the part of a line that is at hand: a row and more, what the last steps left, and zeros after the end.
   int64_t line() const {
-    return (std::max(width, grad_width()) + padding + 2 * kernel + 2 * kDepth + kDepth - 1) / kDepth * kDepth;
+    return (2 * front() + std::max(pitch(), kAtHand) + pitch() + padding + 4 * kDepth) / kDepth * kDepth;
   }
 
   int64_t left_blocks() const {
@@ -65,18 +81,18 @@ struct Shape {
 
   // Rows of the gradient that are laid out at a time.
   int64_t rows() const {
-    const int64_t row = steps() * kTileValues * 2, around = (kernel - 1) * right_blocks() * row;
+    const int64_t row = pitch() * kLanes * 2, around = (kernel - 1) * right_blocks() * row;
     const int64_t fit = (kLaidOut - around) / ((left_blocks() + right_blocks()) * row);
     return std::clamp<int64_t>(fit, 1, std::max<int64_t>(grad_height(), 1));
   }
 
   // Values of one block.
   int64_t left_block() const {
-    return rows() * steps() * kTileValues;
+    return steps(rows()) * kTileValues;
   }
 
   int64_t right_block() const {
-    return (rows() + kernel - 1) * steps() * kTileValues;
+    return ((rows() + kernel - 1) * pitch() + kDepth) * kLanes;
   }
 
   // Sums of a part of the rows, (kernel rows, left blocks, right blocks, 16, 16).
@@ -86,7 +102,7 @@ struct Shape {
 
   int64_t parts() const {
     const int64_t fit = kPartBytes / std::max<int64_t>(sums() * static_cast<int64_t>(sizeof(float)), 1);
-    const int64_t worth = n * grad_height() * steps() / kPartSteps;
+    const int64_t worth = steps(n * grad_height()) / kPartSteps;
     return std::clamp<int64_t>(std::min(fit, worth), 1, kParts);
   }
 };

@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include <cstring>
 #include <utility>
 
 #include "packed_weight_gradient/packed_weight_gradient.h"
@@ -56,82 +57,146 @@ LORUN_TARGET_AMX LORUN_INLINE inline void transpose(__m512i (&a)[16]) {
   }
 }
 
-inline __mmask16 lanes_of(int64_t channels, int64_t block) {
-  return (1u << std::min(channels - block * kLanes, kLanes)) - 1;
-}
-
-// A row of x, (width, channels), or zeros. right: where its first block's first step lies.
-LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* row, BFloat16* right) {
-  const int64_t apart = s.right_block(), blocks = s.right_blocks();
-  if (row == nullptr) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      std::fill_n(right + block * apart, s.steps() * kTileValues, BFloat16{});
-    }
-    return;
-  }
-  // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: the
+// `rows` rows of x from `first` on, of an image (height, width, channels); rows outside it are zeros. right: where the
+// first block begins.
+LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
+                                           BFloat16* right) {
+  const int64_t apart = s.right_block(), blocks = s.right_blocks(), pitch = s.pitch();
+  // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: a
   // row is read once, from end to end.
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t w = 0; w < s.steps() * kDepth; w += 2, row += 2 * s.in, right += 2 * kLanes) {
-    const bool first = w < s.width, second = w + 1 < s.width;
-    for (int64_t block = 0; block < blocks; block += 2) {
-      const __mmask32 lanes = (uint64_t{1} << std::min<int64_t>(s.in - block * kLanes, 32)) - 1;
-      const BFloat16* at = row + block * kLanes;
-      const __m512i a = _mm512_maskz_loadu_epi16(first ? lanes : __mmask32{0}, at);
-      const __m512i b = _mm512_maskz_loadu_epi16(second ? lanes : __mmask32{0}, at + s.in);
-      _mm512_store_si512(right + block * apart, _mm512_permutex2var_epi16(a, low, b));
-      if (block + 1 < blocks) {
-        _mm512_store_si512(right + (block + 1) * apart, _mm512_permutex2var_epi16(a, high, b));
+  for (int64_t row = first; row < first + rows; ++row) {
+    const int64_t width = row >= 0 && row < s.height ? s.width : 0;
+    const BFloat16* x = image + row * s.width * s.in;
+    for (int64_t w = 0; w < pitch; w += 2, x += 2 * s.in, right += 2 * kLanes) {
+      for (int64_t block = 0; block < blocks; block += 2) {
+        const __mmask32 lanes = (uint64_t{1} << std::min<int64_t>(s.in - block * kLanes, 32)) - 1;
+        const __m512i a = _mm512_maskz_loadu_epi16(w < width ? lanes : __mmask32{0}, x + block * kLanes);
+        const __m512i b = _mm512_maskz_loadu_epi16(w + 1 < width ? lanes : __mmask32{0}, x + block * kLanes + s.in);
+        _mm512_store_si512(right + block * apart, _mm512_permutex2var_epi16(a, low, b));
+        if (block + 1 < blocks) {
+          _mm512_store_si512(right + (block + 1) * apart, _mm512_permutex2var_epi16(a, high, b));
+        }
       }
     }
   }
 }
 
-// Lines of Shape::line() values, `count` channels of the gradient from `channel` on whose pixels begin at place
-// s.kernel, shifted for each column of the kernel. left: where its first block's first step lies.
-LORUN_TARGET_AMX inline void shift_lines(const Shape& s, int64_t channel, int64_t count, const BFloat16* lines,
-                                         BFloat16* left) {
-  for (int64_t column = 0; column < s.kernel; ++column) {
+// What the last step of a line reaches after `rows` rows.
+inline void end_right(const Shape& s, int64_t rows, BFloat16* right) {
+  for (int64_t block = 0; block < s.right_blocks(); ++block) {
+    std::fill_n(right + block * s.right_block() + rows * s.pitch() * kLanes, kDepth * kLanes, BFloat16{});
+  }
+}
+
+// Up to 16 channels of the gradient, `channel` and following, a line of pixels each, of which the part at hand lies in
+// `memory`, Shape::line() values for each line. Rows come one by one and leave in whole steps.
+class GradientLines {
+ public:
+  GradientLines(const Shape& s, BFloat16* memory, int64_t channel, int64_t count)
+      : s_(s), memory_(memory), channel_(channel), count_(count) {
     for (int64_t c = 0; c < count; ++c) {
-      const int64_t line = column * s.out + channel + c;
-      const BFloat16* from = lines + c * s.line() + s.kernel + s.padding - column;
-      BFloat16* to = left + line / kLanes * s.left_block() + line % kLanes * kDepth;
-      for (int64_t step = 0; step < s.steps(); ++step) {
-        _mm512_store_si512(to + step * kTileValues, _mm512_loadu_si512(from + step * kDepth));
+      std::fill_n(memory + c * s.line(), s.front(), BFloat16{});
+    }
+  }
+
+  // Where the next row's pixels go, those of line c at + c * Shape::line(): `pitch` values each, zeros after the last
+  // pixel. What is written beyond them does not count.
+  BFloat16* next() const {
+    return memory_ + s_.front() + rows_ * s_.pitch() - begin_;
+  }
+
+  // The row is there. left: where the first block begins.
+  LORUN_TARGET_AMX void add(BFloat16* left) {
+    ++rows_;
+    if (next() + s_.pitch() + kDepth > memory_ + s_.line()) {
+      leave((rows_ * s_.pitch() - s_.padding) / kDepth, left);
+    }
+  }
+
+  // That was the last row.
+  LORUN_TARGET_AMX void end(BFloat16* left) {
+    for (int64_t c = 0; c < count_; ++c) {
+      std::fill(next() + c * s_.line(), memory_ + (c + 1) * s_.line(), BFloat16{});
+    }
+    leave(s_.steps(rows_), left);
+  }
+
+ private:
+  // Steps before `step` leave, shifted for each column of the kernel; what shifts of the others reach stays.
+  LORUN_TARGET_AMX void leave(int64_t step, BFloat16* left) {
+    const int64_t line = s_.line();
+    for (int64_t column = 0; column < s_.kernel; ++column) {
+      for (int64_t c = 0; c < count_; ++c) {
+        const int64_t at = column * s_.out + channel_ + c;
+        const BFloat16* from = memory_ + c * line + s_.front() + s_.padding - column - begin_;
+        BFloat16* to = left + at / kLanes * s_.left_block() + at % kLanes * kDepth;
+        for (int64_t i = left_; i < step; ++i) {
+          _mm512_store_si512(to + i * kTileValues, _mm512_loadu_si512(from + i * kDepth));
+        }
       }
+    }
+    left_ = step;
+    const int64_t gone = step * kDepth - begin_;
+    for (int64_t c = 0; c < count_; ++c) {
+      std::memmove(memory_ + c * line, memory_ + c * line + gone, (next() - memory_ - gone) * sizeof(BFloat16));
+    }
+    begin_ += gone;
+  }
+
+  const Shape& s_;
+  BFloat16* memory_;
+  int64_t channel_, count_;
+  int64_t rows_ = 0, left_ = 0, begin_ = 0;  // begin_: the pixel whose place is front()
+};
+
+// Zeros between rows: pixels [first, pitch) of `count` lines, whole vectors.
+LORUN_TARGET_AMX LORUN_INLINE inline void clear_between(BFloat16* row, int64_t first, int64_t pitch, int64_t count,
+                                                        int64_t apart) {
+  for (; first < pitch; first += kDepth) {
+    for (int64_t c = 0; c < count; ++c) {
+      _mm512_storeu_si512(row + c * apart + first, _mm512_setzero_si512());
     }
   }
 }
 
-// A row of the gradient, (width, channels). left: where its first block's first step lies. lines: work space for 16
-// lines of Shape::line() values, whose first and last values are zero.
-LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* row, BFloat16* left, BFloat16* lines) {
-  const int64_t pitch = s.line(), steps = (s.grad_width() + kDepth - 1) / kDepth;
+// `rows` rows of the gradient, (width, channels) each. left: where the first block begins. lines: work space for 16 of
+// Shape::line() values.
+LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* grad, int64_t rows, BFloat16* left,
+                                          BFloat16* memory) {
+  const int64_t width = s.grad_width();
   for (int64_t channel = 0; channel < s.out; channel += kLanes) {
     const int64_t count = std::min(kLanes, s.out - channel);
     const __mmask16 lanes = (1u << count) - 1;
-    for (int64_t step = 0; step < steps; ++step) {
-      __m512i a[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        a[i] = pair_of(row + channel, step * kDepth + 2 * i, s.grad_width(), s.out, lanes);
+    GradientLines lines(s, memory, channel, count);
+    for (int64_t row = 0; row < rows; ++row) {
+      const BFloat16* from = grad + row * width * s.out + channel;
+      BFloat16* to = lines.next();
+      int64_t first = 0;
+      for (; first < width; first += kDepth) {
+        __m512i a[16];
+        for (int64_t i = 0; i < 16; ++i) {
+          a[i] = pair_of(from, first + 2 * i, width, s.out, lanes);
+        }
+        transpose(a);
+        for (int64_t c = 0; c < count; ++c) {
+          _mm512_storeu_si512(to + c * s.line() + first, a[c]);
+        }
       }
-      transpose(a);
-      for (int64_t c = 0; c < count; ++c) {
-        _mm512_storeu_si512(lines + c * pitch + s.kernel + step * kDepth, a[c]);
-      }
+      clear_between(to, first, s.pitch(), count, s.line());
+      lines.add(left);
     }
-    shift_lines(s, channel, count, lines, left);
+    lines.end(left);
   }
 }
 
 // f.template operator()<0>(), ..., <Count - 1>().
 template <int Count, class F>
 LORUN_INLINE inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) LORUN_INLINE {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, Count>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      LORUN_INLINE { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, Count>{});
 }
 
 // sums (A, B, 16, 16) += left . right over some steps, of A and B neighbouring blocks: 2 and 2, or up to 4 beside one.
@@ -167,13 +232,13 @@ inline auto product_of(int64_t a, int64_t b) {
 // All taps of `rows` rows that are laid out, added to the sums.
 LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, const BFloat16* right, int64_t rows,
                                           float* sums) {
-  const int64_t total = rows * s.steps(), lefts = s.left_blocks(), rights = s.right_blocks();
+  const int64_t total = s.steps(rows), lefts = s.left_blocks(), rights = s.right_blocks();
   const int64_t by_left = rights == 1 ? 4 : lefts == 1 ? 1 : 2, by_right = lefts == 1 ? 4 : rights == 1 ? 1 : 2;
   for (int64_t step = 0; step < total; step += kSteps) {
     const int64_t steps = std::min(kSteps, total - step);
     for (int64_t row = 0; row < s.kernel; ++row) {
       for (int64_t b = 0; b < rights; b += by_right) {
-        const BFloat16* r = right + b * s.right_block() + (row * s.steps() + step) * kTileValues;
+        const BFloat16* r = right + b * s.right_block() + (row * s.pitch() + step * kDepth) * kLanes;
         for (int64_t a = 0; a < lefts; a += by_left) {
           const BFloat16* l = left + a * s.left_block() + step * kTileValues;
           float* to = sums + ((row * lefts + a) * rights + b) * kSums;
