@@ -19,13 +19,16 @@ HOW_TO_BUILD = (
 )
 _TARGET_TORCH = "2.11"
 WISH = os.environ.get("LORUN_BACKEND", "auto")
+_CPUS = ("baseline", "avx2", "avx512", "", None)
 WISHES = ("auto", "reference", "aten", "packed", "triton", "winograd")
 
 
 def _load():
     """(module, reason): exactly one of them is empty."""
-    if WISH not in WISHES:
-        raise ValueError(f"LORUN_BACKEND: expected one of {', '.join(WISHES)}, got {WISH!r}")
+    for name, wish, wishes in (("LORUN_BACKEND", WISH, WISHES), ("LORUN_CPU", os.environ.get("LORUN_CPU"), _CPUS)):
+        if wish not in wishes:
+            known = ", ".join(w for w in wishes if w)
+            raise ValueError(f"{name}: expected one of {known}, got {wish!r}")
     if WISH == "reference":
         return None, "disabled by LORUN_BACKEND=reference"
     if find_spec("lorun_fast._C") is None:

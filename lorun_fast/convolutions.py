@@ -149,7 +149,17 @@ class PackedConv2d(StandIn):
         self.tiles = packed_weight(weight)
         self.offset = None if bias is None else bias.float()
 
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None, output_size=None
+    ) -> Tensor:
+        """output_size: as for nn.ConvTranspose2d, also in its place."""
+        if isinstance(activation, (tuple, list)):
+            activation, output_size = None, activation
+        if output_size is not None:
+            cell = self.geometry["shuffle"]
+            padding = [size - cell * length for size, length in zip(output_size[-2:], x.shape[-2:], strict=True)]
+            if padding != [0, 0]:
+                return F.conv_transpose2d(x, self.weight, self.bias, cell, output_padding=padding)
         return packed_conv2d(x, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
 
     @property
@@ -181,6 +191,11 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
     return y if residual is None else y + residual
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether something else is to see the layer's own arguments and result."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 KINDS: dict[str, type[StandIn]] = {"winograd": WinogradConv2d, "packed": PackedConv2d}
 
 
@@ -199,7 +214,7 @@ def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int
             for name, child in parent._modules.items()
             if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))
         ]
-        fitting = [slot for slot in slots if stand_in.unfit(slot[2]) is None]
+        fitting = [slot for slot in slots if not _has_hooks(slot[2]) and stand_in.unfit(slot[2]) is None]
         counts = (len(fitting), len(slots))
         for parent, name, conv in fitting:
             key = (id(conv.weight), None if conv.bias is None else id(conv.bias))

@@ -20,6 +20,7 @@ from lorun_fast.stages import StagedDenoiser, adapt_layers
 
 _KEY = "lorun_fast"
 _VERSION = 1
+_PARTS = {"version", "network", "operator", "denoiser"}
 
 
 def _config(net: LoRun) -> dict:
@@ -55,6 +56,13 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
     """
     if not isinstance(net, LoRun):
         raise TypeError(f"net: expected a LoRun, got {type(net).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
+    if OPERATORS.get(type(net.op).__name__) is not type(net.op):
+        raise ValueError(f"net: expected an operator among {', '.join(OPERATORS)}, got {type(net.op).__name__}")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder to write into, found no {path.parent}")
     config = _config(net)
     if notes is not None:
         config["notes"] = notes
@@ -63,7 +71,6 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         t = t.detach().cpu()
         # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
         tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
-    path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -92,7 +99,13 @@ def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:
         raise ValueError(f"{path}: expected a complete safetensors file, got a damaged one ({error})") from None
     if _KEY not in metadata:
         raise ValueError(f"{path}: expected a network saved by lorun_fast, got a safetensors file without its header")
-    config = json.loads(metadata[_KEY])
+    try:
+        config = json.loads(metadata[_KEY])
+    except ValueError as error:
+        raise ValueError(f"{path}: expected lorun_fast's header to be JSON, got something else ({error})") from None
+    missing = _PARTS - config.keys() if isinstance(config, dict) else _PARTS
+    if "version" in missing or (config["version"] <= _VERSION and missing):
+        raise ValueError(f"{path}: expected {', '.join(sorted(missing))} in lorun_fast's header, found none")
     if config["version"] > _VERSION:
         raise ValueError(
             f"{path}: expected format version {_VERSION} or older, got {config['version']}: update lorun_fast"
@@ -127,7 +140,12 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
     if network["sharing"] == "lora":
         denoiser = adapt_layers(denoiser, network["stages"], config["adapters"])
     net = LoRun(op, denoiser, **network)
-    missing, unexpected = net.load_state_dict(state, strict=False)
+    net.gamma, net.form = network["gamma"], network["form"]
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        first = "".join(str(error).splitlines()[1:2]).strip()
+        raise ValueError(f"{path}: expected the tensors of this {spec['type']}, got others: {first}") from None
     if missing or unexpected:
         raise ValueError(
             f"{path}: expected the tensors of a {spec['type']} network, got {len(missing)} missing "

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from lorun_fast import _scope, adapters
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
-from lorun_fast.ops.lora import check_stage
+from lorun_fast.ops.lora import check_given_stages, check_stage
 from lorun_fast.ops.lora_merge import lora_merge
 from lorun_fast.reference import lora as reference
+
+
+def _take_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The forward and backward hooks of a layer go to the one that takes its place."""
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
+        for kind in ("", "_with_kwargs", "_always_called"):
+            held = getattr(source, f"_{name}{kind}", None)
+            if held:
+                getattr(target, f"_{name}{kind}").update(held)
 
 
 class AdaptedLayer:
@@ -74,6 +83,16 @@ class AdaptedLayer:
             return self._merged[stage]
         return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)
 
+    def _merged_at(self, stage: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The merged weight, one per sample for a tensor of stages, and the bias, in x's dtype as unmerged ones are."""
+        check_given_stages(stage, self.stages)
+        if isinstance(stage, Tensor) and not x.shape[0]:
+            stage = 0  # any will do
+        weight, bias = self._merged[stage], self.bias
+        if weight.dtype != x.dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return weight, bias
+
     def plain(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         """The nn layer that this one adapts, with its geometry and this weight and bias, neither of them training."""
         arguments = self._base_arguments(self) | {"bias": bias is not None, "device": "meta"}
@@ -81,6 +100,7 @@ class AdaptedLayer:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
+        _take_hooks(self, layer)
         return layer.train(self.training)
 
     def _resolve(self, stage: int | Tensor | None, batch: int) -> int | Tensor:
@@ -120,6 +140,7 @@ class AdaptedLayer:
         layer = cls(**cls._base_arguments(base), stages=stages, rank=rank, form=form, scale=scale, device="meta")
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
+        _take_hooks(base, layer)
         return layer.train(base.training)
 
 
@@ -180,9 +201,9 @@ class LoRAConv2d(AdaptedLayer, nn.Conv2d):
             padding = 0
         if self._merged is None:
             return conv_ops.of_layer(x, self, stage, padding)
-        weight = self._merged[stage]
+        weight, bias = self._merged_at(stage, x)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
-        return conv(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
@@ -220,13 +241,21 @@ class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
     def _base_arguments(base: nn.ConvTranspose2d) -> dict:
         return LoRAConv2d._base_arguments(base) | {"output_padding": base.output_padding}
 
-    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, stage: int | Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
+        """output_size: as for nn.ConvTranspose2d, also in its place, as a denoiser that knows no stages passes it."""
+        if isinstance(stage, (tuple, list)):
+            stage, output_size = None, stage
         stage = self._resolve(stage, x.shape[0])
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                x, list(output_size), self.stride, self.padding, self.kernel_size, 2, self.dilation
+            )
         if self._merged is None:
-            return conv_ops.of_layer(x, self, stage, self.padding)
-        weight = self._merged[stage]
+            return conv_ops.of_layer(x, self, stage, self.padding, output_padding)
+        weight, bias = self._merged_at(stage, x)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
-        return conv(x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return conv(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -259,9 +288,9 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         stage = self._resolve(stage, x.shape[0])
         if self._merged is None:
             return linear_ops.of_layer(x, self, stage)
-        weight = self._merged[stage]
+        weight, bias = self._merged_at(stage, x)
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
-        return linear(x, weight, self.bias)
+        return linear(x, weight, bias)
 
 
 @torch.no_grad()

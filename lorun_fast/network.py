@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorun_fast.operators import SensingOperator
+from lorun_fast.ops._checks import parameter_dtype
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _DATA_STEPS = ("gradient", "prox")
@@ -26,14 +28,14 @@ def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 2
 
 
 def _noise(sigma: float | Tensor | None, x: Tensor) -> Tensor:
-    return torch.as_tensor(0.0 if sigma is None else sigma, dtype=torch.float32, device=x.device)
+    return torch.as_tensor(0.0 if sigma is None else sigma, dtype=parameter_dtype(x.dtype), device=x.device)
 
 
 class LoRun(nn.Module):
     """Unfolded proximal gradient descent:  z = x - rho_k Phi^T (Phi x - y);  x = D(z; W0 + dW_k).
 
     op: the sensing operator. denoiser: any module with forward(z) or forward(z, sigma) (copied), or a
-        staged denoiser (used as it is; stages and sharing are then its own).
+        staged denoiser (used as it is; stages, form and sharing are then its own, and gamma is None).
     stages: K. gamma, form: adapters, see :func:`lorun_fast.adapt`.
     sharing: "lora", one frozen base and an adapter set per stage; "tied", one trainable base for all stages;
         "untied", K trainable copies.
@@ -80,15 +82,22 @@ class LoRun(nn.Module):
             raise ValueError(f"noise_map='stage': expected data_step='prox', got {data_step!r}")
         if stages < 1:
             raise ValueError(f"stages: expected at least 1, got {stages}")
-        if not 0 <= checkpoint <= stages:
-            raise ValueError(f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint}")
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
         if isinstance(denoiser, Stages):
             staged = denoiser
             sharing = next(name for name, kind in _KINDS.items() if isinstance(staged, kind))
+            if sharing == "lora":
+                gamma, form = None, "/".join(sorted({layer.form for layer in staged.adapted.values()}))
         elif sharing == "lora":
             staged = adapt(denoiser, stages, gamma, form)
+        elif sharing == "tied":
+            staged = TiedDenoiser(copy.deepcopy(denoiser), stages)
         else:
-            staged = _KINDS[sharing](denoiser, stages)
+            staged = UntiedDenoiser(denoiser, stages)
+        stages = staged.stages
+        if not 0 <= checkpoint <= stages:
+            raise ValueError(f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint}")
         self.op, self.denoiser = op, staged
         self.gamma, self.form, self.sharing = gamma, form, sharing
         self.data_step, self.noise_map = data_step, noise_map
@@ -157,15 +166,20 @@ class LoRun(nn.Module):
     ) -> Tensor:
         """The first half of a stage, x_k -> z_k."""
         op = self.op if op is None else op
-        rho = self.step_size[k].float()
+        rho = self._rho(k)
         return op.gradient_step(x, y, rho) if self.data_step == "gradient" else op.prox(x, y, self._mu(rho, x, sigma))
 
     def denoise(self, k: int, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         """The second half, z_k -> x_{k+1}, in the denoiser's own dtype."""
-        dtype = next(self.denoiser.parameters()).dtype
+        parameter = next(self.denoiser.parameters(), None)
+        dtype = z.dtype if parameter is None else parameter.dtype
         if self.noise_map == "stage":
-            sigma = self._variance(self.step_size[k].float(), _noise(sigma, z)).sqrt()
+            sigma = self._variance(self._rho(k), _noise(sigma, z)).sqrt()
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
+
+    def _rho(self, k: int) -> Tensor:
+        rho = self.step_size[k]
+        return rho.to(parameter_dtype(rho.dtype))
 
     def _variance(self, rho: Tensor, noise: Tensor) -> Tensor:
         """Of x_k's error, as the stage assumes it."""
@@ -183,7 +197,11 @@ class LoRun(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
+        # Step sizes stay fp32 (or fp64), as the operator's parameters do.
+        steps = self.step_size.detach().clone()
         super()._apply(fn, recurse)
+        if self.step_size.dtype in (torch.float16, torch.bfloat16):
+            self.step_size.data = steps.to(self.step_size.device)
         self._merge_again()
         return self
 

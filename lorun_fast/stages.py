@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
 from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers
-from lorun_fast.ops.lora import check_stage
+from lorun_fast.ops.lora import check_given_stages, check_stage
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Stages(nn.Module):
     """What the three kinds of sharing have in common: a call with a stage, and views of single stages."""
 
     stages: int
+    _frozen = False
 
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
         raise NotImplementedError
@@ -118,9 +120,22 @@ class Stages(nn.Module):
         return self.parameters()
 
     def freeze_base(self, frozen: bool = True) -> None:
-        """Excludes the base (weights, biases, norms) from training, or includes it again."""
+        """Excludes the base (weights, biases, norms and their running statistics) from training, or includes it again.
+
+        The norms of a frozen base normalise by their running statistics also in training, as at inference.
+        """
         for p in self.base_parameters():
             p.requires_grad_(not frozen)
+        self._frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self._frozen:
+            for module in self.modules():
+                if isinstance(module, _NormBase) and module.track_running_stats:
+                    module.eval()
+        return self
 
     def parameter_report(self) -> ParameterReport:
         """Counts: base, per stage, total, ratio to untied."""
@@ -158,6 +173,7 @@ class StagedDenoiser(Stages):
         base = copy.deepcopy(self.base, memo)
         modules = dict(base.named_modules())
         clone = type(self)(base, self.stages, {name: modules[name] for name in self.adapted}, dict(self.skipped))
+        clone._frozen = self._frozen
         clone.training = self.training
         return clone
 
@@ -197,7 +213,7 @@ class TiedDenoiser(Stages):
         self.base, self.stages = base, stages
 
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
-        self._resolve(z, stage)
+        check_given_stages(self._resolve(z, stage), self.stages)
         return _call(self.base, z, sigma)
 
     def parameter_report(self) -> ParameterReport:
@@ -271,11 +287,14 @@ def adapt(
         depthwise layers are left alone unless ``include`` names them.
     scale: factor of every update.
 
-    A fresh result equals the denoiser at every stage, to the last bit. Only the adapters train; see
-    ``freeze_base``. Raises ValueError when no layer is adapted, a pattern matches nothing, or a form cannot
-    express a layer (peft with groups, loralib with a kernel that is not square).
+    A fresh result equals the denoiser at every stage, to the last bit (in eval mode, where it has norms with running
+    statistics). Only the adapters train; see ``freeze_base``. Raises TypeError for what is no module, and ValueError
+    when no layer is adapted, a pattern matches nothing, or a form cannot express a layer (peft with groups, loralib
+    with a kernel that is not square).
     """
     adapters.check_form(form)
+    if not isinstance(denoiser, nn.Module):
+        raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
     if isinstance(denoiser, Stages):
         raise TypeError("denoiser: expected a plain module, got one that is staged already")
     if stages < 1:
@@ -344,6 +363,16 @@ def adapt_layers(
             for child, module in parent._modules.items():
                 if id(module) in replacement:
                     parent._modules[child] = replacement[id(module)]
+    _keep_to_modules(base)
     staged = StagedDenoiser(base, stages, adapted, skipped or {})
     staged.freeze_base()
     return staged
+
+
+def _keep_to_modules(base: nn.Module) -> None:
+    """Turns off the fast path of torch's Transformer layers, which reads weights past the layers that hold them."""
+    for module in base.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -140,3 +140,42 @@ def test_tensors_that_do_not_fit_the_config(tmp_path):
 def test_pretrained_names():
     with pytest.raises(ValueError, match="got 'cs-99'"):
         lf.load_pretrained("cs-99")
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    class Mine(lf.BlockCS):
+        pass
+
+    path = tmp_path / "net.safetensors"
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), lf.ResCNN(channels=8, blocks=1), stages=2)
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point type, got torch.int8"):
+        lf.save(net, path, dtype=torch.int8)
+    with pytest.raises(FileNotFoundError, match=r"missing/net.safetensors: expected a folder to write into"):
+        lf.save(net, tmp_path / "missing" / "net.safetensors")
+    net.op = Mine(net.op.phi, 4)
+    with pytest.raises(ValueError, match="net: expected an operator among BlockCS, BlurDownsample, CASSI, got Mine"):
+        lf.save(net, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "expected lorun_fast's header to be JSON"),
+        ("[1]", "expected denoiser, network, operator, version in lorun_fast's header"),
+        ('{"version": 1}', "expected denoiser, network, operator in lorun_fast's header"),
+        ('{"version": 99}', "expected format version 1 or older, got 99"),
+    ],
+)
+def test_headers_of_others(tmp_path, header, message):
+    path = tmp_path / "net.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"lorun_fast": header})
+    with pytest.raises(ValueError, match=f"net.safetensors: {message}"):
+        lf.load(path)
+
+
+def test_a_denoiser_of_another_width(tmp_path):
+    path = tmp_path / "net.safetensors"
+    lf.save(lf.LoRun(lf.BlockCS.gaussian(0.5, 4), lf.ResCNN(channels=8, blocks=1), stages=2), path)
+    with pytest.raises(ValueError, match=r"expected the tensors of this ResCNN, got others: size mismatch"):
+        lf.load(path, denoiser=lf.ResCNN(channels=16, blocks=1))

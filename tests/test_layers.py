@@ -198,3 +198,22 @@ def test_from_base_shares_the_base_parameters():
     assert layer.bias is None
     x = torch.randn(1, 4, 8, 8)
     assert torch.equal(layer(x, 1), base(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_images_of_another_dtype(name, merged):
+    """The result has x's dtype, merged or not; whole numbers are refused."""
+    make, shape = LAYERS[name]
+    layer, x = randomise(make(stages=2)), torch.rand(shape)
+    layer.eval()
+    expected = layer(x, 1)
+    if merged:
+        layer.merge()
+    for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float64, 1e-5)):
+        y = layer(x.to(dtype), 1)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    if not merged:
+        with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch.uint8"):
+            layer((255 * x).byte(), 1)

@@ -309,3 +309,7 @@ def test_what_the_variable_may_say(monkeypatch):
     known = "auto, reference, aten, packed, triton, winograd"
     with pytest.raises(ValueError, match=f"LORUN_BACKEND: expected one of {known}, got 'fastest'"):
         _native._load()
+    monkeypatch.setattr(_native, "WISH", "auto")
+    monkeypatch.setenv("LORUN_CPU", "sse9")
+    with pytest.raises(ValueError, match="LORUN_CPU: expected one of baseline, avx2, avx512, got 'sse9'"):
+        _native._load()

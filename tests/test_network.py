@@ -214,3 +214,42 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_denoiser_passed_in_stays_as_it_is():
+    for sharing in ("lora", "tied", "untied"):
+        denoiser = nn.Conv2d(1, 1, 3, padding=1)
+        lf.LoRun(lf.BlockCS.gaussian(0.5, 4), denoiser, stages=2, sharing=sharing).double().eval()
+        assert denoiser.weight.dtype == torch.float32 and denoiser.training
+
+
+def test_a_denoiser_without_parameters():
+    op = lf.BlockCS.gaussian(0.5, 4)
+    y = op(torch.rand(1, 1, 8, 8))
+    net = lf.LoRun(op, nn.Identity(), stages=2, sharing="tied")
+    step = op.gradient_step(op.initial(y), y, 1.0)
+    torch.testing.assert_close(net(y), op.gradient_step(step, y, 1.0))
+    with pytest.raises(TypeError, match=r"denoiser: expected an nn.Module, got function"):
+        lf.LoRun(op, lambda z: z)
+
+
+def test_step_sizes_keep_their_precision():
+    op = lf.BlockCS.gaussian(0.5, 4)
+    net = lf.LoRun(op, nn.Conv2d(1, 1, 1), stages=1).double()
+    y = torch.rand(1, 8, 2, 2, dtype=torch.float64)
+    step = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: torch.func.functional_call(net, {"step_size": s}, (y,)), (step,))
+    net = lf.LoRun(op, nn.Conv2d(1, 1, 1), stages=1, step_size=1.001).bfloat16()
+    assert net.step_size.dtype == torch.float32 and net.step_size.item() == pytest.approx(1.001, abs=1e-6)
+    assert net.denoiser.base.weight.dtype == torch.bfloat16
+
+
+def test_a_staged_denoiser_brings_its_own_stages_and_form(tmp_path):
+    staged = lf.adapt(lf.ResCNN(channels=8, blocks=1), stages=12, gamma=50, form="peft")
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), staged, checkpoint=12)
+    assert net.stages == 12 and net.form == "peft" and net.gamma is None
+    lf.save(net, tmp_path / "net.safetensors")
+    again = lf.load(tmp_path / "net.safetensors")
+    assert again.form == "peft" and again.gamma is None
+    with pytest.raises(ValueError, match="a number of stages up to 12, got 13"):
+        lf.LoRun(net.op, staged, checkpoint=13)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -281,3 +282,93 @@ def test_tied_and_untied():
 def test_a_staged_denoiser_is_not_adapted_twice():
     with pytest.raises(TypeError, match="got one that is staged already"):
         lf.adapt(staged_foreign(stages=2))
+
+
+def test_torchs_transformer_layers_keep_their_adapters_at_inference():
+    """Their fast path reads the weights of the layers inside, past the adapters."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    tokens = torch.randn(2, 5, 8)
+    for denoiser in (layer, encoder):
+        staged = lf.adapt(denoiser, stages=2)
+        with torch.no_grad():
+            torch.testing.assert_close(staged.eval()(tokens, stage=1), denoiser.eval()(tokens))
+            for p in staged.adapter_parameters():
+                nn.init.normal_(p)
+            expected = staged.train()(tokens, stage=1)
+            assert (expected - denoiser(tokens)).abs().max() > 0.1
+            torch.testing.assert_close(staged.eval()(tokens, stage=1), expected)
+            staged.merge()
+            torch.testing.assert_close(staged(tokens, stage=1), expected)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_output_sizes_of_transposed_convolutions(positional):
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(4, 1, 3, 2, 1)
+
+        def forward(self, z):
+            small = self.down(z)
+            return self.up(small, z.size()) if positional else self.up(small, output_size=z.shape[2:])
+
+    denoiser, z = UNet(), torch.rand(1, 1, 7, 8)
+    staged = lf.adapt(denoiser, stages=2)
+    for merged in (False, True):
+        if merged:
+            staged.merge()
+        for stage in (1, torch.tensor([1])):
+            torch.testing.assert_close(staged(z, stage=stage), denoiser(z))
+
+
+def test_running_statistics_of_a_frozen_base_stand_still():
+    denoiser = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)).eval()
+    staged, x = lf.adapt(denoiser, stages=2), torch.rand(2, 1, 6, 6)
+    copies = [staged, copy.deepcopy(staged)]
+    for one in copies:
+        one.train()(5 + x, stage=0)
+        assert one.base[0].training and not one.base[1].training
+        assert torch.equal(one.eval()(x, stage=1), denoiser(x))
+    staged.freeze_base(False)
+    staged.train()(5 + x, stage=0)
+    assert staged.base[1].training and not torch.equal(staged.eval()(x, stage=1), denoiser(x))
+
+
+def test_hooks_move_to_the_adapted_layers():
+    denoiser, x = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1)), torch.rand(1, 1, 5, 5)
+    denoiser[0].register_forward_hook(lambda module, inputs, output: 3 * output)
+    denoiser[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    staged = lf.adapt(denoiser, stages=2)
+    assert torch.equal(staged(x, stage=0), denoiser(x))
+    assert torch.equal(copy.deepcopy(staged)(x, stage=0), denoiser(x))
+    plain = staged.adapted["0"].plain(denoiser[0].weight, denoiser[0].bias)
+    assert torch.equal(plain(x), denoiser(x))
+
+
+@pytest.mark.parametrize("stage", ["1", 1.0, True, [0, 1], None])
+def test_what_is_no_stage(stage):
+    staged = lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=2)
+    error, message = (ValueError, "got none") if stage is None else (TypeError, "expected an int or an int64 tensor")
+    with pytest.raises(error, match=f"stage: .*{message}"):
+        staged(torch.rand(1, 1, 5, 5), stage=stage)
+    assert staged(torch.rand(1, 1, 5, 5), stage=np.int64(1)).shape == (1, 1, 5, 5)
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_stages_per_sample_out_of_range(sharing, merged):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), nn.Conv2d(1, 1, 1), stages=3, sharing=sharing)
+    staged, z = net.denoiser, torch.rand(2, 1, 4, 4)
+    if merged:
+        staged.merge()
+    for wrong in (-1, 3):
+        with pytest.raises(IndexError, match=f"stage: expected 0 to 2, got {wrong}"):
+            staged(z, stage=torch.tensor([0, wrong]))
+    assert staged(z[:0], stage=torch.zeros(0, dtype=torch.long)).shape == (0, 1, 4, 4)
+
+
+def test_a_denoiser_is_a_module():
+    with pytest.raises(TypeError, match=r"denoiser: expected an nn.Module, got function"):
+        lf.adapt(lambda z: z)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +60,9 @@ class SensingOperator(nn.Module):
 
 def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     """A user's array (tensor, numpy array, nested list) as a finite fp32 or fp64 tensor with one of these ranks."""
+    if isinstance(value, np.ndarray):
+        # A flipped view has negative strides, a file's array may have another byte order: torch takes neither.
+        value = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
     try:
         t = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -71,3 +77,21 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     if not torch.isfinite(t).all():
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
     return t
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """A user's whole number of at least ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
+def pair(size: tuple[int, int]) -> tuple[int, int]:
+    """A user's (H, W)."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"size: expected (H, W), got {size!r}")
+    return tuple(size)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair, whole
 from lorun_fast.ops import block_cs as ops
-from lorun_fast.ops._checks import as_dtype, parameter_dtype
+from lorun_fast.ops._checks import as_dtype, parameter_dtype, step_size
 
 
 class BlockCS(SensingOperator):
@@ -27,9 +27,11 @@ class BlockCS(SensingOperator):
     """
 
     task = "cs"
+    _orthonormal = False  # whether a fixed Phi has been found to have orthonormal rows
 
     def __init__(self, phi: Tensor, block_size: int = 32, *, learn: bool = False):
         super().__init__()
+        block_size = whole("block_size", block_size, 1)
         phi = as_matrix("phi", phi, (2,))
         if phi.shape[1] != block_size * block_size:
             raise ValueError(
@@ -58,7 +60,7 @@ class BlockCS(SensingOperator):
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
-        n = block_size * block_size
+        n = whole("block_size", block_size, 1) ** 2
         m = max(1, math.floor(ratio * n + 0.5))
         draw = torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         q, r = torch.linalg.qr(draw)
@@ -86,7 +88,7 @@ class BlockCS(SensingOperator):
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """``size``, or the size of y's whole blocks."""
-        return (y.shape[-2] * self.block_size, y.shape[-1] * self.block_size) if size is None else tuple(size)
+        return (y.shape[-2] * self.block_size, y.shape[-1] * self.block_size) if size is None else pair(size)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.block_cs(x, self._phi_for(x), block_size=self.block_size)
@@ -108,16 +110,40 @@ class BlockCS(SensingOperator):
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
         """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T (y - Phi x) / (1 + mu).
 
-        Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise.
+        mu: a positive number, a 0-d tensor, or broadcastable to (N, 1, 1, 1); a tensor's sign is not read.
+        Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise. The rows are looked
+        at once for a fixed Phi (until it is loaded or moved), at every call for a learned one, and not under
+        torch.compile or export, which cannot read values.
         """
         b = self.block_size
         if x.shape[-2] % b or x.shape[-1] % b:
             raise ValueError(f"prox: expected whole {b}x{b} blocks, got {x.shape[-2]}x{x.shape[-1]}: use gradient_step")
-        with torch.no_grad():
-            gram = self.phi.double() @ self.phi.double().mT
-            worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
+        if isinstance(mu, Tensor):
+            mu = step_size(mu, x, "mu")
+            mu = mu if mu.ndim == 1 else mu[..., None, None]
+        elif not mu > 0:
+            raise ValueError(f"mu: expected a positive number, got {mu}")
+        if not torch.compiler.is_compiling():
+            self._check_orthonormal()
+        return self.gradient_step(x, y, 1 / (1 + mu))
+
+    @torch.no_grad()
+    def _check_orthonormal(self) -> None:
+        fixed = not isinstance(self.phi, nn.Parameter)
+        if fixed and self._orthonormal:
+            return
+        gram = self.phi.double() @ self.phi.double().mT
+        worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
         if worst > 1e-4:
             raise ValueError(
                 f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step"
             )
-        return self.gradient_step(x, y, 1 / (1 + mu))
+        self._orthonormal = fixed
+
+    def _apply(self, fn, recurse=True):
+        self._orthonormal = False
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._orthonormal = False
+        super()._load_from_state_dict(*args, **kwargs)

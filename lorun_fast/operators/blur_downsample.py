@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import blur_downsample as ops
-from lorun_fast.ops._checks import as_dtype, parameter_dtype
+from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -63,7 +63,7 @@ class BlurDownsample(SensingOperator):
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""
         whole = (y.shape[-2] * self.scale, y.shape[-1] * self.scale)
-        if size is not None and tuple(size) != whole:
+        if size is not None and pair(size) != whole:
             raise ValueError(
                 f"size: expected {whole} for y of shape {tuple(y.shape)} at scale {self.scale}, got {size}"
             )
@@ -95,11 +95,13 @@ class BlurDownsample(SensingOperator):
         corners of the pixels, reads y at (p + 1/2)/s - 1/2 instead; it puts y[i] at i*s + (s-1)/2, and needs a shift
         by (s-1)/2 pixels to undo that.
         """
+        check_image("y", y, 4, "(N, C, h, w)")
         self.image_size(y, size)
-        x = y.to(self._kernel_for(y).dtype)
-        for dim in (2, 3):
-            x = _upsample(x, self.scale, dim)
-        return x.to(y.dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            x = y.to(parameter_dtype(y.dtype))
+            for dim in (2, 3):
+                x = _upsample(x, self.scale, dim)
+            return x.to(y.dtype)
 
     def norm(self, size: tuple[int, int] | None = None) -> Tensor:
         """The largest singular value of A on images of ``size`` = (H, W); without it, the largest over all sizes.

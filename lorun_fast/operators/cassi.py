@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair, whole
 from lorun_fast.ops import cassi as ops
-from lorun_fast.ops._checks import as_dtype, parameter_dtype
+from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype
 
 
 def shift_bands(x: Tensor, step: int) -> Tensor:
@@ -27,11 +27,15 @@ def unshift_bands(v: Tensor, step: int) -> Tensor:
 
     What lies outside a band's window is dropped: rolling back and cropping to W columns gives the same.
     """
-    n, bands, height, wide = _check_bands("v", v, step, "(N, L, H, W + step*(L-1))")
+    return _unshift("v", v, step)
+
+
+def _unshift(name: str, v: Tensor, step: int) -> Tensor:
+    n, bands, height, wide = _check_bands(name, v, step, "(N, L, H, W + step*(L-1))")
     width = wide - step * (bands - 1)
     if width < 1:
         raise ValueError(
-            f"v: expected more than step*(L-1) = {step * (bands - 1)} columns for {bands} bands at step {step}, "
+            f"{name}: expected more than step*(L-1) = {step * (bands - 1)} columns for {bands} bands at step {step}, "
             f"got {wide}"
         )
     v = v.contiguous()
@@ -69,15 +73,12 @@ class CASSI(SensingOperator):
         mask = as_matrix("mask", mask, (2, 3))
         if bands is None:
             bands = 28 if mask.ndim == 2 else mask.shape[0]
-        if bands < 1:
-            raise ValueError(f"bands: expected at least 1, got {bands}")
-        if step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
+        bands, step = whole("bands", bands, 1), whole("step", step, 0)
         if mask.ndim == 3 and mask.shape[0] != bands:
             raise ValueError(
                 f"mask: expected (H, W) or ({bands}, H, W) for bands={bands}, got shape {tuple(mask.shape)}"
             )
-        self.bands, self.step = int(bands), int(step)
+        self.bands, self.step = bands, step
         if learn:
             self.mask = nn.Parameter(mask.detach().clone().contiguous())
         else:
@@ -92,7 +93,7 @@ class CASSI(SensingOperator):
         mask (L, H, W).
         """
         phi = as_matrix("phi", phi, (3,))
-        return cls(unshift_bands(phi[None], step)[0], phi.shape[0], step, learn=learn)
+        return cls(_unshift("phi", phi[None], whole("step", step, 0))[0], phi.shape[0], step, learn=learn)
 
     @property
     def phi(self) -> Tensor:
@@ -121,7 +122,7 @@ class CASSI(SensingOperator):
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """(H, W) of the mask; raises if ``size`` says otherwise."""
         height, width = self.mask.shape[-2:]
-        if size is not None and tuple(size) != (height, width):
+        if size is not None and pair(size) != (height, width):
             raise ValueError(f"size: expected the mask's ({height}, {width}) or None, got {tuple(size)}")
         return height, width
 
@@ -145,8 +146,9 @@ class CASSI(SensingOperator):
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """y*step/L, shifted back per band (step 0: y/L), (N, L, H, W)."""
         height, width = self.image_size(y, size)
+        check_image("y", y, 3, "(N, H, W + step*(L-1))")
         want = (height, ops.measured_width(width, self.bands, self.step))
-        if y.ndim != 3 or tuple(y.shape[1:]) != want:
+        if tuple(y.shape[1:]) != want:
             raise ValueError(f"y: expected (N, {want[0]}, {want[1]}), got shape {tuple(y.shape)}")
         scaled = y * (max(self.step, 1) / self.bands)
         if self.step == 0:

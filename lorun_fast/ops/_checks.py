@@ -23,6 +23,8 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.ndim != ndim:
         raise ValueError(f"{name}: expected {layout}, got shape {shape_of(x)}")
     if x.dtype not in STORAGE_DTYPES:
@@ -43,7 +45,10 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
     """
     dtype = parameter_dtype(x.dtype)
     if not isinstance(rho, Tensor):
-        return torch.full((1,), rho, dtype=dtype, device=x.device)
+        try:
+            return torch.full((1,), rho, dtype=dtype, device=x.device)
+        except TypeError:
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(rho).__name__}") from None
     if rho.device != x.device:
         raise ValueError(f"{name} is on {rho.device}, but x is on {x.device}: move one of them")
     if rho.dtype is not dtype:

@@ -325,4 +325,4 @@ def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tenso
     _check_step(x, y, kernel, scale)
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu: expected a positive number, got {mu}")
-    return fft_reference.blur_downsample_prox(x, y.to(kernel.dtype), kernel, step_size(mu, x), scale)
+    return fft_reference.blur_downsample_prox(x, y.to(kernel.dtype), kernel, step_size(mu, x, "mu"), scale)

@@ -20,6 +20,8 @@ def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
                 f"stage: expected one stage per sample, shape ({batch},) for an input that leads with {batch}, "
                 f"got {shape_of(stage)}: a layer that folds other axes into the batch takes one stage per call"
             )
+    elif isinstance(stage, bool) or not (isinstance(stage, int) or hasattr(stage, "__index__")):
+        raise TypeError(f"stage: expected an int or an int64 tensor, got {type(stage).__name__}")
     elif not 0 <= stage < stages:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {stage}")
 
@@ -29,6 +31,13 @@ def check_stages(stage: Tensor, stages: int) -> None:
     low, high = (int(t) for t in stage.aminmax())
     if low < 0 or high >= stages:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {low if low < 0 else high}")
+
+
+def check_given_stages(stage: int | Tensor, stages: int) -> None:
+    """As :func:`check_stages` where that costs no wait for a device; tracing does not read tensors."""
+    readable = isinstance(stage, Tensor) and stage.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and stage.numel():
+        check_stages(stage, stages)
 
 
 def check_factors(
@@ -52,13 +61,17 @@ def check_factors(
         )
 
 
+def check_floating(name: str, t: Tensor) -> None:
+    if t.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
+
+
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """Raises unless x and the others that are there are floating-point tensors on one device."""
     for name, t in (("x", x), *others.items()):
         if t is None:
             continue
-        if t.dtype not in STORAGE_DTYPES:
-            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
+        check_floating(name, t)
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: move one of them")
 

@@ -20,6 +20,7 @@ from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
     check_factors,
+    check_floating,
     check_stage,
     check_stages,
     check_tensors,
@@ -178,10 +179,11 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     return x, [t // 2 for t in total]
 
 
-def of_layer(x: Tensor, layer, stage: int | Tensor, padding) -> Tensor:
+def of_layer(x: Tensor, layer, stage: int | Tensor, padding, output_padding=None) -> Tensor:
     """The op with the geometry and the stacked factors of a layer, whose constructor has checked them."""
+    check_floating("x", x)
     if x.ndim == 3 and not isinstance(stage, Tensor):
-        return of_layer(x[None], layer, stage, padding)[0]
+        return of_layer(x[None], layer, stage, padding, output_padding)[0]
     if padding == "same":
         x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
     elif padding == "valid":
@@ -194,7 +196,7 @@ def of_layer(x: Tensor, layer, stage: int | Tensor, padding) -> Tensor:
     return _conv(
         x, layer.weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
         (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
-        layer.transposed, layer.output_padding,
+        layer.transposed, layer.output_padding if output_padding is None else output_padding,
     )  # fmt: skip
 
 

@@ -9,7 +9,15 @@ from lorun_fast.ops import _backends, _lora_aten
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import shape_of
 from lorun_fast.ops._library import define, once
-from lorun_fast.ops.lora import check_epilogue, check_factors, check_stage, check_stages, check_tensors, under_autocast
+from lorun_fast.ops.lora import (
+    check_epilogue,
+    check_factors,
+    check_floating,
+    check_stage,
+    check_stages,
+    check_tensors,
+    under_autocast,
+)
 from lorun_fast.reference import lora as reference
 
 
@@ -101,6 +109,7 @@ _backends.TABLE["lora_linear", "cuda"] = (Row("aten", "no other is measured"),)
 
 def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
     """The op with the stacked factors of a layer."""
+    check_floating("x", x)
     if x.shape[-1] != layer.in_features:
         raise ValueError(f"x: expected (..., {layer.in_features}), got {shape_of(x)}")
     down, up = layer.down, layer.up

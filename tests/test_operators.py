@@ -1,0 +1,129 @@
+"""What the sensing operators have in common: what they take as arguments, and under what they work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import lorun_fast as lf
+
+
+def cassi():
+    return lf.CASSI(torch.rand(6, 8), 3, 1), torch.rand(2, 3, 6, 8)
+
+
+def block_cs():
+    return lf.BlockCS.gaussian(0.5, 4), torch.rand(2, 1, 8, 8)
+
+
+def blur():
+    return lf.BlurDownsample(torch.rand(3, 3), 2), torch.rand(2, 3, 8, 8)
+
+
+every_operator = pytest.mark.parametrize("make", [cassi, block_cs, blur])
+
+
+@every_operator
+def test_what_is_no_image(make):
+    op, x = make()
+    y = op(x)
+    with pytest.raises(TypeError, match="x: expected a tensor, got ndarray"):
+        op(x.numpy())
+    for method in (op.adjoint, op.initial):
+        with pytest.raises(TypeError, match=r"y: expected float32, float64, bfloat16 or float16, got torch.uint8"):
+            method(y.byte())
+        with pytest.raises(ValueError, match=r"y: expected .*, got shape"):
+            method(y[0, 0])
+        with pytest.raises(ValueError, match=r"size: expected .*H, W.*, got 7"):
+            method(y, size=7)
+    for rho in (None, "a"):
+        with pytest.raises(TypeError, match=f"rho: expected a number or a tensor, got {type(rho).__name__}"):
+            op.gradient_step(x, y, rho)
+
+
+@every_operator
+def test_the_proximal_steps_weight(make):
+    op, x = make()
+    y = op(x)
+    for mu in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"mu: expected .*, got {mu}"):
+            op.prox(x, y, mu)
+    with pytest.raises(TypeError, match=r"mu: expected a floating-point tensor, got torch.int64"):
+        op.prox(x, y, torch.tensor(1))
+    mu = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1)
+    each = torch.cat([op.prox(x[i : i + 1], y[i : i + 1], mu[i].item()) for i in range(2)])
+    torch.testing.assert_close(op.prox(x, y, mu), each)
+
+
+@every_operator
+def test_the_proximal_step_compiles_and_exports(make):
+    op, x = make()
+    y = op(x)
+    expected = op.prox(x, y, 0.5)
+    torch.testing.assert_close(torch.compile(op.prox, fullgraph=True, backend="aot_eager")(x, y, 0.5), expected)
+
+    class Prox(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.op = op
+
+        def forward(self, x, y):
+            return self.op.prox(x, y, 0.5)
+
+    torch.testing.assert_close(torch.export.export(Prox(), (x, y)).module()(x, y), expected)
+
+
+def test_orthonormal_rows_are_looked_at_again_where_phi_changes():
+    op, x = block_cs()
+    y = op(x)
+    op.prox(x, y, 0.5)
+    op.load_state_dict({"phi": 2 * op.phi})
+    with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+        op.prox(x, y, 0.5)
+    learned = lf.BlockCS.gaussian(0.5, 4, learn=True)
+    learned.prox(x, y, 0.5)
+    with torch.no_grad():
+        learned.phi.mul_(2)
+    with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+        learned.prox(x, y, 0.5)
+
+
+@every_operator
+def test_autocast_changes_no_start(make):
+    op, x = make()
+    y = op(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op.initial(y), make_start(op, y))
+
+
+def make_start(op, y):
+    with torch.autocast("cpu", enabled=False):
+        return op.initial(y)
+
+
+@pytest.mark.parametrize("change", [lambda a: a[::-1, ::-1], lambda a: a.astype(">f4"), np.asfortranarray])
+def test_any_array_of_numbers(change):
+    array = np.random.default_rng(0).random((4, 16)).astype(np.float32)
+    expected = np.ascontiguousarray(change(array)).astype(np.float32)
+    assert np.array_equal(lf.BlockCS(change(array), 4).phi.numpy(), expected)
+    assert np.array_equal(lf.CASSI(change(array), 3).mask.numpy(), expected)
+    assert np.array_equal(lf.BlurDownsample(change(array)).kernel.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: lf.CASSI(torch.rand(4, 4), 3, 1.5), TypeError, "step: expected a whole number, got 1.5"),
+        (lambda: lf.CASSI(torch.rand(4, 4), 3.7), TypeError, "bands: expected a whole number, got 3.7"),
+        (lambda: lf.CASSI(torch.rand(4, 4), 3, -1), ValueError, "step: expected at least 0, got -1"),
+        (lambda: lf.CASSI.from_phi(torch.rand(3, 4, 4), 2), ValueError, r"phi: expected more than step\*\(L-1\) = 4"),
+        (lambda: lf.BlockCS(torch.rand(4, 16), 4.0), TypeError, "block_size: expected a whole number, got 4.0"),
+        (lambda: lf.BlockCS(torch.rand(4, 16), -4), ValueError, "block_size: expected at least 1, got -4"),
+        (lambda: lf.BlockCS.gaussian(0.25, -4), ValueError, "block_size: expected at least 1, got -4"),
+        (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), ValueError, "scale: expected an integer of at least 1"),
+    ],
+)
+def test_whole_numbers(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
