@@ -124,3 +124,34 @@ def test_an_op_whose_result_is_a_list():
     found = torch.autograd.grad(out.sum(), (x, up), create_graph=True)
     with pytest.raises(RuntimeError, match="lora_conv2d: expected one differentiation, got a second"):
         found[0].sum().backward()
+
+
+def test_function_transforms():
+    """grad, vjp, jvp, jacrev and vmap of torch.func, on a step and through a layer."""
+    x, y, mask, rho = problem(dtype=torch.float64)
+
+    def step(a):
+        return F.cassi_step(a, y, mask, rho, step=2)
+
+    leaf = x.clone().requires_grad_()
+    out = step(leaf)
+    (expected,) = torch.autograd.grad(out.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda a: step(a).square().sum())(x), expected)
+    torch.testing.assert_close(torch.func.vjp(step, x)[1](2 * out.detach())[0], expected)
+    tangent = torch.rand_like(x)
+    torch.testing.assert_close(torch.func.jvp(step, (x,), (tangent,))[1], step(x + tangent) - step(x))
+    jacobian = torch.func.jacrev(lambda a: F.cassi(a, mask, step=2))(x[:1])
+    torch.testing.assert_close(torch.einsum("abcdefg,defg->abc", jacobian, x[:1]), F.cassi(x[:1], mask, step=2))
+    torch.testing.assert_close(
+        torch.func.vmap(lambda a: F.cassi(a[None], mask, step=2)[0])(x), F.cassi(x, mask, step=2)
+    )
+
+    z, weight, down, up = (
+        torch.rand(s, dtype=torch.float64) for s in ((1, 2, 4, 4), (3, 2, 1, 1), (1, 2, 1, 1), (3, 1))
+    )
+
+    def layer(up):
+        return F.lora_conv2d(z, weight, None, down, up, activation="relu").square().sum()
+
+    leaf = up.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(layer)(up), torch.autograd.grad(layer(leaf), leaf)[0])

@@ -4,7 +4,8 @@ torch.library.register_autograd registers a Python function for the dispatcher's
 C++ for Python and comes back, also when nothing needs a gradient, and building a graph binds arguments by name. That
 is most of what a small op costs. So a call from here decides in Python: below autograd if nothing needs a gradient,
 else through a torch.autograd.Function with the same formulas. Autocast, too, narrows here what the op says and is
-off below. Tracing and function transforms take the registered op as it is.
+off below. Tracing takes the registered op as it is; transforms of torch.func, which do not take a gradient that is
+registered in Python, take the definition.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ _without_autocast = torch._C._DisableAutocast
 
 
 def direct_call(
-    op: Callable, backward: Callable, setup_context: Callable, autocast: Callable | None = None
+    op: Callable,
+    backward: Callable,
+    setup_context: Callable,
+    autocast: Callable | None = None,
+    definition: Callable | None = None,
 ) -> Callable:
     """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``.
 
-    autocast: as for :func:`lorun_fast.ops._library.define`.
+    definition: the same in differentiable PyTorch, for function transforms. autocast: as for :func:`lorun_fast.ops._library.define`.
     """
 
     def forward(ctx, *args):
@@ -47,8 +52,10 @@ def direct_call(
             return op(*args)
 
     def call(*args):
-        if torch.compiler.is_compiling() or _transforms_active():
+        if torch.compiler.is_compiling():
             return op(*args)
+        if _transforms_active():
+            return (definition or op)(*args)
         if not _autocast_active():
             return run(*args)
         device = args[0].device.type

@@ -50,7 +50,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return direct_call(op, backward, setup_context, autocast) if direct else op
+    return direct_call(op, backward, setup_context, autocast, reference) if direct else op
 
 
 def _outside_autocast(op: Callable, device: str, autocast: Callable | None) -> Callable:
