@@ -30,7 +30,8 @@ def direct_call(
 ) -> Callable:
     """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``.
 
-    definition: the same in differentiable PyTorch, for function transforms. autocast: as for :func:`lorun_fast.ops._library.define`.
+    autocast: as for :func:`lorun_fast.ops._library.define`. definition: the same in differentiable PyTorch, for
+        function transforms.
     """
 
     def forward(ctx, *args):
