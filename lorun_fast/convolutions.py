@@ -160,6 +160,7 @@ class PackedConv2d(StandIn):
             padding = [size - cell * length for size, length in zip(output_size[-2:], x.shape[-2:], strict=True)]
             if padding != [0, 0]:
                 return F.conv_transpose2d(x, self.weight, self.bias, cell, output_padding=padding)
+        x = x.to(self.tiles.dtype)  # as autocast would
         return packed_conv2d(x, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
 
     @property
@@ -184,7 +185,7 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
     """x + second(relu(first(x))) + residual, in one pass where the layers can."""
     if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and first.keeps_size and second.keeps_size:
         return packed_block(
-            x, first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
+            x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
     y = convolve(second, convolve(first, x, "relu"), residual=x)

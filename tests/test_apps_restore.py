@@ -221,8 +221,12 @@ def test_the_ratio_names_a_shipped_network(tmp_path, capsys, monkeypatch):
     assert "cs-25" in accepted(capsys, "info")
 
 
-def test_bf16_and_threads(tmp_path, model, capsys):
-    picture(tmp_path / "a.png")
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("size", [(24, 32), (19, 30)])
+def test_bf16_and_threads(tmp_path, model, capsys, monkeypatch, amx, size):
+    # Without matrix tiles their ops run plain loops; sides that are no multiple of the network's cell are padded.
+    monkeypatch.setattr(restoring._native, "build_info", lambda: {"amx": amx, "cpu_active": "baseline"})
+    picture(tmp_path / "a.png", *size)
     accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
     restored = {}
     threads = torch.get_num_threads()
@@ -476,3 +480,49 @@ def test_out_of_memory_is_told(tmp_path, model, capsys, monkeypatch):
     monkeypatch.setattr(restoring, "restore", exhausted)
     line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
     assert "--batch" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "task"),
+    [
+        (("--sigma", "0.1"), "sr"),
+        (("--edges", "reflect"), "sr"),
+        (("--scale", "4"), "cassi"),
+        (("--mask", "nofile.mat"), "cassi"),
+        (("--cube", "mat"), "cassi"),
+    ],
+)
+def test_options_of_other_tasks_are_refused(tmp_path, model, capsys, option, task):
+    picture(tmp_path / "a.png")
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, *option)
+    assert f"{option[0]}: expected measurements of task {task!r} beside it, got 'cs'" in line
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--key", "y")
+    assert "--key: expected a .mat file beside it, got" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_originals_beside_the_measurements_stay(tmp_path, model, capsys, monkeypatch):
+    picture(tmp_path / "photos" / "a.png")
+    monkeypatch.chdir(tmp_path / "photos")
+    accepted(capsys, "measure", ".", "--model", model, "-o", "y.npz")
+    before = contents(tmp_path / "photos")
+    line = refused(capsys, "restore", "y.npz", "-o", ".", "--model", model)
+    assert "got ., where the measurements lie, with a.png: choose another" in line
+    assert contents(tmp_path / "photos") == before
+    for _ in range(2):  # a folder of its own may be written again
+        accepted(capsys, "restore", "y.npz", "-o", "restored", "--model", model)
+
+
+def test_a_network_with_nan_restores_nothing(tmp_path, model, capsys):
+    net = lf.load(model)
+    with torch.no_grad():
+        net.denoiser.base.head.weight.fill_(float("nan"))
+    lf.save(net, tmp_path / "nan.safetensors")
+    picture(tmp_path / "a.png")
+    accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
+    line = refused(
+        capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", tmp_path / "nan.safetensors"
+    )
+    assert "expected finite images, got NaN or infinite values" in line
+    assert not list((tmp_path / "out").glob("*.png"))

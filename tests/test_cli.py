@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from apps_help import accepted, contents, picture, refused, tiny_network
 
 from lorun_fast.apps import restoring
 from lorun_fast.apps.cli import main
+from lorun_fast.apps.files import replacing
 
 
 @pytest.mark.parametrize("command", ["demo", "measure", "restore", "evaluate", "train", "info"])
@@ -166,3 +169,28 @@ def test_as_a_process(tmp_path):
     assert wrong.stdout == ""
     assert wrong.stderr.splitlines()[-1] == "lorun-fast: error: expected an existing folder for s.json, got no"
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(("task", "model"), [("cs", "sr"), ("cs", "cassi"), ("sr", "cs-25"), ("cassi", "cs-25")])
+def test_a_demo_shows_its_own_task(task, model, tmp_path, capsys):
+    line = refused(capsys, "demo", task, "--model", model, "-o", tmp_path / "out")
+    assert f"--model: expected a network for task {task!r}, got {model} for" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_no_files(tmp_path):
+    """A link is followed, and what is no file is written to and stays what it is."""
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    with replacing(link) as f:
+        f.write(b"one")
+    assert link.is_symlink() and target.read_bytes() == b"one"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    with replacing(pipe) as f:
+        f.write(b"two")
+    reader.join()
+    assert got == [b"two"] and pipe.is_fifo()

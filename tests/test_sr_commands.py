@@ -203,6 +203,7 @@ def test_a_stopped_evaluation_goes_on(tmp_path, model, capsys, monkeypatch):
     with pytest.raises(Killed):
         accepted(capsys, *command, scores)
     assert scores.read_text() == "older" and len(json.loads(part.read_text())["kernels"]) == 3
+    assert "--json: expected no unfinished evaluation, got" in refused(capsys, *command, scores)
     assert "got another noise" in refused(capsys, *command, scores, "--noise", 0.1, "--resume")
     assert "got another scales or kernels" in refused(capsys, *command, scores, "--index", 2, "--resume")
     assert "--resume: expected --json FILE" in refused(capsys, *command[:-1], "--resume")

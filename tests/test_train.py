@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,17 +191,46 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
         (["--init", "{run}/model.safetensors", "--gamma", "60"], "differ (denoiser.base.encoder.0.0.conv1.down, "),
         (["--sharing", "tied", "--train-base"], "--train-base: expected --sharing lora, got tied"),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--gamma", "0"], "expected a number above 0, got '0'"),
+        (["--pretrain-unroll", "-1"], "expected a whole number of at least 0, got '-1'"),
+        (["--threads", "1000000"], "expected a whole number from 1 to 1024, got '1000000'"),
+        (["--init", "{text}"], "{text}: expected a complete safetensors file, got a damaged one"),
+        (["--warm-start", "{text}"], "{text}: expected a complete safetensors file, got a damaged one"),
+        (["--init", "cs-25"], "got"),
+        (
+            ["--warm-start", "sr", "--channels", "5", "7"],
+            "--warm-start: expected a network with a base of the same kind",
+        ),
         (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
     ],
 )
 def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, more, message):
     (tmp_path / "empty").mkdir()
-    names = {"run": str(uninterrupted), "empty": str(tmp_path / "empty")}
+    (tmp_path / "text.safetensors").write_text("no network")
+    names = {n: str(tmp_path / f) for n, f in (("empty", "empty"), ("text", "text.safetensors"))}
+    names["run"] = str(uninterrupted)
     before = {p.name: p.read_bytes() for p in uninterrupted.iterdir()}
     assert main(arguments(photographs, tmp_path / "new", *(m.format(**names) for m in more))) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.format(**names) in error
     assert {p.name: p.read_bytes() for p in uninterrupted.iterdir()} == before
+    assert not (tmp_path / "new").exists() or "--resume" in more  # the corrected command starts anew
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+def test_a_damaged_run_is_not_resumed(photographs, uninterrupted, tmp_path, capsys, name):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / name).write_text("{")
+    assert main(arguments(photographs, run, "--resume")) == 2
+    assert f"expected a file of the run, got a damaged {run / name}" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_stops(photographs, tmp_path, capsys):
+    assert main(arguments(photographs, tmp_path / "run", "--lr", "1e30", "--clip", "1e30")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "expected a finite loss, got nan in step" in error or "expected a finite loss, got inf in step" in error
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_batches_are_a_function_of_seed_and_step():

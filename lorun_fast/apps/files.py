@@ -20,10 +20,16 @@ def _reason(error: OSError) -> str:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` when the block ends, and vanishes if it raises.
 
-    What was there before stays until then. Raises UserError when the file cannot be written.
+    What was there before stays until then. A link is followed; what is no file (/dev/stdout) is written to as it
+    is. Raises UserError when the file cannot be written.
     """
     temporary = None
     try:
+        if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+            with path.open("wb") as f:
+                yield f
+            return
+        path = path.resolve()
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
         with os.fdopen(handle, "wb") as f:
             yield f

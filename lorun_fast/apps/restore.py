@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile",
         type=runtime.at_least_one,
         metavar="PIXELS",
-        help="work in overlapping pieces that contribute squares of this side: less memory (default: whole images)",
+        help="work in overlapping pieces of this side, less 16 at its edges (super-resolution: that "
+        "contribute squares of this side): less memory (default: whole images)",
     )
     for name in tasks.NAMES:
         tasks.get(name).add_restore_arguments(parser)
@@ -50,11 +51,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     raw = measurements.Raw(args.measurements, args.key)
+    if args.key is not None and args.measurements.suffix.lower() != ".mat":
+        raise UserError(f"--key: expected a .mat file beside it, got {args.measurements}")
     if args.model is None:
         task = tasks.get(raw.task or tasks.NAMES[0])
     else:
         model = models.load(args.model, how.device)
         task = model.task
+    _refuse_options_of_others(task, args)
     file = raw.checked(task.LAYOUT, task.OPERATOR_KEYS)
     if file.task not in (None, task.NAME):
         raise UserError(f"{args.measurements}: expected task {task.NAME!r} as {args.model}, got {file.task!r}")
@@ -73,6 +77,13 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
     files.make_folder(args.output)
+    if args.output.resolve() == args.measurements.resolve().parent:
+        there = sorted(p.name for p in args.output.iterdir() if p.stem in names and p != args.measurements)
+        if there:
+            raise UserError(
+                f"-o: expected a folder without pictures of the measurements' names, got {args.output}, where the "
+                f"measurements lie, with {', '.join(there[:3])}: choose another"
+            )
 
     seconds = 0.0
     began = time.perf_counter()
@@ -99,6 +110,21 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     ]
     print(tables.pairs(rows))
     return 0
+
+
+def _options(task) -> dict:
+    """The task's own options of ``restore`` and their defaults."""
+    parser = argparse.ArgumentParser()
+    task.add_restore_arguments(parser)
+    return {a.dest: (a.option_strings[0], a.default) for a in parser._actions if a.dest != "help"}
+
+
+def _refuse_options_of_others(task, args: argparse.Namespace) -> None:
+    own = _options(task)
+    for name in tasks.NAMES:
+        for dest, (option, default) in _options(tasks.get(name)).items():
+            if dest not in own and getattr(args, dest) != default:
+                raise UserError(f"{option}: expected measurements of task {name!r} beside it, got {task.NAME!r}")
 
 
 def _file_name(name: str) -> str:

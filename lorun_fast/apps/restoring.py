@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
+from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import Runtime
 from lorun_fast.network import LoRun
 from lorun_fast.operators import SensingOperator
@@ -79,4 +80,7 @@ def restore(
     with torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.dtype != torch.float32):
         x: Tensor = net(torch.from_numpy(y).to(runtime.device), op=op, size=size, sigma=sigma)
     image = x.float().cpu().numpy()
-    return image, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if not np.isfinite(image).all():
+        raise UserError("expected finite images, got NaN or infinite values: do the network's weights hold any?")
+    return image, seconds

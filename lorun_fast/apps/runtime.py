@@ -18,6 +18,7 @@ from lorun_fast.apps.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 1, "cuda": 8}
+_MOST_THREADS = 1024  # thousands more and the thread pool ends the process
 
 
 def at_least_one(text: str) -> int:
@@ -25,6 +26,31 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def none_or_more(text: str) -> int:
+    """The argparse type of counts that may be 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """The argparse type of --threads."""
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {_MOST_THREADS}, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """The argparse type of shares and rates that 0 makes no sense of."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def seed(text: str) -> int:
@@ -63,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=_DTYPES, default="fp32", help="of the denoiser; Phi stays fp32 (default: fp32)"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    group.add_argument("--threads", type=at_least_one, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 import resource
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from lorun_fast.apps import models, runtime, tasks
-from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.files import make_folder, replacing
 from lorun_fast.apps.progress import bar
-from lorun_fast.apps.runtime import at_least_one, not_negative, seed
-from lorun_fast.io import load, save
+from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, positive, seed
+from lorun_fast.io import save
 from lorun_fast.network import LoRun, falling_step_sizes
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
@@ -60,7 +61,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="a network, of any task, from whose base phase 1 takes every tensor of the same name and shape",
     )
     add("--stages", type=at_least_one, default=9, help="K (default 9)")
-    add("--gamma", type=not_negative, default=10, help="rank in percent of min(in, out) (default 10)")
+    add("--gamma", type=positive, default=10, help="rank in percent of min(in, out) (default 10)")
     add("--form", choices=("loralib", "peft"), default="loralib")
     add("--sharing", choices=("lora", "tied", "untied"), default="lora")
     add(
@@ -73,9 +74,9 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=at_least_one, default=8)
     add("--lr", type=not_negative, default=1e-3, help="peak learning rate (default 1e-3)")
     add("--operator-lr", type=not_negative, default=3e-4, help="of a learned operator (default 3e-4)")
-    add("--warm-up", type=int, default=100, help="steps of linear warm-up (default 100)")
+    add("--warm-up", type=none_or_more, default=100, help="steps of linear warm-up (default 100)")
     add("--clip", type=not_negative, default=0.1, help="gradient norm above which it is scaled (default 0.1)")
-    add("--pretrain-unroll", type=int, default=4, help="own passes that phase 1 learns from (default 4)")
+    add("--pretrain-unroll", type=none_or_more, default=4, help="own passes that phase 1 learns from (default 4)")
     add("--checkpoint", action="store_true", help="recompute activations per stage to save memory")
     add(
         "--dtype",
@@ -84,7 +85,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the denoiser (autocast); default: bf16 where the machine multiplies in it, fp32 elsewhere",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=at_least_one, help="CPU threads (default: all)")
+    add("--threads", type=runtime.threads, help="CPU threads (default: all)")
     add("--seed", type=seed, default=0)
     add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
     add("--checkpoint-every", type=at_least_one, default=100, help="steps between checkpoints (default 100)")
@@ -143,12 +144,14 @@ class Run:
             return None
         if not config.exists():
             raise UserError(f"{self.folder}: expected a run to resume, found no config.json")
-        before = json.loads(config.read_text())
+        before = _readable(config, lambda path: json.loads(path.read_text()))
         changed = [k for k in self.settings if before.get(k) != self.settings[k]]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
             raise UserError(f"{self.folder}: expected the settings of the run, but {what}")
-        return torch.load(state, map_location=self.device, weights_only=True) if state.exists() else None
+        if not state.exists():
+            return None
+        return _readable(state, lambda path: torch.load(path, map_location=self.device, weights_only=True))
 
     def phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
         """Trains ``net`` in place; False if --stop-after ended it."""
@@ -192,6 +195,12 @@ class Run:
                 group["lr"] = group["peak"] * factor
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = self.recipe.loss(net, offset + step, device)
+            if not math.isfinite(loss.item()):
+                progress.close()
+                raise UserError(
+                    f"{self.folder}: expected a finite loss, got {loss.item()} in step {step + 1} of phase {name}: try "
+                    f"a lower --lr; what the last checkpoint holds is still there"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trainable, args.clip)
@@ -266,6 +275,14 @@ class Run:
         _plot(self.folder / "log.csv", self.folder / "curve.png")
 
 
+def _readable(path: Path, read):
+    """read(path), or a UserError that says that the run's file is damaged."""
+    try:
+        return read(path)
+    except Exception as error:  # what torch raises for damaged files is any of a dozen
+        raise UserError(f"expected a file of the run, got a damaged {path}: {first_line(error)}") from error
+
+
 def _plain(value):
     if isinstance(value, Path):
         return str(value)
@@ -303,17 +320,13 @@ def _init_file(init: Path) -> Path:
 
 def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
     """Phase 2: K stages that start as the base's, or as K times its single block."""
-    net = LoRun(
-        base.op,
-        base.denoiser.base,
-        args.stages,
-        args.gamma,
-        args.form,
-        args.sharing,
-        checkpoint=args.checkpoint,
-        data_step=base.data_step,
-        noise_map=base.noise_map,
-    )
+    settings = {"checkpoint": args.checkpoint, "data_step": base.data_step, "noise_map": base.noise_map}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "adapt: ")  # grouped layers of our own bases, as intended
+            net = LoRun(base.op, base.denoiser.base, args.stages, args.gamma, args.form, args.sharing, **settings)
+    except ValueError as error:
+        raise UserError(f"expected options that fit the base denoiser, got: {error}") from error
     falling = base.noise_map == "stage"
     with torch.no_grad():
         if base.stages == args.stages:
@@ -332,7 +345,7 @@ def _phase_two(path: Path, base: LoRun, args: argparse.Namespace) -> LoRun:
         shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
         return shapes | {"sharing": net.sharing, "data_step": net.data_step, "noise_map": net.noise_map}
 
-    net = load(path)
+    net = models.read_network(path)
     if shape(net) == shape(base):
         return _staged(net, args)
     fresh = _staged(base, args)
@@ -364,18 +377,20 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     init = _init_file(args.init) if args.init else None
-    warm = load(models.locate(args.warm_start)) if args.warm_start else None
+    warm = models.read_network(models.locate(args.warm_start)) if args.warm_start else None
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a CUDA device that torch can use, got none")
     if args.train_base and args.sharing != "lora":
         raise UserError(f"--train-base: expected --sharing lora, got {args.sharing}, which trains every weight")
     training = Run(args)
-    state = training.open()
     seconds: dict[str, float] = {}
     torch.manual_seed(args.seed)
     base = training.recipe.base()
     if warm is not None:
         _copy_what_fits(warm, base)
+    # What phase 2 would refuse is refused before phase 1, and before there is a folder.
+    _staged(base, args) if init is None else _phase_two(init, base, args)
+    state = training.open()
     base_file = init or training.folder / "base.safetensors"
     if state is None or state["phase"] == "base":
         if init is None:

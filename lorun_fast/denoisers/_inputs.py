@@ -30,5 +30,6 @@ def whole_cells(x: Tensor, cell: int) -> Tensor:
     """x, its last row and column repeated until height and width are multiples of ``cell``."""
     height, width = x.shape[2:]
     if height % cell or width % cell:
-        return F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate")
+        # On a CPU autocast takes this for an operation that needs fp32.
+        return F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate").to(x.dtype)
     return x

@@ -8,7 +8,6 @@ import time
 import numpy as np
 
 from lorun_fast.apps import files, images, models, restoring, runtime, tables
-from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.tasks import cassi
 from lorun_fast.apps.tasks.cassi import colour, cubes, pictures, scores, synthetic
 
@@ -32,9 +31,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with runtime.chosen(args) as how:
         name = args.model or cassi.DEMO_MODEL
-        model = models.load(name, how.device)
-        if model.task.NAME != cassi.NAME:
-            raise UserError(f"--model: expected a network for task {cassi.NAME!r}, got {name} for {model.task.NAME!r}")
+        model = models.load(name, how.device, cassi.NAME)
         files.make_folder(args.output)
         op = model.net.op
         print(f"{name}: {cassi.describe(op)}, {model.net.stages} stages; {how.describe()}")

@@ -76,11 +76,7 @@ def operator(args: argparse.Namespace, bands: int) -> CASSI:
         raise UserError(f"expected one of --mask and --model, got {'both' if args.mask else 'neither'}")
     if args.mask is not None:
         return options.operator(args, bands, 2 if args.step is None else args.step)
-    model = models.load(args.model)
-    if model.task.NAME != cassi.NAME:
-        raise UserError(
-            f"--model: expected a network for task {cassi.NAME!r}, got {args.model} for {model.task.NAME!r}"
-        )
+    model = models.load(args.model, task=cassi.NAME)
     own = model.net.op
     if own.bands != bands:
         raise UserError(f"--model: expected {bands} bands as the cubes, got {own.bands} in {args.model}")

@@ -76,9 +76,7 @@ def operator(args: argparse.Namespace) -> BlockCS:
             f"--ratio: expected one that a network is shipped for ({', '.join(shipped) or 'none'}), "
             f"or --gaussian for a random Phi, got {args.ratio:g}"
         )
-    model = models.load(name)
-    if model.task.NAME != NAME:
-        raise UserError(f"--model: expected a network for task {NAME!r}, got {name} for {model.task.NAME!r}")
+    model = models.load(name, task=NAME)
     if args.block_size not in (None, model.net.op.block_size):
         raise UserError(f"--block-size: expected {model.net.op.block_size} as in {name}, got {args.block_size}")
     return model.net.op

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with runtime.chosen(args) as how:
         name = args.model or cs.DEMO_MODEL
-        model = models.load(name, how.device)
+        model = models.load(name, how.device, cs.NAME)
         files.make_folder(args.output)
         print(f"{name}: {model.task.describe(model.net.op)}, {model.net.stages} stages; {how.describe()}")
         net = restoring.prepared(model.net, how)

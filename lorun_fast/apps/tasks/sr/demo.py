@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with runtime.chosen(args) as how:
         name = args.model or sr.DEMO_MODEL
-        model = models.load(name, how.device)
+        model = models.load(name, how.device, sr.NAME)
         files.make_folder(args.output)
         print(f"{name}: any kernel and scale, {model.net.stages} stages; {how.describe()}")
         net = restoring.prepared(model.net, how)

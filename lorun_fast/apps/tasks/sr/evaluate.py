@@ -122,6 +122,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     }
     part = None if args.json is None else args.json.with_name(f"{args.json.name}.part")
     planned = [(scale, i) for scale in args.scale for i in blur]
+    if part is not None and part.exists() and not args.resume:
+        raise UserError(f"--json: expected no unfinished evaluation, got {part}: add --resume, or remove it")
     rows = _known_rows(part, settings, names, planned) if args.resume else []
     with progress.bar(len(paths) * len(planned), "evaluating") as bar:
         bar.update(len(paths) * len(rows))
