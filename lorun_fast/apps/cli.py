@@ -23,7 +23,7 @@ _COMMANDS = {
     "demo": "restore bundled pictures with a shipped network; pictures, scores, time",
     "measure": "images to simulated measurements (.npz)",
     "restore": "measurements (.npz) to images",
-    "evaluate": "measure, restore and score images; PSNR, SSIM, seconds, JSON",
+    "evaluate": "measure, restore and score images; PSNR and more, seconds, JSON",
     "train": "train a network",
     "info": "this installation, and what a network's file holds",
 }

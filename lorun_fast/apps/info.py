@@ -59,6 +59,10 @@ def _measurements(path: Path) -> str:
     return f"measurements {path}\n" + tables.table(["  key", "shape", "type", "values"], rows)
 
 
+# What the learned rho of a stage is: with the exact data step it weighs x against y.
+_STEPS = {"gradient": "step sizes", "prox": "rho of each stage"}
+
+
 def _shipped() -> str:
     names = models.shipped()
     return "shipped networks\n" + "\n".join(f"  {name}" for name in names or ["(none)"])
@@ -73,7 +77,7 @@ def _model(name: str) -> str:
         ("task", f"{model.task.NAME}: {model.task.describe(model.net.op)}"),
         ("network", ", ".join(f"{key} {value}" for key, value in network.items())),
         ("denoiser", f"{denoiser['type']} {json.dumps(denoiser['config'])}"),
-        ("step sizes", ", ".join(f"{rho:.4g}" for rho in model.net.step_size.tolist())),
+        (_STEPS[model.net.data_step], ", ".join(f"{rho:.4g}" for rho in model.net.step_size.tolist())),
         ("parameters", str(model.net.parameter_report())),
         ("notes", json.dumps(config["notes"], indent=1) if "notes" in config else "none"),
     ]
