@@ -6,14 +6,13 @@
 // take them: as one line of pixels, row after row `pitch` apart, zeros in between, in which a tap is a shift by
 // i * pitch + j. A step is 32 pixels of that line, whatever the rows' width.
 //
-//   left (blocks of 16 of the kernel * out pairs (column, channel) of the gradient, steps, 16, 32 pixels): the
-//   gradient,
-//     a line of pixels for each channel, shifted for each column of the kernel;
+//   left (blocks of 16 of the kernel * out pairs (column, channel) of the gradient, steps, 16, 32 pixels): a line of
+//     pixels for each channel of the gradient, shifted for each column of the kernel;
 //   right (blocks of 16 channels of x, pairs of pixels of rows + kernel - 1 rows, 16 channels, 2).
 //
-// A row of the kernel shifts the right side by a pitch, an even number. Zeros are enough of them if the pitch is the
-// width of either image and of x with the padding of one side: a tap that leaves a row of x or of the gradient by
-// `padding` or kernel - 1 - padding pixels meets nothing else.
+// A row of the kernel shifts the right side by a pitch, an even number. There are zeros enough if a pitch has room for
+// a row of either image and for x with the padding of one side: a tap that leaves a row of x or of the gradient, by at
+// most `padding` or kernel - 1 - padding pixels, then meets zeros.
 //
 // Products: N H W out in k^2, as many as the convolution's. Every part of the rows has sums of its own, which are added
 // in order: the result does not depend on the number of threads.
