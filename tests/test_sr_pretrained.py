@@ -86,8 +86,8 @@ def test_restoring_needs_no_name(photograph, tmp_path, capsys):
     images.save(tmp_path / "a.png", photograph[:, :97, :110])
     command = ["measure", "sr", str(tmp_path / "a.png"), "--gaussian", "1.3", "--scale", "3", "--size", "reflect"]
     assert main([*command, "-o", str(tmp_path / "y.npz")]) == 0
-    assert main(["restore", str(tmp_path / "y.npz"), "-o", str(tmp_path)]) == 0
+    assert main(["restore", str(tmp_path / "y.npz"), "-o", str(tmp_path / "out")]) == 0
     assert "sr: x3, kernel 25x25" in capsys.readouterr().out
-    restored = images.load(tmp_path / "a.png", "channels")
+    restored = images.load(tmp_path / "out" / "a.png", "channels")
     assert restored.shape == (3, 97, 110)
     assert 24 < protocol.psnr(restored, photograph[:, :97, :110], 3, "float") < 60

@@ -77,13 +77,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])
     files.make_folder(args.output)
-    if args.output.resolve() == args.measurements.resolve().parent:
-        there = sorted(p.name for p in args.output.iterdir() if p.stem in names and p != args.measurements)
-        if there:
-            raise UserError(
-                f"-o: expected a folder without pictures of the measurements' names, got {args.output}, where the "
-                f"measurements lie, with {', '.join(there[:3])}: choose another"
-            )
+    _spare_originals(args.output, args.measurements, names)
 
     seconds = 0.0
     began = time.perf_counter()
@@ -110,6 +104,21 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     ]
     print(tables.pairs(rows))
     return 0
+
+
+def _spare_originals(output: Path, source: Path, names: list[str]) -> None:
+    """Refuses to write over pictures beside the measurements and older: what was measured, not what came of it."""
+    if output.resolve() != source.resolve().parent:
+        return
+    measured = source.stat().st_mtime_ns
+    older = sorted(
+        p.name for p in output.iterdir() if p.stem in names and p != source and p.stat().st_mtime_ns < measured
+    )
+    if older:
+        raise UserError(
+            f"-o: expected a folder without the pictures that were measured, got {output}, where the measurements lie, "
+            f"with {', '.join(older[:3])}: choose another"
+        )
 
 
 def _options(task) -> dict:
