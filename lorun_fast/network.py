@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -91,10 +90,8 @@ class LoRun(nn.Module):
                 gamma, form = None, "/".join(sorted({layer.form for layer in staged.adapted.values()}))
         elif sharing == "lora":
             staged = adapt(denoiser, stages, gamma, form)
-        elif sharing == "tied":
-            staged = TiedDenoiser(copy.deepcopy(denoiser), stages)
         else:
-            staged = UntiedDenoiser(denoiser, stages)
+            staged = _KINDS[sharing](denoiser, stages)
         stages = staged.stages
         if not 0 <= checkpoint <= stages:
             raise ValueError(f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint}")

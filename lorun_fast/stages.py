@@ -210,7 +210,7 @@ class TiedDenoiser(Stages):
 
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
-        self.base, self.stages = base, stages
+        self.base, self.stages = copy.deepcopy(base), stages
 
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
         check_given_stages(self._resolve(z, stage), self.stages)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
@@ -147,19 +146,7 @@ def test_compiles_as_one_graph():
 
 def test_does_not_depend_on_threads():
     tensors = problem((3, 20, 24, 7, 30, 41, 3, 1))
-    whole = call(*tensors)
-
-    def same(found):
-        return all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
-
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert same(call(*tensors))
-    finally:
-        torch.set_num_threads(threads)
-    with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(lambda _: same(call(*tensors)), range(8)))
+    check_threads(lambda: call(*tensors))
 
 
 VARIANTS = """

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
@@ -122,16 +121,7 @@ def test_compiles_as_one_graph():
 
 def test_does_not_depend_on_threads():
     grad, x, settings = problem((3, 20, 24, 30, 41, 3, 1))
-    whole = packed_weight_gradient(grad, x, **settings)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(packed_weight_gradient(grad, x, **settings), whole)
-    finally:
-        torch.set_num_threads(threads)
-    with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(lambda _: packed_weight_gradient(grad, x, **settings), range(8)):
-            assert torch.equal(found, whole)
+    check_threads(lambda: packed_weight_gradient(grad, x, **settings))
 
 
 VARIANTS = """

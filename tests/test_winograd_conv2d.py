@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import torch.nn.functional as F
+from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
@@ -174,15 +173,7 @@ def test_does_not_depend_on_threads_or_batch_mates():
     whole = winograd_conv2d(x, points, bias)
     for i in range(4):
         assert torch.equal(winograd_conv2d(x[i : i + 1], points, bias), whole[i : i + 1])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(winograd_conv2d(x, points, bias), whole)
-    finally:
-        torch.set_num_threads(threads)
-    with ThreadPoolExecutor(2) as pool:
-        for y in pool.map(lambda _: winograd_conv2d(x, points, bias), range(8)):
-            assert torch.equal(y, whole)
+    check_threads(lambda: winograd_conv2d(x, points, bias))
 
 
 VARIANTS = """

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "common/simd.h"
 
@@ -47,6 +48,13 @@ class Tiles {
     uint8_t rows[16];
   };
 };
+
+// f.template operator()<0>(), ..., <Count - 1>(): a tile's number is part of the instruction.
+template <int Count, class F>
+LORUN_INLINE inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      LORUN_INLINE { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, Count>{});
+}
 
 template <int Tile>
 LORUN_INLINE inline void tile_zero() {

@@ -29,6 +29,7 @@ struct Factors {
 using packed_weight_gradient::add_parts;
 using packed_weight_gradient::end_right;
 using packed_weight_gradient::GradientLines;
+using packed_weight_gradient::kTileValues;
 using packed_weight_gradient::lay_out_right;
 using packed_weight_gradient::multiply_all;
 using packed_weight_gradient::Sums;
@@ -101,12 +102,10 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
         lay_out_right(down, image, top - p.padding + ready, 1, space.down_right + ready * down.pitch() * kLanes);
       }
       narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow);
-      lines_of(space.narrow, up, t.next());
-      t.add(space.up_left);
+      add_sums(space.narrow, width, t, space.up_left);
       lay_out_right(up, g, top + j, 1, space.up_right + j * up.pitch() * kLanes);
       narrow_row(f.up, g, height, width, top + j, space.edge, space.narrow);
-      lines_of(space.narrow, down, s.next());
-      s.add(space.down_left);
+      add_sums(space.narrow, width, s, space.down_left);
     }
     s.end(space.down_left);
     end_right(down, count + p.kernel - 1, space.down_right);

@@ -16,7 +16,6 @@ namespace lorun::packed_factor_gradients {
 
 using packed_weight_gradient::kDepth;
 using packed_weight_gradient::kLanes;
-using packed_weight_gradient::kTileValues;
 
 constexpr int64_t kMaxRank = kLanes;
 
@@ -31,41 +30,18 @@ LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under
   const int64_t values = f.steps() * kDepth, pitch = 2 * f.in;
   const BFloat16* weight = f.w;
   tile_fence();
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
+  unrolled<Tiles>([&]<int T>() LORUN_INLINE { tile_zero<T>(); });
   for (int64_t row = 0; row < f.kernel; ++row, weight += values * kLanes) {
     const auto& x = under.rows[row];
     for (int64_t j = 0; x[0] != nullptr && j < values; j += kDepth) {
       tile_load<6>(weight + j * kLanes, 64);
-      tile_load<4>(x[0] + j, pitch);
-      tile_multiply_add<0, 4, 6>();
-      if constexpr (Tiles >= 2) {
-        tile_load<5>(x[1] + j, pitch);
-        tile_multiply_add<1, 5, 6>();
-      }
-      if constexpr (Tiles >= 3) {
-        tile_load<4>(x[2] + j, pitch);
-        tile_multiply_add<2, 4, 6>();
-      }
-      if constexpr (Tiles >= 4) {
-        tile_load<5>(x[3] + j, pitch);
-        tile_multiply_add<3, 5, 6>();
-      }
+      unrolled<Tiles>([&]<int T>() LORUN_INLINE {
+        tile_load<4 + T % 2>(x[T] + j, pitch);
+        tile_multiply_add<T, 4 + T % 2, 6>();
+      });
     }
   }
-  constexpr int64_t kSums = kLanes * kLanes;
-  tile_store<0>(sums, 64);
-  if constexpr (Tiles >= 2) {
-    tile_store<1>(sums + kSums, 64);
-  }
-  if constexpr (Tiles >= 3) {
-    tile_store<2>(sums + 2 * kSums, 64);
-  }
-  if constexpr (Tiles >= 4) {
-    tile_store<3>(sums + 3 * kSums, 64);
-  }
+  unrolled<Tiles>([&]<int T>() LORUN_INLINE { tile_store<T>(sums + T * kLanes * kLanes, 64); });
 }
 
 // Values that a tile of 16 results reads from a row.
@@ -106,26 +82,19 @@ inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t
   }
 }
 
-// A row of sums (width, 16) as the next of the gradient's lines, rounded; s: the weight gradient that they are for.
-LORUN_TARGET_AMX inline void lines_of(const float* sums, const Shape& s, BFloat16* to) {
-  const int64_t width = s.grad_width();
-  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  int64_t first = 0;
-  for (; first < width; first += kDepth) {
-    __m512i a[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t p = first + 2 * i;
-      const __m512 one = p < width ? _mm512_load_ps(sums + p * kLanes) : _mm512_setzero_ps();
-      const __m512 two = p + 1 < width ? _mm512_load_ps(sums + (p + 1) * kLanes) : _mm512_setzero_ps();
-      a[i] = _mm512_permutexvar_epi16(pairs, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(two, one)));
-    }
-    packed_weight_gradient::transpose(a);
-    for (int64_t c = 0; c < s.out; ++c) {
-      _mm512_storeu_si512(to + c * s.line() + first, a[c]);
-    }
-  }
-  packed_weight_gradient::clear_between(to, first, s.pitch(), s.out, s.line());
+// Pixels w and w + 1 of a row of sums (width, 16), rounded and interleaved; zeros after the row.
+LORUN_TARGET_AMX LORUN_INLINE inline __m512i rounded_pair(const float* sums, int64_t w, int64_t width) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512 one = w < width ? _mm512_load_ps(sums + w * kLanes) : _mm512_setzero_ps();
+  const __m512 two = w + 1 < width ? _mm512_load_ps(sums + (w + 1) * kLanes) : _mm512_setzero_ps();
+  return _mm512_permutexvar_epi16(interleaved, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(two, one)));
+}
+
+// A row of sums as the next row of the gradient's lines. left: where the first block begins.
+LORUN_TARGET_AMX inline void add_sums(const float* sums, int64_t width, packed_weight_gradient::GradientLines& lines,
+                                      BFloat16* left) {
+  lines.add([&](int64_t w) LORUN_TARGET_AMX LORUN_INLINE { return rounded_pair(sums, w, width); }, left);
 }
 
 }  // namespace lorun::packed_factor_gradients

@@ -9,7 +9,6 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <utility>
 
 #include "packed_weight_gradient/packed_weight_gradient.h"
 
@@ -102,16 +101,31 @@ class GradientLines {
     }
   }
 
-  // Where the next row's pixels go, those of line c at + c * Shape::line(): `pitch` values each, zeros after the last
-  // pixel. What is written beyond them does not count.
-  BFloat16* next() const {
-    return memory_ + s_.front() + rows_ * s_.pitch() - begin_;
-  }
-
-  // The row is there. left: where the first block begins.
-  LORUN_TARGET_AMX void add(BFloat16* left) {
+  // The next row. pairs(w): pixels w and w + 1, 16 channels interleaved, zeros from the row's end on. left: where the
+  // first block begins.
+  template <class Pairs>
+  LORUN_TARGET_AMX LORUN_INLINE inline void add(const Pairs& pairs, BFloat16* left) {
+    const int64_t line = s_.line();
+    BFloat16* to = next();
+    int64_t first = 0;
+    for (; first < s_.grad_width(); first += kDepth) {
+      __m512i a[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        a[i] = pairs(first + 2 * i);
+      }
+      transpose(a);
+      for (int64_t c = 0; c < count_; ++c) {
+        _mm512_storeu_si512(to + c * line + first, a[c]);
+      }
+    }
+    // Zeros up to the next row; what lies beyond is written over by it.
+    for (; first < s_.pitch(); first += kDepth) {
+      for (int64_t c = 0; c < count_; ++c) {
+        _mm512_storeu_si512(to + c * line + first, _mm512_setzero_si512());
+      }
+    }
     ++rows_;
-    if (next() + s_.pitch() + kDepth > memory_ + s_.line()) {
+    if (next() + s_.pitch() + kDepth > memory_ + line) {
       leave((rows_ * s_.pitch() - s_.padding) / kDepth, left);
     }
   }
@@ -125,6 +139,11 @@ class GradientLines {
   }
 
  private:
+  // Where the next row's pixels go, those of line c at + c * Shape::line().
+  BFloat16* next() const {
+    return memory_ + s_.front() + rows_ * s_.pitch() - begin_;
+  }
+
   // Steps before `step` leave, shifted for each column of the kernel; what shifts of the others reach stays.
   LORUN_TARGET_AMX void leave(int64_t step, BFloat16* left) {
     const int64_t line = s_.line();
@@ -152,16 +171,6 @@ class GradientLines {
   int64_t rows_ = 0, left_ = 0, begin_ = 0;  // begin_: the pixel whose place is front()
 };
 
-// Zeros between rows: pixels [first, pitch) of `count` lines, whole vectors.
-LORUN_TARGET_AMX LORUN_INLINE inline void clear_between(BFloat16* row, int64_t first, int64_t pitch, int64_t count,
-                                                        int64_t apart) {
-  for (; first < pitch; first += kDepth) {
-    for (int64_t c = 0; c < count; ++c) {
-      _mm512_storeu_si512(row + c * apart + first, _mm512_setzero_si512());
-    }
-  }
-}
-
 // `rows` rows of the gradient, (width, channels) each. left: where the first block begins. lines: work space for 16 of
 // Shape::line() values.
 LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* grad, int64_t rows, BFloat16* left,
@@ -173,30 +182,10 @@ LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* grad, 
     GradientLines lines(s, memory, channel, count);
     for (int64_t row = 0; row < rows; ++row) {
       const BFloat16* from = grad + row * width * s.out + channel;
-      BFloat16* to = lines.next();
-      int64_t first = 0;
-      for (; first < width; first += kDepth) {
-        __m512i a[16];
-        for (int64_t i = 0; i < 16; ++i) {
-          a[i] = pair_of(from, first + 2 * i, width, s.out, lanes);
-        }
-        transpose(a);
-        for (int64_t c = 0; c < count; ++c) {
-          _mm512_storeu_si512(to + c * s.line() + first, a[c]);
-        }
-      }
-      clear_between(to, first, s.pitch(), count, s.line());
-      lines.add(left);
+      lines.add([&](int64_t w) LORUN_TARGET_AMX LORUN_INLINE { return pair_of(from, w, width, s.out, lanes); }, left);
     }
     lines.end(left);
   }
-}
-
-// f.template operator()<0>(), ..., <Count - 1>().
-template <int Count, class F>
-LORUN_INLINE inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>)
-      LORUN_INLINE { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, Count>{});
 }
 
 // sums (A, B, 16, 16) += left . right over some steps, of A and B neighbouring blocks: 2 and 2, or up to 4 beside one.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,54 +22,50 @@ _BATCH = {"cpu": 1, "cuda": 8}
 _MOST_THREADS = 1024  # thousands more and the thread pool ends the process
 
 
+def _whole(text: str, least: int, most: float, wanted: str) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, got {text!r}")
+    return int(text)
+
+
+def _number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value) or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r}")
+    return value
+
+
 def at_least_one(text: str) -> int:
     """The argparse type of counts."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return _whole(text, 1, math.inf, "of at least 1")
 
 
 def none_or_more(text: str) -> int:
     """The argparse type of counts that may be 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+    return _whole(text, 0, math.inf, "of at least 0")
 
 
 def threads(text: str) -> int:
     """The argparse type of --threads."""
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {_MOST_THREADS}, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """The argparse type of shares and rates that 0 makes no sense of."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+    return _whole(text, 1, _MOST_THREADS, f"from 1 to {_MOST_THREADS}")
 
 
 def seed(text: str) -> int:
     """The argparse type of --seed."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
+    return _whole(text, 0, 2**63 - 1, "from 0 to 2^63 - 1")
+
+
+def positive(text: str) -> float:
+    """The argparse type of shares and rates that 0 makes no sense of."""
+    return _number(text, lambda value: value > 0, "above 0")
 
 
 def not_negative(text: str) -> float:
     """The argparse type of noise levels."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
+    return _number(text, lambda value: value >= 0, "of at least 0")
 
 
 def fastest_dtype() -> str:

@@ -6,7 +6,7 @@ whole weight where the factors' own are cheaper, and activations in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -187,6 +187,23 @@ def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(2), b.flatten(2).mT).sum(0)
 
 
+def _low_rank_gradients(grad, x, down, up, scale, geometry, mask, way) -> list[Tensor | None]:
+    """Those of down and up that are wanted, through t = conv(x, down): r channels stand for out of them."""
+    narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
+    found: Sequence[Tensor | None] | None = None
+    if all(mask) and way.factor_gradients is not None:
+        found = way.factor_gradients(grad, x, narrow_down, narrow_up, geometry)
+    if found is None:
+        found = [None, None]
+        if mask[0]:
+            s = aten.convolution(grad, narrow_up.mT.contiguous()[:, :, None, None], None, *_POINTWISE)
+            found[0] = way.weight_gradient(s, x, narrow_down, geometry)
+            del s
+        if mask[1]:
+            found[1] = _over_pixels(grad, way.convolution(x, narrow_down, geometry))
+    return [None if g is None else scale * g.to(t.dtype) for g, t in zip(found, (down, up), strict=True)]
+
+
 def _conv2d_backward_one(
     grad, x, weight, down, up, scale, stride, padding, dilation, groups, transposed, output_padding, mask,
     way,
@@ -198,22 +215,7 @@ def _conv2d_backward_one(
     found: list[Tensor | None] = [None] * 5
     # The factors first: what they need for a while is gone before x's gradient is there.
     if low_rank:
-        # conv(x, dW) = up applied to t = conv(x, down): r channels stand for out of them.
-        narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
-        both = None
-        if mask[3] and mask[4] and way.factor_gradients is not None:
-            both = way.factor_gradients(grad, x, narrow_down, narrow_up, geometry)
-        if both is not None:
-            found[3], found[4] = (scale * g.to(t.dtype) for g, t in zip(both, (down, up), strict=True))
-        elif mask[3]:
-            s = aten.convolution(grad, narrow_up.mT.contiguous()[:, :, None, None], None, *_POINTWISE)
-            grad_down = way.weight_gradient(s, x, narrow_down, geometry)
-            found[3] = scale * grad_down.to(down.dtype)
-            del s
-        if both is None and mask[4]:
-            t = way.convolution(x, narrow_down, geometry)
-            found[4] = scale * _over_pixels(grad, t).to(up.dtype)
-            del t
+        found[3:] = _low_rank_gradients(grad, x, down, up, scale, geometry, mask[3:], way)
     w = merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
     if whole:
         grad_w = way.weight_gradient(grad, x, w, geometry)

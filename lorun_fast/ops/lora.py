@@ -33,7 +33,7 @@ def check_stages(stage: Tensor, stages: int) -> None:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {low if low < 0 else high}")
 
 
-def check_given_stages(stage: int | Tensor, stages: int) -> None:
+def check_given_stages(stage: int | Tensor | None, stages: int) -> None:
     """As :func:`check_stages` where that costs no wait for a device; tracing does not read tensors."""
     readable = isinstance(stage, Tensor) and stage.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and stage.numel():

@@ -21,8 +21,8 @@ from lorun_fast.ops.lora import (
     check_epilogue,
     check_factors,
     check_floating,
+    check_given_stages,
     check_stage,
-    check_stages,
     check_tensors,
     layout_of,
     under_autocast,
@@ -76,8 +76,7 @@ def _fake(x, weight, *args):
 def _forward(x, weight, bias, down, up, stage, *args):
     if stage is not None and not x.shape[0]:
         stage, down, up = None, down[0], up[0]  # any will do
-    if stage is not None and x.device.type == "cpu":
-        check_stages(stage, up.shape[0])
+    check_given_stages(stage, up.shape[0])
     args = (x, weight, bias, down, up, stage, *args)
     y = _backends.choose("lora_conv2d", x.device.type, args).forward(*args)
     return y.contiguous(memory_format=layout_of(x, weight))
