@@ -11,21 +11,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _current = threading.local()
 
 
-def call_at(stage: int | Tensor, fn: Callable, *args):
-    """fn(*args) with ``stage`` in scope. Scopes nest; the previous value returns even after an exception."""
-    previous = getattr(_current, "stage", None)
-    _current.stage = stage
+def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable, *args):
+    """fn(*args) with ``stage`` in scope. Scopes nest; the previous value returns even after an exception.
+
+    weights: the stage's merged weight of layers for which it is formed already.
+    """
+    previous = getattr(_current, "stage", None), getattr(_current, "weights", None)
+    _current.stage, _current.weights = stage, weights
     try:
         return fn(*args)
     finally:
-        _current.stage = previous
+        _current.stage, _current.weights = previous
 
 
 def current_stage() -> int | Tensor | None:
     """The stage in scope on this thread, or None."""
     return getattr(_current, "stage", None)
+
+
+def weight_in_scope(layer: nn.Module) -> Tensor | None:
+    """The layer's merged weight of the stage in scope, or None where it is not formed."""
+    weights = getattr(_current, "weights", None)
+    return weights.get(layer) if weights else None

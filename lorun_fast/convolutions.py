@@ -1,8 +1,11 @@
-"""Convolutions of a network for inference on a CPU: modules that stand for torch's and compute the same otherwise.
+"""What a denoiser calls to have several of its steps done as one, and the convolutions of inference on a CPU.
+
+A denoiser that calls :func:`convolve` and :func:`residual_block` gets every fusion that its layers allow: adapted ones
+that learn become one op a block, and those of inference, modules that stand for torch's and compute the same
+otherwise, apply what follows a convolution on the way.
 
 :class:`WinogradConv2d`: minimal filtering, for fp32 (ops/winograd_conv2d.py). :class:`PackedConv2d`: matrix tiles, for
-bf16 (ops/packed_conv2d.py). Both apply what follows a convolution on the way, for denoisers that call
-:func:`convolve` and :func:`residual_block`.
+bf16 (ops/packed_conv2d.py).
 """
 
 from __future__ import annotations
@@ -10,7 +13,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from lorun_fast.layers import LoRAConv2d
+from lorun_fast.ops import lora_residual_block
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
@@ -188,13 +194,30 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
+    if x.ndim == 4 and _are_a_lora_block(first, second):
+        return lora_residual_block.of_layers(x, first, second, first.stage_now(x.shape[0]), residual)
     y = convolve(second, convolve(first, x, "relu"), residual=x)
     return y if residual is None else y + residual
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Whether something else is to see the layer's own arguments and result."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether something else is to see the layer's own arguments, result or gradients."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _are_a_lora_block(*layers: nn.Module) -> bool:
+    """Whether nobody could tell the one op from calls of these two layers, which learn."""
+    return (
+        all(
+            type(layer) is LoRAConv2d
+            and not layer.merged
+            and lora_residual_block.fits(layer)
+            and not _has_hooks(layer)
+            and "forward" not in vars(layer)
+            for layer in layers
+        )
+        and not _has_any_global_hook()
+    )
 
 
 KINDS: dict[str, type[StandIn]] = {"winograd": WinogradConv2d, "packed": PackedConv2d}

@@ -11,6 +11,7 @@ from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
 from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
 from lorun_fast.ops.lora_merge import lora_merge
+from lorun_fast.ops.lora_residual_block import lora_residual_block
 from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.packed_factor_gradients import packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
@@ -31,6 +32,7 @@ __all__ = [
     "lora_conv2d",
     "lora_linear",
     "lora_merge",
+    "lora_residual_block",
     "packed_block",
     "packed_conv2d",
     "packed_factor_gradients",

@@ -13,7 +13,7 @@ from lorun_fast import _scope, adapters
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
 from lorun_fast.ops.lora import check_given_stages, check_stage
-from lorun_fast.ops.lora_merge import lora_merge
+from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
 
 
@@ -103,7 +103,28 @@ class AdaptedLayer:
         _take_hooks(self, layer)
         return layer.train(self.training)
 
-    def _resolve(self, stage: int | Tensor | None, batch: int) -> int | Tensor:
+    def merged_now(self, stage: int | Tensor | None = None) -> Tensor | None:
+        """The weight of the stage that a call takes, where a staged denoiser has merged all layers for the call."""
+        return _scope.weight_in_scope(self) if stage is None else None
+
+    def operands(
+        self, stage: int | Tensor, merged: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(weight, down, up, stage) as the ops take them: factors of a whole call's stage, or stacked with a stage
+        per sample; none beside a merged weight.
+        """
+        if merged is not None:
+            return merged, None, None, None
+        if isinstance(stage, Tensor):
+            return self.weight, self.down, self.up, stage
+        return self.weight, self.down[stage], self.up[stage], None
+
+    def merges_first(self) -> bool:
+        """Whether training needs the whole weight's gradient anyway, so that merging costs nothing beyond the merge."""
+        return False
+
+    def stage_now(self, batch: int, stage: int | Tensor | None = None) -> int | Tensor:
+        """The stage that a call with this many samples takes: the given one, else the staged denoiser's."""
         if stage is None:
             stage = _scope.current_stage()
         if stage is None:
@@ -144,7 +165,15 @@ class AdaptedLayer:
         return layer.train(base.training)
 
 
-class LoRAConv2d(AdaptedLayer, nn.Conv2d):
+class AdaptedConvolution(AdaptedLayer):
+    """What the two convolutions share."""
+
+    def merges_first(self) -> bool:
+        # The factors of the peft form have gradients of their own, cheaper than the weight's.
+        return self.form == "loralib" or self.weight.requires_grad or not torch.is_grad_enabled()
+
+
+class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
     """nn.Conv2d with K low-rank adapters: y = conv(x, W0 + scale * dW_k) + bias.
 
     Arguments as for nn.Conv2d, then:
@@ -194,19 +223,19 @@ class LoRAConv2d(AdaptedLayer, nn.Conv2d):
         return {name: getattr(base, name) for name in names} | {"bias": base.bias is not None}
 
     def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        stage = self._resolve(stage, x.shape[0])
+        merged, stage = self.merged_now(stage), self.stage_now(x.shape[0], stage)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         if self._merged is None:
-            return conv_ops.of_layer(x, self, stage, padding)
+            return conv_ops.of_layer(x, self, stage, padding, merged=merged)
         weight, bias = self._merged_at(stage, x)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
         return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
+class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
     """nn.ConvTranspose2d with K low-rank adapters. Adapter arguments and stage as for :class:`LoRAConv2d`."""
 
     _transposed = True
@@ -245,14 +274,14 @@ class LoRAConvTranspose2d(AdaptedLayer, nn.ConvTranspose2d):
         """output_size: as for nn.ConvTranspose2d, also in its place, as a denoiser that knows no stages passes it."""
         if isinstance(stage, (tuple, list)):
             stage, output_size = None, stage
-        stage = self._resolve(stage, x.shape[0])
+        merged, stage = self.merged_now(stage), self.stage_now(x.shape[0], stage)
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
                 x, list(output_size), self.stride, self.padding, self.kernel_size, 2, self.dilation
             )
         if self._merged is None:
-            return conv_ops.of_layer(x, self, stage, self.padding, output_padding)
+            return conv_ops.of_layer(x, self, stage, self.padding, output_padding, merged=merged)
         weight, bias = self._merged_at(stage, x)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
         return conv(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
@@ -285,7 +314,7 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return {"in_features": base.in_features, "out_features": base.out_features, "bias": base.bias is not None}
 
     def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        stage = self._resolve(stage, x.shape[0])
+        stage = self.stage_now(x.shape[0], stage)
         if self._merged is None:
             return linear_ops.of_layer(x, self, stage)
         weight, bias = self._merged_at(stage, x)
@@ -315,6 +344,25 @@ def merged_weights(
         )
         found |= dict(zip(indices, merged, strict=True))
     return [found[index] for index in range(len(layers))]
+
+
+def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
+    """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
+    by_device: dict[torch.device, list[AdaptedLayer]] = {}
+    for layer in layers:
+        by_device.setdefault(layer.weight.device, []).append(layer)
+    found: dict[AdaptedLayer, Tensor] = {}
+    for group in by_device.values():
+        merged = lora_merge_stage(
+            [layer.weight for layer in group],
+            [layer.down for layer in group],
+            [layer.up for layer in group],
+            [layer.scale for layer in group],
+            [layer._transposed for layer in group],
+            stage,
+        )
+        found.update(zip(group, merged, strict=True))
+    return found
 
 
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:

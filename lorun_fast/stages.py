@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
-from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers
+from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers, stage_weights
+from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
 
 
@@ -178,7 +179,15 @@ class StagedDenoiser(Stages):
         return clone
 
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
-        return _scope.call_at(self._resolve(z, stage), _call, self.base, z, sigma)
+        stage = self._resolve(z, stage)
+        return _scope.call_at(stage, self._merged_at(stage), _call, self.base, z, sigma)
+
+    def _merged_at(self, stage: int | Tensor) -> dict[AdaptedLayer, Tensor]:
+        """What one op merges for a call: the layers that would each merge their weight, unless they are merged."""
+        if isinstance(stage, Tensor) or transforms_active():
+            return {}
+        layers = [layer for layer in self.adapted.values() if not layer.merged and layer.merges_first()]
+        return stage_weights(list(dict.fromkeys(layers)), stage) if layers else {}
 
     def merge(self) -> None:
         merge_layers(list(self.adapted.values()))

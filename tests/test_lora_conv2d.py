@@ -88,6 +88,21 @@ def test_activation_residual_and_gradients_equal_autograd_of_the_dense_form(back
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_weight_without_an_update(backend, activation):
+    """As a staged denoiser calls it, which has merged the weights of all layers before."""
+    p = problem(stages=None)
+    leaves = {name: p[name].clone().requires_grad_() for name in ("x", "weight", "bias")}
+    y = lf.functional.lora_conv2d(**leaves, down=None, up=None, padding=1, activation=activation)
+    expected = DENSE[activation](F.conv2d(**{"input" if n == "x" else n: t for n, t in leaves.items()}, padding=1))
+    torch.testing.assert_close(y, expected)
+    for wanted in (["x", "weight", "bias"], ["x"], ["weight"], ["bias"]):
+        inputs = [leaves[name] for name in wanted]
+        got, want = (torch.autograd.grad(t.square().sum(), inputs, retain_graph=True) for t in (y, expected))
+        torch.testing.assert_close(got, want)
+    opcheck(op, (*leaves.values(), None, None, None, None, 1.0, [1, 1], [1, 1], [1, 1], 1, activation, False, [0, 0]))
+
+
 @pytest.mark.parametrize("form", adapters.FORMS)
 @pytest.mark.parametrize("stage", [None, torch.tensor([0, 1, 0])], ids=["one", "per sample"])
 def test_gradcheck_with_a_frozen_base(backend, form, stage):

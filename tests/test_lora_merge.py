@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import lorun_fast as lf
 from lorun_fast import adapters
+from lorun_fast.ops.lora_merge import lora_merge_stage
 
 op = torch.ops.lorun_fast.lora_merge.default
 K = 3
@@ -128,6 +129,53 @@ def test_gradcheck_and_opcheck():
     ups[0].requires_grad_()
     opcheck(op, (weights, downs, ups, scales, flipped, None, None))
     opcheck(op, (weights, downs, ups, scales, flipped, torch.bfloat16, True), test_utils="test_faketensor")
+
+
+def leaves(problem) -> list[torch.Tensor]:
+    return [t.requires_grad_() for tensors in problem[:3] for t in tensors]
+
+
+@pytest.mark.parametrize("stage", range(K))
+def test_one_stage_alone(stage):
+    ours, theirs = problem(), None
+    theirs = [[t.clone() for t in tensors] for tensors in ours[:3]] + list(ours[3:])
+    own, other = leaves(ours), leaves(theirs)
+    got = lora_merge_stage(*ours, stage)
+    want = [t[stage] for t in dense(*theirs)]
+    torch.testing.assert_close(got, want)
+    weights = [torch.randn_like(t) for t in want]
+    found, expected = (
+        torch.autograd.grad(sum((t * w).sum() for t, w in zip(merged, weights, strict=True)), inputs)
+        for merged, inputs in ((got, own), (want, other))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_of_a_stage_that_nothing_came_of():
+    args = problem()
+    weights, downs, ups = args[:3]
+    for t in downs:
+        t.requires_grad_()
+    merged = lora_merge_stage(*args, 1)
+    assert not any(t.requires_grad for t in weights + ups)
+    merged[2].sum().backward()
+    assert downs[2].grad[1].any() and not downs[2].grad[[0, 2]].any()
+    assert all(t.grad is None for index, t in enumerate(downs) if index != 2)
+
+
+def test_opcheck_of_one_stage():
+    args = problem(torch.float32)
+    leaves(args)
+    opcheck(torch.ops.lorun_fast.lora_merge_stage.default, (*args, 2))
+
+
+def test_stages_compile_into_two_graphs(graph_counter):
+    args = problem(torch.float32)
+    leaves(args)
+    compiled = torch.compile(lambda stage: lora_merge_stage(*args, stage), fullgraph=True, backend=graph_counter)
+    for stage in range(K):
+        torch.testing.assert_close(compiled(stage), [t[stage] for t in dense(*args)], rtol=1e-5, atol=1e-5)
+    assert graph_counter.graphs <= 2
 
 
 def test_compiles_into_one_graph(graph_counter):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorun_fast as lf
+from lorun_fast import adapters, layers
 from lorun_fast.stages import TiedDenoiser, UntiedDenoiser
 
 
@@ -264,6 +265,92 @@ def test_merge_and_unmerge_of_all_layers():
     torch.testing.assert_close(staged(Z, stage=1), before)
     staged.train()
     assert not staged.merged
+
+
+def merges(monkeypatch) -> list[int]:
+    """How many layers each call of the one op merges."""
+    counts = []
+    merge = layers.lora_merge_stage
+    monkeypatch.setattr(
+        layers, "lora_merge_stage", lambda weights, *rest: counts.append(len(weights)) or merge(weights, *rest)
+    )
+    return counts
+
+
+def drawn(form: str, **settings):
+    torch.manual_seed(0)
+    staged = lf.adapt(lf.ResUNet(channels=(4, 8), blocks=1), stages=2, form=form, **settings)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p, std=0.1)
+    return staged
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_call_merges_all_its_layers_at_once(monkeypatch, form, frozen):
+    staged, z, found = drawn(form), torch.randn(2, 1, 8, 8), []
+    staged.freeze_base(frozen)
+    count = sum(p.requires_grad for p in staged.parameters())
+    counts = merges(monkeypatch)
+    for at_once in (True, False):
+        with monkeypatch.context() as m:
+            if not at_once:
+                m.setattr(type(staged), "_merged_at", lambda self, stage: {})
+            y = staged(z, stage=1)
+            grads = torch.autograd.grad(y.square().sum(), [p for p in staged.parameters() if p.requires_grad])
+        found.append([y, *grads])
+    assert len(found[0]) == 1 + count
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    # The factors of the peft form have gradients of their own, which take no merged weight's.
+    assert counts == ([] if form == "peft" and frozen else [len(staged.adapted)])
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_where_nothing_learns_a_call_merges_all_its_layers_at_once(monkeypatch, form):
+    staged, z, counts = drawn(form), torch.randn(2, 1, 8, 8), merges(monkeypatch)
+    with torch.no_grad():
+        y = staged(z, stage=1)
+        assert counts == [len(staged.adapted)]
+        torch.testing.assert_close(y, staged(z, stage=torch.tensor([1, 1])))
+        staged.merge()
+        torch.testing.assert_close(y, staged(z, stage=1))
+    assert len(counts) == 1
+
+
+def test_a_layer_that_is_given_its_own_stage_takes_that():
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, z):
+            return self.conv(z, 0) if isinstance(self.conv, lf.LoRAConv2d) else self.conv(z)
+
+    staged = lf.adapt(Stubborn(), stages=2)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p)
+    z = torch.randn(1, 2, 5, 5)
+    assert torch.equal(staged(z, stage=1), staged(z, stage=0))
+    assert torch.equal(staged(z, stage=1), staged.base.conv(z, 0))
+
+
+def test_one_staged_denoiser_inside_another(monkeypatch):
+    inner, z = drawn("loralib"), torch.randn(1, 1, 8, 8)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, z):
+            return self.last(inner(self.conv(z), stage=1))
+
+    outer = lf.adapt(Outer(), stages=3)
+    for p in outer.adapter_parameters():
+        nn.init.normal_(p, std=0.3)
+    conv, last = outer.base.conv, outer.base.last
+    expected = last(inner(conv(z, 2), stage=1), 2)
+    torch.testing.assert_close(outer(z, stage=2), expected)
 
 
 def test_tied_and_untied():

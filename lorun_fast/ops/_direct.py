@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_transforms_active = torch._C._are_functorch_transforms_active
+below_autograd = torch._C._AutoDispatchBelowAutograd
+transforms_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _without_autocast = torch._C._DisableAutocast
 
@@ -35,7 +35,7 @@ def direct_call(
     """
 
     def forward(ctx, *args):
-        with _below_autograd():
+        with below_autograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return tuple(output) if isinstance(output, list) else output
@@ -49,13 +49,13 @@ def direct_call(
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return apply(*args)
-        with _below_autograd():
+        with below_autograd():
             return op(*args)
 
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)
-        if _transforms_active():
+        if transforms_active():
             return (definition or op)(*args)
         if not _autocast_active():
             return run(*args)

@@ -28,7 +28,11 @@ _IN_PLACE = {
 }
 
 
-def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: bool, dtype: torch.dtype) -> Tensor:
+def merge(
+    weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    if down is None:
+        return weight.to(dtype)
     return merged_weight(weight, down, up, scale, transposed=transposed).to(dtype)
 
 
@@ -219,7 +223,8 @@ def _conv2d_backward_one(
     w = merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
     if whole:
         grad_w = way.weight_gradient(grad, x, w, geometry)
-        found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
+        if factors:
+            found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
         found[1] = grad_w.to(weight.dtype)
     if mask[0]:
         found[0] = way.image_gradient(grad, x, w, geometry)

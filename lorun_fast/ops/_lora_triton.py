@@ -72,6 +72,8 @@ def _merged(weight: Tensor, down: Tensor, up: Tensor, scale: float, stage: Tenso
 
 def _operands(x, weight, down, up, stage, scale):
     """(weight, down, up) for the kernels: the loralib form is merged first, one small launch."""
+    if down is None:
+        return weight.to(x.dtype), None, None
     if _is_peft(down, stage):
         return weight, down, up
     return _merged(weight, down, up, scale, stage, x.dtype), None, None
@@ -95,7 +97,8 @@ def conv2d_backward(
     grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation, transposed,
     output_padding, mask,
 ):  # fmt: skip
-    if mask[1]:  # the kernels are for frozen bases
+    whole = down is None  # then the kernels give the weight's gradient where they give the merged one's otherwise
+    if mask[1] and not whole:
         return _lora_aten.conv2d_backward(
             grad, x, weight, bias, down, up, stage, output, scale, stride, padding, dilation, groups, activation,
             transposed, output_padding, mask,
@@ -108,11 +111,14 @@ def conv2d_backward(
         dx, d_down, d_up, d_bias = lora_conv2d_backward.backward(
             grad, x, base, bias, kernel_down, kernel_up, scale=scale, stage=stage, stride=tuple(stride),
             padding=tuple(padding), dilation=tuple(dilation), activation=activation, output=output,
-            need=(mask[0], mask[3] or mask[4], mask[2]), tf32=_tf32(),
+            need=(mask[0], mask[1] or mask[3] or mask[4], mask[2]), tf32=_tf32(),
         )  # fmt: skip
-    if d_down is not None and kernel_down is None:
+    d_weight = None
+    if d_down is not None and whole:
+        d_weight = d_down.to(weight.dtype)
+    elif d_down is not None and kernel_down is None:
         d_down, d_up = to_factors(d_down, weight, down, up, scale)
-    found = (dx, None, d_bias, d_down, d_up)
+    found = (dx, d_weight, d_bias, d_down, d_up)
     return [found[i] for i in range(5) if mask[i]]
 
 

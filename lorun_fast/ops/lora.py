@@ -41,9 +41,11 @@ def check_given_stages(stage: int | Tensor | None, stages: int) -> None:
 
 
 def check_factors(
-    weight: Tensor, down: Tensor, up: Tensor, *, stacked: bool, groups: int = 1, transposed: bool = False
+    weight: Tensor, down: Tensor | None, up: Tensor | None, *, stacked: bool, groups: int = 1, transposed: bool = False
 ) -> None:
     """Raises unless down and up are the factors of one form for this weight, with a leading stage axis if stacked."""
+    if down is None or up is None:
+        raise ValueError("down, up: expected two tensors, or None for both and no stage")
     lead = int(stacked)
     if up.ndim != 2 + lead or down.ndim not in (2 + lead, 4 + lead):
         axis = "a leading stage axis (stage is given)" if stacked else "no stage axis (stage is None)"
@@ -59,6 +61,19 @@ def check_factors(
             f"down, up: expected {want_down} and {want_up} for weight {shape_of(weight)} at rank {r}, "
             f"got {tuple(down.shape[lead:])} and {tuple(up.shape[lead:])}"
         )
+
+
+def check_update(
+    weight: Tensor, down: Tensor | None, up: Tensor | None, stage: Tensor | None, batch: int, **geometry
+) -> None:
+    """Raises unless down and up fit the weight, with a leading stage axis where a stage per sample is given, or both
+    are None: the weight is used as it is.
+    """
+    if down is None and up is None and stage is None:
+        return
+    check_factors(weight, down, up, stacked=stage is not None, **geometry)
+    if stage is not None:
+        check_stage(stage, up.shape[0], batch)
 
 
 def check_floating(name: str, t: Tensor) -> None:

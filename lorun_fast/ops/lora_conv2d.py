@@ -24,6 +24,7 @@ from lorun_fast.ops.lora import (
     check_given_stages,
     check_stage,
     check_tensors,
+    check_update,
     layout_of,
     under_autocast,
 )
@@ -57,9 +58,7 @@ def _check(
             f"x: expected (N, {want}, H, W) for weight {shape_of(weight)} and groups={groups}, got {shape_of(x)}"
         )
     check_tensors(x, weight=weight, bias=bias, down=down, up=up, residual=residual)
-    check_factors(weight, down, up, stacked=stage is not None, groups=groups, transposed=transposed)
-    if stage is not None:
-        check_stage(stage, up.shape[0], x.shape[0])
+    check_update(weight, down, up, stage, x.shape[0], groups=groups, transposed=transposed)
     shape = _output_shape(x, weight, stride, padding, dilation, groups, transposed, output_padding)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"x: expected an image that the kernel fits into, got {shape_of(x)} for {shape_of(weight)}")
@@ -73,10 +72,12 @@ def _fake(x, weight, *args):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x, weight))
 
 
-def _forward(x, weight, bias, down, up, stage, *args):
+def forward(x, weight, bias, down, up, stage, *args):
+    """The op by the backend that the table or LORUN_BACKEND names; its arguments."""
     if stage is not None and not x.shape[0]:
         stage, down, up = None, down[0], up[0]  # any will do
-    check_given_stages(stage, up.shape[0])
+    if stage is not None:
+        check_given_stages(stage, up.shape[0])
     args = (x, weight, bias, down, up, stage, *args)
     y = _backends.choose("lora_conv2d", x.device.type, args).forward(*args)
     return y.contiguous(memory_format=layout_of(x, weight))
@@ -90,7 +91,8 @@ def _fake_backward(grad, x, weight, bias, down, up, *args):
     return [torch.empty_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
 
 
-def _backward_op(grad, x, weight, bias, down, up, stage, output, *args):
+def backward(grad, x, weight, bias, down, up, stage, output, *args):
+    """The backward op likewise; the gradients that its mask asks for."""
     if not x.shape[0]:
         return [torch.zeros_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
     call = (x, weight, bias, down, up, stage, None, *args[:-1])
@@ -123,9 +125,9 @@ _ARGUMENTS = (
     "int[] output_padding"
 )
 _conv = define(
-    "lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, Tensor? residual, "
+    "lora_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? stage, Tensor? residual, "
     f"{_ARGUMENTS}) -> Tensor",
-    reference=_forward,
+    reference=forward,
     fake=_fake,
     backward=_backward,
     setup_context=_setup,
@@ -133,9 +135,9 @@ _conv = define(
     direct=True,
 )
 _conv_backward = define(
-    "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
+    "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? stage, "
     f"Tensor? output, {_ARGUMENTS}, bool[] mask) -> Tensor[]",
-    reference=_backward_op,
+    reference=backward,
     fake=_fake_backward,
     **once("lora_conv2d"),
     direct=True,
@@ -178,22 +180,25 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     return x, [t // 2 for t in total]
 
 
-def of_layer(x: Tensor, layer, stage: int | Tensor, padding, output_padding=None) -> Tensor:
-    """The op with the geometry and the stacked factors of a layer, whose constructor has checked them."""
+def of_layer(
+    x: Tensor, layer, stage: int | Tensor, padding, output_padding=None, *, merged: Tensor | None = None
+) -> Tensor:
+    """The op with the geometry and the stacked factors of a layer, whose constructor has checked them.
+
+    merged: the stage's weight, in place of base and factors.
+    """
     check_floating("x", x)
     if x.ndim == 3 and not isinstance(stage, Tensor):
-        return of_layer(x[None], layer, stage, padding, output_padding)[0]
+        return of_layer(x[None], layer, stage, padding, output_padding, merged=merged)[0]
     if padding == "same":
         x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
     elif padding == "valid":
         padding = 0
-    down, up = layer.down, layer.up
-    if not isinstance(stage, Tensor):
-        down, up, stage = down[stage], up[stage], None
+    weight, down, up, stage = layer.operands(stage, merged)
     if x.ndim != 4 or x.shape[1] != layer.in_channels:
         raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
     return _conv(
-        x, layer.weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
+        x, weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
         (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
         layer.transposed, layer.output_padding if output_padding is None else output_padding,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends
 from lorun_fast.ops._checks import STORAGE_DTYPES
+from lorun_fast.ops._direct import below_autograd
 from lorun_fast.ops._library import define
 from lorun_fast.ops.lora import check_factors
 from lorun_fast.reference import lora as reference
@@ -79,6 +80,79 @@ _op = define(
     setup_context=_setup,
 )
 _backends.register("lora_merge", _backends.Backend("reference", ("cpu", "cuda"), reference.lora_merge))
+
+
+def _fake_stage(weights, downs, ups, scales, transposed, stage):
+    _check(weights, downs, ups, scales, transposed)
+    return [torch.empty_like(w, memory_format=torch.preserve_format) for w in weights]
+
+
+def _merge_stage(weights, downs, ups, scales, transposed, stage):
+    one = ([factor[stage : stage + 1] for factor in factors] for factors in (downs, ups))
+    return [t[0] for t in _op(weights, *one, scales, transposed, None, None)]
+
+
+def _setup_stage(ctx, inputs, output):
+    weights, downs, ups, ctx.scales, ctx.transposed, ctx.stage = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(*weights, *downs, *ups)
+
+
+def _backward_stage(ctx, grads):
+    saved, n, stage = ctx.saved_tensors, ctx.count, ctx.stage
+    found = ([None] * n, [None] * n, [None] * n)
+    layers = zip(grads, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.scales, ctx.transposed, strict=True)
+    for index, (grad, weight, down, up, scale, flipped) in enumerate(layers):
+        if grad is None:
+            continue
+        of_stage = reference.to_factors(grad, weight, down[stage], up[stage], scale, flipped)
+        for results, factors, own in zip(found[1:], (down, up), of_stage, strict=True):
+            results[index] = torch.zeros_like(factors)
+            results[index][stage] = own
+        found[0][index] = grad if weight.requires_grad else None
+    return (*found, None, None, None)
+
+
+_stage_op = define(
+    "lora_merge_stage(Tensor[] weights, Tensor[] downs, Tensor[] ups, float[] scales, bool[] transposed, "
+    "SymInt stage) -> Tensor[]",
+    reference=_merge_stage,
+    fake=_fake_stage,
+    backward=_backward_stage,
+    setup_context=_setup_stage,
+)
+
+
+class _Stage(torch.autograd.Function):
+    """The same in eager mode, without the dispatcher's way to a Python formula: for a hundred tensors and more."""
+
+    @staticmethod
+    def forward(ctx, scales, transposed, stage, *tensors):
+        ctx.set_materialize_grads(False)
+        n = len(scales)
+        inputs = (tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scales, transposed, stage)
+        _setup_stage(ctx, inputs, None)
+        with below_autograd():
+            return tuple(_merge_stage(*inputs))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weights, downs, ups, *_ = _backward_stage(ctx, grads)
+        return (None, None, None, *weights, *downs, *ups)
+
+
+def lora_merge_stage(
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    transposed: Sequence[bool],
+    stage: int,
+) -> list[Tensor]:
+    """W0 + scale * dW of one stage of many layers, as :func:`lora_merge` forms it, for layers that are checked."""
+    if torch.compiler.is_compiling():
+        return _stage_op(list(weights), list(downs), list(ups), list(scales), list(transposed), stage)
+    return list(_Stage.apply(scales, transposed, stage, *weights, *downs, *ups))
 
 
 def lora_merge(

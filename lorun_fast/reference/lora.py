@@ -74,9 +74,16 @@ def lora_merge_backward(grads, weights, downs, ups, scales, transposed) -> tuple
 
 
 def stage_weight(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float, stage: int | Tensor | None, transposed: bool = False
+    weight: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    stage: int | Tensor | None,
+    transposed: bool = False,
 ) -> Tensor:
-    """W0 + scale * dW of one stage, or (N, *weight.shape) for a stage per sample."""
+    """W0 + scale * dW of one stage, or (N, *weight.shape) for a stage per sample; without factors the weight itself."""
+    if down is None:
+        return weight
     if stage is not None:
         down, up = down[stage], up[stage]
     return merged_weight(weight, down, up, scale, transposed=transposed)
@@ -138,6 +145,18 @@ def lora_conv2d(
     return epilogue(y, activation, residual)
 
 
+def lora_residual_block(x, first, second, *, scales=(1.0, 1.0), stage=None, residual=None):
+    """x + conv2(relu(conv1(x))) + residual; first, second: (weight, bias, down, up) of kernels of odd sizes."""
+    y = x
+    for (weight, bias, down, up), scale, activation in zip((first, second), scales, ("relu", None), strict=True):
+        padding = [size // 2 for size in weight.shape[2:]]
+        y = lora_conv2d(
+            y, weight, bias, down, up, scale=scale, stage=stage, padding=padding, activation=activation,
+            residual=None if activation else x,
+        )  # fmt: skip
+    return y if residual is None else y + residual.to(y.dtype)
+
+
 def lora_linear(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, residual=None):
     """act(x (W0 + scale * dW)^T + bias) + residual, with the merged weight rounded to x's dtype."""
     w = stage_weight(weight, down, up, scale, stage).to(x.dtype)
@@ -155,7 +174,8 @@ def to_factors(grad_weight: Tensor, weight: Tensor, down: Tensor, up: Tensor, sc
     """(grad_down, grad_up) in the factors' dtypes from the gradient of the merged weight; all may be stacked."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     grad_down, grad_up = delta_backward(grad_weight.to(wide), down.to(wide), up.to(wide), transposed=transposed)
-    return (scale * grad_down).to(down.dtype), (scale * grad_up).to(up.dtype)
+    found = (grad_down, grad_up) if scale == 1 else (scale * grad_down, scale * grad_up)
+    return found[0].to(down.dtype), found[1].to(up.dtype)
 
 
 def lora_conv2d_backward(
@@ -211,6 +231,8 @@ def lora_linear_backward(grad, x, weight, bias, down, up, stage, output, scale, 
 
 def _weight_gradients(grad_w, weight, down, up, stage, scale, transposed) -> dict[int, Tensor]:
     """{1: grad_weight, 3: grad_down, 4: grad_up} from the gradient of the merged weight, (N, ...) per sample."""
+    if down is None:
+        return {1: grad_w.to(weight.dtype)}
     if stage is None:
         grad_down, grad_up = to_factors(grad_w, weight, down, up, scale, transposed)
         return {1: grad_w.to(weight.dtype), 3: grad_down, 4: grad_up}
