@@ -9,13 +9,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+# Counts, which change with the size of an image: the kernels are compiled once for all of them. Strides are left out,
+# because how far they may be divided decides how wide a load is.
+COUNTS = (
+    "H", "W", "P", "Q", "N", "patches", "across", "splits", "ROWS", "strips", "parts", "image_programs",
+    "factor_patches", "factor_across", "chosen", "down_splits", "up_splits", "owners",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,31 +35,21 @@ class Launch:
                 **self.args, **self.constants, num_warps=self.warps, num_stages=self.stages, **self.options
             )
 
-    def source(self):
-        """The triton.compiler.ASTSource that run() would compile, specialised as Triton's launcher does."""
-        from triton.compiler import ASTSource
+    def source(self, target):
+        """(triton.compiler.ASTSource, options): what run() would compile on a GPU of this GPUTarget.
 
-        signature, constants, attributes = {}, dict(self.constants), {}
-        for position, name in enumerate(self.kernel.arg_names):
-            if name in self.constants:
-                signature[name] = "constexpr"
-                continue
-            value = self.args[name]
-            if value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, TensorDescriptor):
-                block = ",".join(map(str, value.block_shape))
-                signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
-            elif isinstance(value, Tensor):
-                signature[name] = f"*{_TYPES[value.dtype]}"
-                attributes[(position,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0:
-                    attributes[(position,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        Made by Triton's own launcher, so that Triton finds what was compiled from it in its cache: how arguments are
+        specialised, down to how that is written, is part of the key, and differs between versions.
+        """
+        from triton.compiler import ASTSource, make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        wishes = {"num_warps": self.warps, "num_stages": self.stages} | self.options
+        bound, specialised, _ = bind(**self.args, **self.constants, **wishes)
+        options, *parts = self.kernel._pack_args(backend, wishes, bound, specialised, wishes)
+        return ASTSource(self.kernel, *parts), options.__dict__
 
 
 def register_options(dtype: torch.dtype) -> dict:

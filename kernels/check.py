@@ -125,9 +125,10 @@ def inspect(problem: Problem, index: int, arch: int, tile=None, capability: int 
     one = launches(problem, arch, tile)[index]
     kernel = one.kernel.fn.__name__
     report = Report(problem.name, kernel, arch, one.warps, one.programs)
+    target = GPUTarget("cuda", capability or arch, 32)
     try:
-        options = {"num_warps": one.warps, "num_stages": one.stages} | one.options
-        compiled = triton.compile(one.source(), target=GPUTarget("cuda", capability or arch, 32), options=options)
+        source, options = one.source(target)
+        compiled = triton.compile(source, target=target, options=options)
     except Exception as error:
         report.wrong = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
         return report
@@ -169,15 +170,16 @@ def _inspect(task: tuple[Problem, int, int]) -> Report:
 
 def tasks(archs, pattern: str | None = None, sized=lambda problem: problem) -> list[tuple[Problem, int, int]]:
     """Every (problem, launch, architecture) to compile; identical kernels appear once."""
+    from triton.backends.compiler import GPUTarget
+
     found, seen = [], set()
     for arch in archs:
         for problem in map(sized, problems()):
             if pattern and not (pattern in problem.name or fnmatch.fnmatchcase(problem.name, pattern)):
                 continue
             for index, one in enumerate(launches(problem, arch)):
-                source = one.source()
-                key = (arch, one.kernel.fn.__name__, one.warps, one.stages, str(source.signature),
-                       str(source.constants), str(source.attrs))  # fmt: skip
+                source, options = one.source(GPUTarget("cuda", arch, 32))
+                key = (arch, one.kernel.fn.__name__, source.hash(), str(options))
                 if key not in seen:
                     seen.add(key)
                     found.append((problem, index, arch))

@@ -40,7 +40,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import activate, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry, base_layout, factor_layout, nhwc, stage_arguments
-from lorun_fast.kernels._launch import Launch, can_describe, ceil_div, next_power
+from lorun_fast.kernels._launch import COUNTS, Launch, can_describe, ceil_div, next_power
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def finish(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def lora_conv2d_taps(
     x, weight, bias, down, up, stage, other, y, H, W, P, Q, patches, across,
     x_n, x_h, other_n, other_h, y_n, y_h, scale,
@@ -225,7 +225,7 @@ def convolve_strip(
         tl.store(at, done.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def lora_conv2d_rows(
     x, weight, bias, down, up, stage, other, y, H, W, P, Q, ROWS, strips, parts,
     x_n, x_h, other_n, other_h, y_n, y_h, scale,

@@ -35,7 +35,7 @@ from torch import Tensor
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import SIGN_TELLS, back_through, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry
-from lorun_fast.kernels._launch import Launch, ceil_div, next_power, register_options
+from lorun_fast.kernels._launch import COUNTS, Launch, ceil_div, next_power, register_options
 from lorun_fast.kernels.lora_conv2d import (
     Operands,
     accumulate_taps,
@@ -47,7 +47,7 @@ from lorun_fast.kernels.lora_conv2d import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def output_side(
     x, weight, bias, down, up, stage, dy, y, g, t, part_up, part_bias, H, W, P, Q, patches, across, splits,
     x_n, x_h, dy_n, dy_h, y_n, y_h, scale,
@@ -249,7 +249,7 @@ def factor_part(
     tl.store(at, acc, mask=real[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def input_side(
     x, g, t, weight, down, up, stage, dx, source, part, H, W, P, Q, image_programs, patches, across,
     ROWS, strips, parts, factor_patches, factor_across, splits,
@@ -327,7 +327,7 @@ def sum_parts(part, stage, k, chosen, e, size, count, splits, MIXED: tl.constexp
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_parts(
     part_down, part_up, part_bias, stage, d_down, d_up, d_bias, chosen, N, down_splits, up_splits, scale,
     C: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr, FACTOR: tl.constexpr, RANK: tl.constexpr,

@@ -14,7 +14,9 @@ H200's bandwidth, about one launch; what this kernel removes is the other launch
 
 Tiling. A program owns a 32 x 64 block of one layer's product at one stage. Layers differ in shape and live at unrelated
 addresses: a table on the device holds a row per layer, and behind the rows the layer of every program. It is copied
-once for given addresses and shapes, so that later calls are one launch and a CUDA graph can record them.
+once for given addresses and shapes. A copy from the host waits for the device and cannot be recorded in a CUDA graph,
+so one layer alone (training merges each at its call, into new memory) takes its row as arguments instead, and so does
+each layer while a graph is recorded.
 Products are in fp32 on the ordinary cores: exact, and too few to matter.
 """
 
@@ -30,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorun_fast.kernels._launch import Launch, ceil_div
+from lorun_fast.kernels._launch import COUNTS, Launch, ceil_div
 
 BLOCK_M, BLOCK_N, BLOCK_Q = 32, 64, 16
 # One row per layer: addresses, the product's shape, the weight's inner shape, strides of W and of out.
@@ -41,23 +43,11 @@ FIELDS = (
 
 
 @triton.jit
-def lora_merge(
-    table, owners, FIELDS: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, OUT: tl.constexpr,
+def merge_block(
+    weight, down, up, out, scale, cell, M, N, Q, inner, taps, w_o, w_i, w_t, y_k, y_o, y_i, y_t,
     BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """One BM x BN block of one layer's product at one stage. WEIGHT, FACTOR, OUT: element types."""
-    pid = tl.program_id(0)
-    row = table + tl.load(table + owners + pid) * FIELDS
-    weight = tl.load(row).to(tl.pointer_type(WEIGHT))
-    down = tl.load(row + 1).to(tl.pointer_type(FACTOR))
-    up = tl.load(row + 2).to(tl.pointer_type(FACTOR))
-    out = tl.load(row + 3).to(tl.pointer_type(OUT))
-    cell = pid - tl.load(row + 4)
-    M = tl.load(row + 5)
-    N = tl.load(row + 6)
-    Q = tl.load(row + 7)
-    inner = tl.load(row + 9)
-    taps = tl.load(row + 10)
+    """Block ``cell`` of one layer: BM x BN of the product at one stage."""
     across = (N + BN - 1) // BN
     blocks = (M + BM - 1) // BM * across
     k = cell // blocks
@@ -74,12 +64,41 @@ def lora_merge(
     i = flat % (inner * taps) // taps
     t = flat % taps
     inside = (m < M) & (n < N)
-    base = tl.load(
-        weight + o * tl.load(row + 11) + i * tl.load(row + 12) + t * tl.load(row + 13), mask=inside, other=0.0
-    )
-    at = out + k * tl.load(row + 14) + o * tl.load(row + 15) + i * tl.load(row + 16) + t * tl.load(row + 17)
+    base = tl.load(weight + o * w_o + i * w_i + t * w_t, mask=inside, other=0.0)
+    at = out + k * y_k + o * y_o + i * y_i + t * y_t
+    tl.store(at, (base.to(tl.float32) + scale * acc).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def lora_merge(
+    table, owners, FIELDS: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, OUT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """One block of one of many layers. WEIGHT, FACTOR, OUT: element types."""
+    pid = tl.program_id(0)
+    row = table + tl.load(table + owners + pid) * FIELDS
+    weight = tl.load(row).to(tl.pointer_type(WEIGHT))
+    down = tl.load(row + 1).to(tl.pointer_type(FACTOR))
+    up = tl.load(row + 2).to(tl.pointer_type(FACTOR))
+    out = tl.load(row + 3).to(tl.pointer_type(OUT))
     scale = tl.load(row + 18).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(at, (base.to(tl.float32) + scale * acc).to(OUT), mask=inside)
+    merge_block(
+        weight, down, up, out, scale, pid - tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7),
+        tl.load(row + 9), tl.load(row + 10), tl.load(row + 11), tl.load(row + 12), tl.load(row + 13),
+        tl.load(row + 14), tl.load(row + 15), tl.load(row + 16), tl.load(row + 17), BM, BN, BQ,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=FIELDS[5:-1])
+def lora_merge_one(
+    weight, down, up, out, scale, m, n, q, inner, taps, w_o, w_i, w_t, y_k, y_o, y_i, y_t,
+    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """One block of the only layer, which needs no table."""
+    merge_block(
+        weight, down, up, out, scale, tl.program_id(0), m, n, q, inner, taps, w_o, w_i, w_t, y_k, y_o, y_i, y_t,
+        BM, BN, BQ,
+    )  # fmt: skip
 
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -126,8 +145,11 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
-def launch(layers: Sequence[Layer]) -> Launch:
-    """The launch for layers that share device, weight, factor and output dtypes."""
+def launches(layers: Sequence[Layer], recording: bool = False) -> list[Launch]:
+    """What merges layers that share device, weight, factor and output dtypes. recording: into a CUDA graph."""
+    blocks = {"BM": BLOCK_M, "BN": BLOCK_N, "BQ": BLOCK_Q}
+    if recording or len(layers) == 1:
+        return [_direct(layer, blocks) for layer in layers]
     first, rows, owners = 0, [], []
     for index, layer in enumerate(layers):
         rows += layer.row(first)
@@ -135,11 +157,15 @@ def launch(layers: Sequence[Layer]) -> Launch:
         first += layer.blocks
     one = layers[0]
     args = {"table": _table((*rows, *owners), one.out.device), "owners": len(rows)}
-    constants = {
-        "FIELDS": len(FIELDS), "WEIGHT": _TYPES[one.weight.dtype], "FACTOR": _TYPES[one.down.dtype],
-        "OUT": _TYPES[one.out.dtype], "BM": BLOCK_M, "BN": BLOCK_N, "BQ": BLOCK_Q,
-    }  # fmt: skip
-    return Launch(lora_merge, first, args, constants, 4, 1)
+    types = {"WEIGHT": _TYPES[one.weight.dtype], "FACTOR": _TYPES[one.down.dtype], "OUT": _TYPES[one.out.dtype]}
+    return [Launch(lora_merge, first, args, {"FIELDS": len(FIELDS)} | types | blocks, 4, 1)]
+
+
+def _direct(layer: Layer, blocks: dict[str, int]) -> Launch:
+    numbers = dict(zip(FIELDS, layer.row(0), strict=True))
+    args = {"weight": layer.weight, "down": layer.down, "up": layer.up, "out": layer.out, "scale": layer.scale}
+    args |= {name: numbers[name] for name in lora_merge_one.arg_names if name in numbers and name not in args}
+    return Launch(lora_merge_one, layer.blocks, args, blocks, 4, 1)
 
 
 def regular(t: Tensor, lead: int = 0) -> bool:
@@ -153,7 +179,8 @@ def forward(
 ) -> None:  # fmt: skip
     """Writes W + scale * dW of every stage of every layer into ``outs``, (K, *weight.shape) each.
 
-    One launch where all layers share their dtypes, else one per combination of (weight, factors, out) dtypes.
+    One launch where all layers share their dtypes, else one per combination of (weight, factors, out) dtypes; one per
+    layer while a CUDA graph is recorded.
     Not for the peft form of transposed convolutions, whose update is no single product.
     """
     groups: dict[tuple, list[Layer]] = {}
@@ -163,5 +190,7 @@ def forward(
             raise ValueError(f"out: expected equally spaced taps, got strides {out.stride()}")
         layer = Layer(weight, down.contiguous(), up.contiguous().to(down.dtype), out, float(scale))
         groups.setdefault((weight.dtype, down.dtype, out.dtype), []).append(layer)
+    recording = any(out.is_cuda for out in outs) and torch.cuda.is_current_stream_capturing()
     for layers in groups.values():
-        launch(layers).run()
+        for one in launches(layers, recording):
+            one.run()

@@ -49,10 +49,36 @@ def test_all_layers_and_stages_in_one_launch(dtype, monkeypatch):
 def test_new_values_at_the_same_addresses_are_seen():
     """The table of addresses is kept; the values behind it are read every time."""
     weights, downs, ups = _layers(torch.float32)
-    outs = [reference.empty_merged(weights[2], 2, torch.float32, None)]
-    layer = (weights[2:3], downs[2:3], ups[2:3], [1.0], outs)
-    lora_merge.forward(*layer)
-    weights[2].zero_()
-    ups[2].zero_()
-    lora_merge.forward(*layer)
-    assert (outs[0] == 0).all()
+    outs = [reference.empty_merged(w, 2, torch.float32, None) for w in weights[2:]]
+    layers = (weights[2:], downs[2:], ups[2:], [1.0, 1.0], outs)
+    lora_merge.forward(*layers)
+    for t in (*weights[2:], *ups[2:]):
+        t.zero_()
+    lora_merge.forward(*layers)
+    assert all((out == 0).all() for out in outs)
+
+
+def _no_table(*_):
+    raise AssertionError("a table was copied to the device")
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_layer_alone_needs_no_table(index, monkeypatch):
+    """A copy from the host waits for the device, and cannot be recorded in a CUDA graph."""
+    monkeypatch.setattr(lora_merge, "_table", _no_table)
+    one = slice(index, index + 1)
+    weights, downs, ups = (ts[one] for ts in _layers(torch.float32))
+    outs = [reference.empty_merged(weights[0], 2, torch.float32, None).fill_(torch.nan)]
+    lora_merge.forward(weights, downs, ups, [0.7], outs)
+    truth = reference.lora_merge(*([t.double() for t in ts] for ts in (weights, downs, ups)), [0.7], [False])
+    assert_as_good_as_torch(outs, reference.lora_merge(weights, downs, ups, [0.7], [False]), truth)
+
+
+def test_no_table_while_a_graph_is_recorded(monkeypatch):
+    monkeypatch.setattr(lora_merge, "_table", _no_table)
+    weights, downs, ups = _layers(torch.float32)
+    layers = [
+        lora_merge.Layer(w, d, u, reference.empty_merged(w, 2, w.dtype, None), 1.0)
+        for w, d, u in zip(weights, downs, ups, strict=True)
+    ]
+    assert len(lora_merge.launches(layers, recording=True)) == len(layers)

@@ -111,6 +111,9 @@ def problems() -> Iterator[Problem]:
         busy = {"mixed": True, "activation": "gelu"}
         yield Problem(channels, residual=True, factors="float32", **busy)
         yield Problem(channels, backward=True, factors="float32", **busy)
+    for channels in (32, 64):
+        yield Problem(channels, form="merged")
+        yield Problem(channels, form="merged", backward=True)
     for channels in (32, 64, 128):
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu")
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu", backward=True)
@@ -210,7 +213,8 @@ def launches(problem: Problem, arch: int, tile=None) -> list:
     if problem.form == "merge":
         merged = torch.empty(_STAGES, *t.weight.shape, device="meta", dtype=dtype)
         stacked = (f[None].expand(_STAGES, *f.shape) for f in (t.down, t.up))
-        return [lora_merge.launch([lora_merge.Layer(t.weight, *stacked, merged, 1.0)])]
+        layer = lora_merge.Layer(t.weight, *stacked, merged, 1.0)
+        return [one for layers in ([layer], [layer, layer]) for one in lora_merge.launches(layers)]
     a = t.operands(problem)
     y = a.image(t.dy)
     tile = tile or shipped_tile(problem, a.g, dtype, arch, a.rank)
