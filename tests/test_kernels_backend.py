@@ -138,3 +138,170 @@ def test_without_triton_the_library_imports_and_says_so():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Triton cannot be imported" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("form", ["peft", "loralib"])
+def test_everything_is_launched_on_the_tensors_device(form, on_the_cpu, monkeypatch):
+    """The merge before a loralib layer too: launched on another GPU it would read addresses of this one there."""
+    from lorun_fast.kernels._launch import Launch
+
+    inside, outside = [], []
+    run, state = Launch.run, {"on": False}
+
+    class On:
+        def __init__(self, x):
+            pass
+
+        def __enter__(self):
+            state["on"] = True
+
+        def __exit__(self, *_):
+            state["on"] = False
+
+    monkeypatch.setattr(_lora_triton, "_on", On)
+    monkeypatch.setattr(Launch, "run", lambda self: ((inside if state["on"] else outside).append(self), run(self)))
+    layer = lf.LoRAConv2d(3, 4, 1, stages=2, rank=2, form=form)
+    layer.weight.requires_grad_(False)
+    x = channels_last(torch.randn(1, 3, 2, 3)).requires_grad_()
+    torch.autograd.grad(layer(x, 1).sum(), (x, layer.down))
+    assert inside and not outside
+
+
+def test_stages_on_the_cpu_are_taken_to_the_image():
+    stage = torch.tensor([2, 0])
+    assert _lora_triton._beside(torch.empty(2, device="meta"), stage).device.type == "meta"
+    assert _lora_triton._beside(torch.empty(2), stage) is stage and _lora_triton._beside(stage, None) is None
+
+
+# On a GPU: what no interpreter shows.
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    needs_triton()
+    monkeypatch.setattr(_native, "WISH", "triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+STAGE = {"one stage": 1, "stage per sample": torch.tensor([2, 0]), "stages on the device": torch.tensor([2, 0])}
+
+
+def _gpu_layer(form: str, stage: str, device: str = "cuda"):
+    """(layer, x, stage) on a GPU."""
+    layer = lf.LoRAConv2d(16, 24, 3, padding=1, stages=3, rank=2, form=form, device=device)
+    torch.nn.init.normal_(layer.up, std=0.1)
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    layer.to(memory_format=torch.channels_last)
+    x = channels_last(torch.randn(2, 16, 20, 50, device=device)).requires_grad_()
+    k = STAGE[stage]
+    return layer, x, k.to(device) if stage == "stages on the device" else k
+
+
+def _step(call, layer, x):
+    y = call(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().mean(), (x, layer.down, layer.up))]
+
+
+def _assert_close(got, want, tolerance: float) -> None:
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.stride() == theirs.stride() and mine.dtype == theirs.dtype
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["peft", "loralib"])
+@pytest.mark.parametrize("stage", STAGE)
+def test_a_layer_trains_on_a_gpu(form, stage, on_a_gpu, monkeypatch):
+    layer, x, k = _gpu_layer(form, stage)
+
+    def call(x):
+        return layer(x, k)
+
+    def narrow(x):
+        with torch.autocast("cuda", torch.bfloat16):
+            return layer(x, k)
+
+    got, in_bf16 = _step(call, layer, x), _step(narrow, layer, x)
+    again = _step(call, layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    compiled = _step(torch.compile(call, backend="aot_eager", fullgraph=True), layer, x)
+    monkeypatch.setattr(_native, "WISH", "reference")
+    want = _step(call, layer, x)
+    _assert_close(got, want, 1e-5)
+    _assert_close(compiled, want, 1e-5)
+    _assert_close(in_bf16, _step(narrow, layer, x), 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["peft", "loralib"])
+def test_the_op_is_what_its_schema_says_on_a_gpu(form, on_a_gpu):
+    layer, x, k = _gpu_layer(form, "stages on the device")
+    geometry = (1.0, [1, 1], [1, 1], [1, 1], 1, "relu", False, [0, 0])
+    args = (x, layer.weight, layer.bias, layer.down, layer.up, k, None, *geometry)
+    torch.library.opcheck(torch.ops.lorun_fast.lora_conv2d.default, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["peft", "loralib"])
+def test_a_layer_is_recorded_in_a_cuda_graph_with_its_backward_pass(form, on_a_gpu):
+    layer, x, k = _gpu_layer(form, "stages on the device")
+
+    def step():
+        return _step(lambda x: layer(x, k), layer, x)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    with torch.no_grad():
+        x.mul_(2)
+        k.copy_(torch.tensor([1, 2]))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(recorded, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_current_stream(on_a_gpu):
+    layer, x, k = _gpu_layer("loralib", "one stage")
+    with torch.no_grad():
+        want, side = layer(x, k), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # A long wait on this stream only: a kernel on another one would read what is about to be overwritten.
+            late = torch.full_like(x, torch.nan)
+            torch.cuda._sleep(100_000_000)
+            late.copy_(x)
+            got = layer(late, k)
+        torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_merged_weights_of_a_network_on_a_gpu(on_a_gpu, monkeypatch):
+    staged = lf.adapt(lf.ResUNet(channels=(8, 16)), stages=3, form="loralib").cuda()
+    for p in staged.adapter_parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    layers = list(staged.adapted.values())
+    from lorun_fast.layers import merged_weights
+
+    got = merged_weights(layers)
+    monkeypatch.setattr(_native, "WISH", "reference")
+    _assert_close(got, merged_weights(layers), 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["peft", "loralib"])
+def test_a_layer_on_a_second_gpu(form, on_a_gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    layer, x, k = _gpu_layer(form, "stages on the device", "cuda:1")
+    got = _step(lambda x: layer(x, k), layer, x)
+    with torch.cuda.device(1):
+        want = _step(lambda x: layer(x, k), layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

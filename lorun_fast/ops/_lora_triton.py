@@ -70,6 +70,11 @@ def _merged(weight: Tensor, down: Tensor, up: Tensor, scale: float, stage: Tenso
     return out if lead else out[0]
 
 
+def _beside(x: Tensor, stage: Tensor | None) -> Tensor | None:
+    """stage where the kernels can read it: callers may give stages that lie on the CPU."""
+    return None if stage is None else stage.to(x.device)
+
+
 def _operands(x, weight, down, up, stage, scale):
     """(weight, down, up) for the kernels: the loralib form is merged first, one small launch."""
     if down is None:
@@ -85,11 +90,11 @@ def conv2d(
 ):  # fmt: skip
     from lorun_fast.kernels import lora_conv2d
 
-    weight, down, up = _operands(x, weight, down, up, stage, scale)
     with _on(x):
+        weight, down, up = _operands(x, weight, down, up, stage, scale)
         return lora_conv2d.forward(
-            x, weight, bias, down, up, scale=scale, stage=stage, stride=tuple(stride), padding=tuple(padding),
-            dilation=tuple(dilation), activation=activation, residual=residual, tf32=_tf32(),
+            x, weight, bias, down, up, scale=scale, stage=_beside(x, stage), stride=tuple(stride),
+            padding=tuple(padding), dilation=tuple(dilation), activation=activation, residual=residual, tf32=_tf32(),
         )  # fmt: skip
 
 
@@ -106,10 +111,10 @@ def conv2d_backward(
     from lorun_fast.kernels import lora_conv2d_backward
     from lorun_fast.reference.lora import to_factors
 
-    base, kernel_down, kernel_up = _operands(x, weight, down, up, stage, scale)
     with _on(x):
+        base, kernel_down, kernel_up = _operands(x, weight, down, up, stage, scale)
         dx, d_down, d_up, d_bias = lora_conv2d_backward.backward(
-            grad, x, base, bias, kernel_down, kernel_up, scale=scale, stage=stage, stride=tuple(stride),
+            grad, x, base, bias, kernel_down, kernel_up, scale=scale, stage=_beside(x, stage), stride=tuple(stride),
             padding=tuple(padding), dilation=tuple(dilation), activation=activation, output=output,
             need=(mask[0], mask[1] or mask[3] or mask[4], mask[2]), tf32=_tf32(),
         )  # fmt: skip
@@ -135,7 +140,7 @@ def linear(x, weight, bias, down, up, stage, residual, scale, activation):
 
     with _on(x):
         return lora_linear.forward(
-            x, weight, bias, down, up, scale=scale, stage=stage, activation=activation, residual=residual,
+            x, weight, bias, down, up, scale=scale, stage=_beside(x, stage), activation=activation, residual=residual,
             tf32=_tf32(),
         )  # fmt: skip
 
@@ -147,7 +152,7 @@ def linear_backward(grad, x, weight, bias, down, up, stage, output, scale, activ
 
     with _on(x):
         dx, d_down, d_up, d_bias = lora_linear.backward(
-            grad, x, weight, bias, down, up, scale=scale, stage=stage, activation=activation, output=output,
+            grad, x, weight, bias, down, up, scale=scale, stage=_beside(x, stage), activation=activation, output=output,
             need=(mask[0], mask[3] or mask[4], mask[2]), tf32=_tf32(),
         )  # fmt: skip
     found = (dx, None, d_bias, d_down, d_up)
