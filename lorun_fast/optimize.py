@@ -67,6 +67,12 @@ class OptimizedLoRun(LoRun):
             return call(y)
         return self._graphs(y, (size, sigma), call)
 
+    def _apply(self, fn, recurse=True):
+        # A graph reads the memory it was recorded with, which a move or a conversion frees.
+        if self._graphs is not None:
+            self._graphs = _Graphs()
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> OptimizedLoRun:
         if mode:
             raise RuntimeError("train: expected a network with adapters, got an optimized one, which is for inference")
@@ -85,7 +91,8 @@ class _Graphs:
     def __call__(self, y: Tensor, settings: tuple, call: Callable[[Tensor], Tensor]) -> Tensor:
         key = (tuple(y.shape), y.dtype, y.device, settings)
         if key not in self.captured:
-            self.captured[key] = self._capture(y, call)
+            with torch.cuda.device(y.device):
+                self.captured[key] = self._capture(y, call)
         graph, static_y, static_x = self.captured[key]
         static_y.copy_(y)
         graph.replay()

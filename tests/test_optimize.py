@@ -362,6 +362,16 @@ def test_errors(arguments, error, message):
         network().optimize(**arguments)
 
 
+@pytest.mark.parametrize("move", [lambda net: net.double(), lambda net: net.to("meta")], ids=["dtype", "device"])
+def test_a_moved_network_forgets_its_graphs(move):
+    """They would read the memory that the parameters lay in."""
+    fast = network().optimize()
+    fast._graphs = optimize._Graphs()
+    fast._graphs.captured["a size"] = "a recording"
+    move(fast)
+    assert fast._graphs.captured == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_is_replayed_per_size():
