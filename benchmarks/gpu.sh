@@ -40,6 +40,8 @@ fi
 total=${TOTAL:-590}
 begin=$SECONDS
 export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# One cache of compiled kernels for all parts: torch.compile sends Triton to another one in its process.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${HOME:-/tmp}/.triton/cache}
 
 # What the results depend on: a part counts as done only for the same sources and device.
 sources() { find setup.py pyproject.toml csrc kernels lorun_fast benchmarks tests -type f \
@@ -54,6 +56,7 @@ record() { printf '%-10s %-22s %5ss  %s\n' "$1" "$2" "$3" "$4" | tee -a "$summar
 # Kept up to date, so that it is there also when the machine is taken away before the end.
 bundle() (
     cd "$out" || exit
+    set +f
     shopt -s nullglob
     tar -czf results.tmp summary.txt ./*.log ./*.csv ./*.json && mv results.tmp results.tar.gz
 )
@@ -123,6 +126,12 @@ build() {
         "$PYTHON" setup.py build --build-base "$out/build" --build-lib "$site" || return 1
     fi
 }
+# Without the extension everything else still runs: the kernels, their tests and the layers need Python alone.
+plain() {
+    export LORUN_FORCE_BUILD=0 LORUN_BUILD=0
+    rm -rf "$site"
+    "$PYTHON" setup.py build --build-base "$out/build" --build-lib "$site"
+}
 use_site() {
     if [ -d "$site/lorun_fast" ]; then
         export PYTHONSAFEPATH=1 PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -144,7 +153,7 @@ print("one step:", tuple(op.gradient_step(x, op(x), 1.0).shape))
 PYTHON
 }
 
-# Compiles the kernels for this card with all cores, which also fills Triton's cache for the tests.
+# Compiles the kernels for this card with all cores, which also fills Triton's cache for the parts that follow.
 kernels() {
     use_site
     local arch
@@ -156,7 +165,10 @@ print(configs.architecture(torch.device("cuda")))') || return 1
 
 tests() {
     use_site
-    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+    # Only the files that have such tests: a package that another one needs may be missing here.
+    # shellcheck disable=SC2046
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors --durations=5 \
+        $(grep -lE 'mark\.gpu' tests/test_*.py)
     local status=$?
     # 5: nothing selected. On a CPU that is as it should be; with a GPU it would mean that nothing was tested.
     [ $status = 5 ] && [ "$device" = cpu ] && return 0
@@ -177,25 +189,44 @@ suite() {
 }
 
 # Functions do not pass through timeout: each part calls this script's own functions in a fresh shell.
-export -f environment build use_site backends kernels tests suite tune
+export -f environment build plain use_site backends kernels tests suite tune
 export PYTHON device out root site
 run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' part "$@"; }
 
+# compiled SECONDS: what torch.compile makes of the rivals, at the sizes that decide.
+compiled() {
+    use_site
+    "$PYTHON" -m benchmarks layers network --device cuda --out "$out" --limit "$1" --dtype bf16 --seconds 0.3 \
+        --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc'
+}
+export -f compiled
+
 printf '\n%s, device %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$device" >>"$summary"
-quick=
-[ "$device" = cpu ] && quick="--quick --threads 1"
+quick="--quick --threads 1"
+layers=
+network=
+if [ "$device" = cuda ]; then
+    quick=
+    # Nothing compiled, which takes minutes, before all else is measured; tables in the order of the patterns.
+    layers="--no-compile --seconds 0.25 --case lora_conv2d.*16x64x256x256* --case lora_conv2d.mixed*
+        --case lora_conv2d.first_experiment* --case lora_conv2d.*x32x256x256* --case lora_conv2d.*1x64x256x256*"
+    network="--no-compile --seconds 0.25 --dtype bf16 --case network.cs25* --case network.training*
+        --case network.throughput*"
+fi
 run environment 60 environment
-run build 170 build
+run build 150 build || run plain 60 plain
 run backends 60 backends
 [ "$device" = cuda ] && run kernels 150 kernels
 run tests 170 tests
 # The soft limit (--limit) ends a suite between tables and keeps its rows; timeout is for what hangs.
+set -f
 # shellcheck disable=SC2086
 {
-    run ops 150 suite ops 100 $quick
-    run layers 120 suite layers 80 $quick
-    run network 120 suite network 70 $quick
+    run layers 120 suite layers 90 $quick $layers
+    run network 100 suite network 70 $quick $network
+    run ops 100 suite ops 70 $quick
 }
+[ "$device" = cuda ] && run compiled 150 compiled 60
 [ $tune = 1 ] && run tune 400 tune 240
 record total "$([ $failed = 0 ] && echo ok || echo 'with failures')" $((SECONDS - begin)) "$out"
 exit $failed

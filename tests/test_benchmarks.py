@@ -595,7 +595,7 @@ def gpu_sh(tmp_path):
         f'echo "$*" >> {log}\n'
         'if [ "$1" = - ]; then cat > /dev/null; fi\n'
         'case "$*" in *"${HANG:-nothing hangs}"*) sleep 30;; esac\n'
-        'case "$*" in *"${FAIL:-nothing fails}"*) echo "as asked"; exit 3;; esac\n'
+        'case "$*" in *"${FAIL:-nothing fails}"* | *"${FAIL_TOO:-nothing fails}"*) echo "as asked"; exit 3;; esac\n'
     )
     fake.chmod(0o755)
 
@@ -612,7 +612,7 @@ def gpu_sh(tmp_path):
     return run
 
 
-PARTS = ["environment", "build", "backends", "tests", "ops", "layers", "network", "total"]
+PARTS = ["environment", "build", "backends", "tests", "layers", "network", "ops", "total"]
 
 
 def test_gpu_script_runs_every_part_and_a_second_run_repeats_none(gpu_sh, tmp_path):
@@ -654,8 +654,21 @@ def test_gpu_script_builds_elsewhere_where_pip_cannot_install(gpu_sh):
 def test_gpu_script_stops_a_part_that_hangs(gpu_sh):
     done = gpu_sh("--device", "cpu", HANG="benchmarks layers", TOTAL="7")
     assert re.fullmatch(r"stopped at \d+ s", done.parts["layers"])
-    assert done.parts["network"] == "not run: no time left"
-    assert done.status == 1
+    assert done.parts["network"] == done.parts["ops"] == "not run: no time left"
+
+
+def test_gpu_script_goes_on_without_the_extension_where_it_does_not_build(gpu_sh):
+    done = gpu_sh("--device", "cpu", FAIL="pip install", FAIL_TOO="setup.py build")
+    assert done.parts["build"] == "failed, status 1" and done.calls.count("setup.py build") == 2
+    assert done.parts["plain"] == "failed, status 3" and done.parts["tests"] == "ok" and done.status == 1
+
+
+def test_gpu_script_measures_what_decides_first(gpu_sh):
+    """On a GPU tables come in the order of the patterns, and nothing is compiled by torch before the last part."""
+    calls = [line for line in gpu_sh().calls.splitlines() if "-m benchmarks" in line]
+    assert [line.split()[2] for line in calls] == ["layers", "network", "ops", "layers"]
+    assert "--no-compile" in calls[0] and "--no-compile" in calls[1] and "--no-compile" not in calls[3]
+    assert "--case lora_conv2d.*16x64x256x256* --case lora_conv2d.mixed*" in calls[0]
 
 
 def test_gpu_script_tunes_only_when_asked(gpu_sh, tmp_path):

@@ -230,14 +230,17 @@ def select(
     device: str = "cpu",
     quick: bool = False,
 ) -> Iterator[tuple[Case, Size]]:
-    """The sizes to run, in order: suites as listed, then the order of registration.
+    """The sizes to run, in order: suites as listed, then the patterns as given, then the order of registration.
 
     patterns: one of them must match "case size", for example "cassi*" or "block_cs.step 16x*" or "256x256".
     quick: only the sizes marked quick.
     """
     for suite in suites:
-        for one in (c for c in cases if c.suite == suite):
-            for s in one.sizes:
-                fits = any(matches(pattern, f"{one.name} {s.label}") for pattern in patterns or (None,))
-                if fits and device in s.devices and (s.quick or not quick):
-                    yield one, s
+        found: dict[tuple[str, str], tuple[Case, Size]] = {}
+        for pattern in patterns or (None,):
+            for one in (c for c in cases if c.suite == suite):
+                for s in one.sizes:
+                    fits = matches(pattern, f"{one.name} {s.label}")
+                    if fits and device in s.devices and (s.quick or not quick):
+                        found.setdefault((one.name, s.label), (one, s))
+        yield from found.values()
