@@ -27,7 +27,7 @@ from lorun_fast.kernels.tuning.problems import Problem, launches, problems, smal
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-PRODUCTS = ("lora_conv2d_taps", "lora_conv2d_rows", "output_side", "input_side")
+PRODUCTS = ("lora_conv2d_taps", "lora_conv2d_rows", "output_side", "output_rows", "input_side")
 
 
 # What the tests compile: every kernel, every architecture, each way of reading an image.

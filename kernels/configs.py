@@ -63,7 +63,7 @@ def backward(
 ) -> BackwardTile:
     """The tiles of lora_conv2d's backward for this problem: the user's, else the shipped ones."""
     tuned = _tuned(arch, "backward", g, str(dtype), rank, mixed, activation)
-    return tuned or shipped_backward(g, dtype, arch, rank)
+    return tuned or shipped_backward(g, dtype, arch, rank, activation)
 
 
 def shipped_forward(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
@@ -109,7 +109,9 @@ def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     return Tile(bh, bw, bc, bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
 
 
-def shipped_backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> BackwardTile:
+def shipped_backward(
+    g: Geometry, dtype: torch.dtype, arch: int, rank: int, activation: str | None = None
+) -> BackwardTile:
     """The tiles of lora_conv2d's backward that the library comes with."""
     flat = g.p == 1
     programs = {80: 216, 90: 264, 100: 296}[arch]
@@ -138,4 +140,9 @@ def shipped_backward(g: Geometry, dtype: torch.dtype, arch: int, rank: int) -> B
     group = 1 if rank == 0 or g.taps == 1 else 4 if rank <= 16 else 2
     if group == 4 and g.taps == 9 and image.rows is not None and image.warps == 8 and arch == 90:
         group = 16  # x once for all taps; narrower layers have too few warps to hold the sums
-    return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs)
+    strip = None
+    # With an activation, whose result is a second tile beside dy, 64 channels spill 8 to 128 bytes.
+    narrow = activation is None or max(_power(g.c), _power(g.o)) <= 32
+    if arch == 90 and 0 < rank <= 16 and g.q >= 48 and g.c % 2 == 0 and narrow and strip_fits(g.c, g.o, g, dtype):
+        strip = Tile(1, 64, _power(g.c), _power(g.o), 4, 2, True, programs)
+    return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs, strip)

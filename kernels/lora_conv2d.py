@@ -268,10 +268,15 @@ def merge_precision(factors: Tensor | None, dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32x3"
 
 
-def rows_per_program(rows: int, strips: int, programs: int) -> int:
-    """Rows of one strip: as many programs as the GPU holds at once, but at least 4 rows to share the weights."""
-    parts = max(1, min(ceil_div(rows, 4), programs // strips))
-    return ceil_div(rows, parts)
+def strip_parts(height: int, strips: int, dilation: int, programs: int) -> tuple[int, int]:
+    """(rows of one program, programs per strip): as many programs as the GPU holds at once, of at least 4 rows each.
+
+    Rows of one program lie ``dilation`` apart. ``strips``: those of all samples.
+    """
+    rows = ceil_div(height, dilation)
+    parts = max(1, min(ceil_div(rows, 4), programs // (strips * dilation)))
+    each = ceil_div(rows, parts)
+    return each, ceil_div(rows, each) * dilation
 
 
 def image_argument(view: Tensor, block: tuple[int, ...], describe: bool) -> tuple[Tensor | TensorDescriptor, bool]:
@@ -359,9 +364,7 @@ def launch(
         programs = g.n * across * down * ceil_div(g.o, tile.bo)
         return Launch(lora_conv2d_taps, programs, args, constants, tile.warps, tile.stages)
     strips = ceil_div(g.q, tile.bw)
-    per_residue = ceil_div(g.p, g.dilation[0])
-    rows = rows_per_program(per_residue, g.n * strips * g.dilation[0], tile.rows)
-    parts = ceil_div(per_residue, rows) * g.dilation[0]
+    rows, parts = strip_parts(g.p, g.n * strips, g.dilation[0], tile.rows)
     args |= {"ROWS": rows, "strips": strips, "parts": parts}
     constants |= {"K": g.kernel[0], "MERGE": merge_precision(a.down, a.x.dtype)}
     return Launch(lora_conv2d_rows, g.n * strips * parts, args, constants, tile.warps, tile.stages)

@@ -9,7 +9,8 @@ With pre = conv(x, W) + scale * up u + bias, y = act(pre) + residual and the gra
     d down     =  sum_m t[m, r] * x[m at (kh, kw), c]
     d bias     =  sum_m g[m, :]
 
-1. ``output_side``: u again, g and t, and partial sums of d up and d bias.
+1. ``output_side``: u again, g and t, and partial sums of d up and d bias; as ``output_rows``, which walks down strips,
+   where these are all there is to compute and strips can.
 2. ``input_side``: two roles in one grid. The first programs write dx (patches, or strips as in the forward pass where
    its rows kernel fits); the rest add up d down: each owns a group of taps and a block of channels, and walks over
    patches of x, reading t at the group's shifted pixels: a patch of x is loaded once per group, not once per tap.
@@ -43,7 +44,7 @@ from lorun_fast.kernels.lora_conv2d import (
     image_argument,
     merge_precision,
     precision,
-    rows_per_program,
+    strip_parts,
 )
 
 
@@ -143,6 +144,75 @@ def output_side(
             at = part_up + pid * (O * RANK) + o[:, None] * RANK + r[None, :]
             tl.store(at, up_sum, mask=(o < O)[:, None] & (r < RANK)[None, :])
         tl.store(part_bias + pid * O + o, bias_sum, mask=o < O)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def output_rows(
+    x, down, up, stage, dy, y, g, t, part_up, part_bias, H, W, P, Q, ROWS, strips, parts,
+    x_n, x_h, dy_n, dy_h, y_n, y_h, scale,
+    XP: tl.constexpr, DYP: tl.constexpr, YP: tl.constexpr, C: tl.constexpr, O: tl.constexpr, RANK: tl.constexpr,
+    STAGES: tl.constexpr, K: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    ACT: tl.constexpr, KNOWN: tl.constexpr, MIXED: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    BO: tl.constexpr, R: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """output_side by strips, where no convolution is computed again: u as lora_conv2d_rows computes its result.
+
+    A row of x, read at K offsets, serves the K rows of u that it touches, so that x leaves L2 K times instead of K * K
+    times. A row of u is complete K - 1 rows of x later, and meets its row of dy then.
+    """
+    pid = tl.program_id(0)
+    q0 = pid % strips * BW
+    part = pid // strips % parts
+    n = pid // (strips * parts)
+    p0 = part % DH + part // DH * ROWS * DH
+    dtype = dy.dtype.element_ty
+    poison = 0.0
+    if MIXED:
+        k, poison = stage_of(stage, n, STAGES)
+        down += k * (RANK * K * K * C)
+        up += k * (O * RANK)
+    c = tl.arange(0, BC)[:, None]
+    o = tl.arange(0, BO)
+    r = tl.arange(0, R)
+    used = (o < O)[:, None] & (r < RANK)[None, :]
+    downs = ()
+    for tap in tl.static_range(K * K):
+        factor = tl.load(down + (r[None, :] * (K * K) + tap) * C + c, mask=(c < C) & (r < RANK)[None, :], other=0.0)
+        downs = downs + (factor.to(dtype),)
+    factor = tl.load(up + o[:, None] * RANK + r[None, :], mask=used, other=0.0).to(dtype)
+    lows = ()
+    for _ in tl.static_range(K):
+        lows = lows + (tl.zeros((BW, R), tl.float32),)
+    up_sum = tl.zeros((BO, R), tl.float32)
+    bias_sum = tl.zeros((BO,), tl.float32)
+    q = q0 + tl.arange(0, BW)
+    for i in range(ROWS + K - 1):
+        for kw in tl.static_range(K):
+            tile = load_patch(
+                x, n, p0 - PH + i * DH, q0 - PW + kw * DW, 0, H, W, x_n, x_h, XP, C, 1, 1, 1, BW, BC, DESC
+            )  # fmt: skip
+            added = ()
+            for j in tl.static_range(K):
+                added = added + (tl.dot(tile, downs[(K - 1 - j) * K + kw], lows[j], input_precision=PRECISION),)
+            lows = added
+        low = lows[0]
+        lows = lows[1:] + (tl.zeros((BW, R), tl.float32),)
+        p = p0 + (i - (K - 1)) * DH + tl.zeros((BW,), tl.int32)
+        inside = ((p >= p0) & (p < P) & (q < Q))[:, None]
+        owned = inside & (o < O)[None, :]
+        grad = tl.load(dy + n.to(tl.int64) * dy_n + (p * dy_h + q * DYP)[:, None] + o[None, :], mask=owned, other=0.0)
+        if KNOWN:
+            at = y + n.to(tl.int64) * y_n + (p * y_h + q * YP)[:, None] + o[None, :]
+            grad = back_through(grad, tl.load(at, mask=owned, other=0.0), ACT)
+        if ACT is not None:
+            tl.store(g + n.to(tl.int64) * P * Q * O + ((p * Q + q) * O)[:, None] + o[None, :], grad, mask=owned)
+        back = tl.dot(grad, factor, tl.zeros((BW, R), tl.float32), input_precision=PRECISION)
+        up_sum = tl.dot(tl.trans(grad), low.to(dtype), up_sum, input_precision=PRECISION)
+        bias_sum += tl.sum(grad.to(tl.float32), 0)
+        at = t + n.to(tl.int64) * P * Q * R + ((p * Q + q) * R)[:, None] + r[None, :]
+        tl.store(at, (back * scale + poison).to(dtype), mask=inside)
+    tl.store(part_up + pid * (O * RANK) + o[:, None] * RANK + r[None, :], up_sum, mask=used)
+    tl.store(part_bias + pid * O + o, bias_sum, mask=o < O)
 
 
 @triton.jit
@@ -400,9 +470,18 @@ def plan(
     sizes = {"H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": x.stride(0), "x_h": x.stride(1), "scale": float(a.scale)}
     grad, low, part_up, part_bias, up_splits = dy, None, None, None, 1
     if activation is not None or need_bias or (rank and (need_x or need_factors)):
-        one = tile.output
-        across, patches = ceil_div(g.q, one.bw), ceil_div(g.q, one.bw) * ceil_div(g.p, one.bh)
-        up_splits = _splits(tile.programs, g.n, patches)
+        known = output is not None and activation in SIGN_TELLS
+        strips_serve = tile.strip is not None and rank > 0 and (activation is None or known)
+        one = tile.strip if strips_serve else tile.output
+        across = ceil_div(g.q, one.bw)
+        if strips_serve:
+            rows, parts = strip_parts(g.p, g.n * across, g.dilation[0], one.rows)
+            up_splits = across * parts
+            split = {"ROWS": rows, "strips": across, "parts": parts}
+        else:
+            patches = across * ceil_div(g.p, one.bh)
+            up_splits = _splits(tile.programs, g.n, patches)
+            split = {"patches": patches, "across": across, "splits": up_splits}
         view, described = image_argument(x, (one.bh, one.bw, one.bc), one.descriptors and g.stride == (1, 1))
         if activation is not None:
             grad = x.new_empty(g.n, g.p, g.q, g.o)
@@ -410,20 +489,26 @@ def plan(
             low = x.new_empty(g.n, g.p, g.q, block)
             part_up = x.new_empty(g.n * up_splits, g.o, rank, dtype=torch.float32)
         part_bias = x.new_empty(g.n * up_splits, g.o, dtype=torch.float32)
-        known = output is not None and activation in SIGN_TELLS
         beside = output if known else dy
-        args = sizes | {
-            "x": view, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "dy": dy,
-            "y": output if known else None, "g": grad, "t": low, "part_up": part_up, "part_bias": part_bias,
-            "patches": patches, "across": across, "splits": up_splits, "dy_n": dy.stride(0), "dy_h": dy.stride(1),
-            "y_n": beside.stride(0), "y_h": beside.stride(1),
+        args = sizes | split | {
+            "x": view, "down": a.down, "up": a.up, "stage": a.stage, "dy": dy, "y": output if known else None,
+            "g": grad, "t": low, "part_up": part_up, "part_bias": part_bias, "dy_n": dy.stride(0),
+            "dy_h": dy.stride(1), "y_n": beside.stride(0), "y_h": beside.stride(1),
         }  # fmt: skip
         constants = geometry | {
             "XP": x.stride(2), "DYP": dy.stride(2), "YP": beside.stride(2), "ACT": activation, "KNOWN": known,
-            "BIAS": a.bias is not None, "BH": one.bh, "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
+            "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
         }  # fmt: skip
+        if strips_serve:
+            constants = {name: constants[name] for name in output_rows.arg_names if name in constants}
+            constants["K"] = g.kernel[0]
+            kernel = output_rows
+        else:
+            args |= {"weight": a.weight, "bias": a.bias}
+            constants |= {"BIAS": a.bias is not None, "BH": one.bh}
+            kernel = output_side
         options = {"maxnreg": one.registers} if one.registers else register_options(x.dtype)
-        launches.append(Launch(output_side, g.n * up_splits, args, constants, one.warps, one.stages, options))
+        launches.append(Launch(kernel, g.n * up_splits, args, constants, one.warps, one.stages, options))
 
     dx = part_down = None
     down_splits = 1
@@ -431,9 +516,8 @@ def plan(
         image, strip = tile.image, tile.image.rows is not None
         rows = strips = parts = across = patches = 1
         if strip:
-            strips, per_residue = ceil_div(g.w, image.bw), ceil_div(g.h, g.dilation[0])
-            rows = rows_per_program(per_residue, g.n * strips * g.dilation[0], image.rows)
-            parts = ceil_div(per_residue, rows) * g.dilation[0]
+            strips = ceil_div(g.w, image.bw)
+            rows, parts = strip_parts(g.h, g.n * strips, g.dilation[0], image.rows)
             image_programs = g.n * strips * parts
         else:
             across = ceil_div(ceil_div(g.w, g.stride[1]), image.bw)
@@ -508,7 +592,7 @@ def plan(
         }  # fmt: skip
         constants = {
             "C": g.c, "O": g.o, "TAPS": g.taps, "FACTOR": width, "RANK": rank, "DOWN": need_factors,
-            "UP": d_up is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": a.stage is not None, "BJ": 16,
+            "UP": d_up is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": a.stage is not None, "BJ": 64,
             "BE": block_e,
         }  # fmt: skip
         launches.append(Launch(reduce_parts, blocks, args, constants, 4, 1))

@@ -123,7 +123,7 @@ def _demands(launch: Launch, n: int) -> tuple[float, float, float, float]:
     if name == "reduce_parts":
         parts = sum(4 * a[key].numel() for key in ("part_down", "part_up", "part_bias") if a[key] is not None)
         return parts, parts, 0, 0
-    size = (a["weight"]).element_size()
+    size = getattr(a["x"], "base", a["x"]).element_size()
     x, y = n * a["H"] * a["W"] * v["C"] * size, n * a["P"] * a["Q"] * v["O"] * size
     if name == "lora_conv2d_taps":
         pixels = v["BH"] * v["BW"]
@@ -146,6 +146,13 @@ def _demands(launch: Launch, n: int) -> tuple[float, float, float, float]:
             flops += f + tiles * blocks * (small[0][0] + small[1][0])
             shared += s + tiles * blocks * (small[0][1] + small[1][1])
             l2 += b
+        return x + y * (1 + active + known) + t, l2 + y * (1 + known), shared, flops
+    if name == "output_rows":
+        flops, shared, l2 = _strips(v, size, launch.programs, a["ROWS"], v["K"], v["BC"], v["R"])
+        steps = launch.programs * (a["ROWS"] + v["K"] - 1)
+        for f, s in (_product(v["BW"], v["BO"], v["R"], size), _product(v["BO"], v["BW"], v["R"], size)):
+            flops, shared = flops + steps * f, shared + steps * s
+        active, known = v["ACT"] is not None, v["KNOWN"]
         return x + y * (1 + active + known) + t, l2 + y * (1 + known), shared, flops
     # input_side: both roles
     if v["STRIPS"]:

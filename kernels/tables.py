@@ -22,7 +22,7 @@ from lorun_fast.kernels._geometry import ACTIVATIONS, Geometry
 from lorun_fast.kernels.tiles import BackwardTile, Tile, fault
 
 FORMAT = "lorun_fast kernel tiles"
-VERSION = 1
+VERSION = 2
 DIRECTIONS = ("forward", "backward")
 DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 

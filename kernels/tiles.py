@@ -48,15 +48,18 @@ class FactorTile:
 @dataclass(frozen=True)
 class BackwardTile:
     """output: of output_side. image: of dx (a strip where it has rows). factor: of d down. programs: how many programs
-    share the patches in the two reductions, about what the GPU holds at once."""
+    share the patches in the two reductions, about what the GPU holds at once. strip: of output_rows, which takes
+    output_side's place where no convolution is computed again; None for never."""
 
     output: Tile
     image: Tile
     factor: FactorTile
     programs: int
+    strip: Tile | None = None
 
     def __str__(self) -> str:
-        return f"output [{self.output}], image [{self.image}], factor [{self.factor}], {self.programs} programs"
+        parts = [f"output [{self.output}]"] + [f"or [{self.strip}]"] * (self.strip is not None)
+        return ", ".join([*parts, f"image [{self.image}]", f"factor [{self.factor}]", f"{self.programs} programs"])
 
 
 def _power_of_two(value: int, least: int, most: int) -> bool:
@@ -110,8 +113,11 @@ def fault(tile: Tile | BackwardTile, g: Geometry) -> str:
         return _image_fault(tile, g)
     if tile.output.rows is not None:
         return f"output: expected patches (rows null), got {tile.output}"
+    if tile.strip is not None and tile.strip.rows is None:
+        return f"strip: expected rows, got {tile.strip}"
     for name, found in (
         ("output", _launch_fault(tile.output)),
+        ("strip", "" if tile.strip is None else _image_fault(tile.strip, g)),
         ("image", _image_fault(tile.image, g)),
         ("factor", _sizes(tile.factor)),
     ):

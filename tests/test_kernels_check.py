@@ -57,7 +57,8 @@ def stop(source, target, options):
 
 driver.set_active(Named())
 count = 0
-for text in ("forward 64", "backward 28 relu", "backward 64-128 s2 mixed gelu", "backward 64 fp32", "forward linear 31"):
+TEXTS = "forward 64", "backward 28 relu", "backward 64-128 s2 mixed gelu", "backward 64 fp32", "forward linear 31"
+for text in TEXTS:
     for one in check.launches(Problem.parse(text), 90) + check.launches(Problem(64, form="merge"), 90):
         source, options = one.source(target)
         key = source.hash(), make_backend(target).parse_options(dict(options)).hash()

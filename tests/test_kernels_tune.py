@@ -157,7 +157,7 @@ def test_every_candidate_can_compute_its_problem(name):
     a = t.operands(problem)
     for arch in configs.ARCHITECTURES:
         if problem.backward:
-            shipped = configs.shipped_backward(a.g, t.x.dtype, arch, a.rank)
+            shipped = configs.shipped_backward(a.g, t.x.dtype, arch, a.rank, problem.activation)
         else:
             shipped = configs.shipped_forward(a.g, t.x.dtype, arch)
         assert not tiles.fault(shipped, a.g)
@@ -315,7 +315,7 @@ def _edit(**changes):
         (lambda text: text[: len(text) // 2], "expected JSON, whole"),
         (lambda text: "[]", "expected format 'lorun_fast kernel tiles', got 'list'"),
         (_edit(format="other"), "expected format 'lorun_fast kernel tiles', got 'other'"),
-        (_edit(version=2), "expected version 1 of the format, got 2"),
+        (_edit(version=3), "expected version 2 of the format, got 3"),
         (_edit(triton="3.0.0"), f"expected tiles tuned with Triton {triton.__version__}, got Triton 3.0.0"),
         (_edit(architecture="90"), "architecture: expected int, got '90'"),
         (_edit(colour=1), "expected the fields"),

@@ -1,7 +1,8 @@
 """Candidates for tuning: the tiles around one tile, a step in one of its numbers each.
 
-A part of a tile belongs to one launch: the forward tile is one part; the backward's are the tiles of output_side, of
-dx and of d down, and the number of programs. Parts are tuned one after another, because launches run one after another.
+A part of a tile belongs to one launch: the forward tile is one part; the backward's are the tiles of output_side and of
+its strips, of dx and of d down, and the number of programs. Parts are tuned one after another, because launches run one
+after another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lorun_fast.kernels._launch import next_power
 from lorun_fast.kernels.tiles import BackwardTile, FactorTile, Tile, fault
 
 # The launch (by its place in the plan) that each part decides.
-PARTS = {"forward": {"tile": 0}, "backward": {"output": 0, "image": 1, "factor": 1, "programs": 0}}
+PARTS = {"forward": {"tile": 0}, "backward": {"output": 0, "strip": 0, "image": 1, "factor": 1, "programs": 0}}
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4, 5)
 
@@ -80,7 +81,9 @@ def variations(
         found = list(_steps(tile, ("programs",)))
     else:
         old = getattr(tile, part)
-        if part == "output":
+        if old is None:
+            return []
+        if part in ("output", "strip"):
             ways = _around(old, arch)
         elif part == "image":
             ways = _one(old, g, dtype, arch, swapped=True)

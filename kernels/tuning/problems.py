@@ -198,7 +198,7 @@ def shipped_tile(problem: Problem, g, dtype, arch: int, rank: int):
     from lorun_fast.kernels import configs
 
     if problem.backward:
-        return configs.shipped_backward(g, dtype, arch, rank)
+        return configs.shipped_backward(g, dtype, arch, rank, problem.activation)
     return configs.shipped_forward(g, dtype, arch)
 
 
