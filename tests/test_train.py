@@ -102,6 +102,36 @@ def test_stopping_and_resuming_changes_nothing(photographs, uninterrupted, tmp_p
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_run_goes_on_by_its_own_settings(photographs, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    assert main(arguments(photographs, folder, "--stop-after", "8", "--checkpoint-every", "3")) == 0
+    config = folder / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["phi_start"]  # an option that is younger than the run
+    config.write_text(json.dumps(settings))
+    assert main(["train", "resume", str(folder), "--threads", "1", "--stop-after", "2"]) == 0
+    assert not (folder / "model.safetensors").exists()
+    assert main(["train", "resume", str(folder), "--threads", "1"]) == 0
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a run to resume, found no config.json"),
+        ("{", "expected a file of the run, got a damaged"),
+        ('{"task": "ct"}', "expected one of the tasks cs, sr, cassi, got 'ct'"),
+        ("{}", "expected one of the tasks cs, sr, cassi, got None"),
+        ('{"task": "cs", "zeal": 3}', "expected the options of this version, got zeal too"),
+    ],
+)
+def test_what_is_no_run_to_go_on_with(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert main(["train", "resume", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_kill_9_and_resume_changes_nothing(photographs, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "lorun_fast.apps", *arguments(photographs, folder)]
@@ -173,7 +203,10 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--output", "{run}"], "expected a new folder, got one that holds a run: add --resume"),
+        (
+            ["--output", "{run}"],
+            "expected a new folder, got one that holds a run, to go on with: lorun-fast train resume",
+        ),
         (
             ["--output", "{run}", "--resume", "--lr", "0.5"],
             "expected the settings of the run, but lr was 0.001 and is 0.5",

@@ -68,6 +68,11 @@ def not_negative(text: str) -> float:
     return _number(text, lambda value: value >= 0, "of at least 0")
 
 
+def share(text: str) -> float:
+    """The argparse type of parts of a whole."""
+    return _number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
+
+
 def fastest_dtype() -> str:
     """ "bf16" on a GPU or a CPU with matrix or vector instructions for it, else "fp32" (there bf16 is slower)."""
     if torch.cuda.is_available():

@@ -31,6 +31,7 @@ from lorun_fast.network import LoRun, falling_step_sizes
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
 # What may change between two starts of one run: nothing that the numbers depend on.
 _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "func", "command", "output")
+_RESUME = "resume"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one = choices.add_parser(task, help=line, description=line)
         _add_common_arguments(one)
         tasks.recipe(task).add_arguments(one)
+    line = "go on with a run that was stopped or killed, by its own settings"
+    one = choices.add_parser(_RESUME, help=line, description=line)
+    one.add_argument("output", type=Path, metavar="RUN", help="folder of the run")
+    _add_free_arguments(one)
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", nargs="+", type=Path, required=True, metavar="DIR", help="folders of training data")
     add("-o", "--output", type=Path, required=True, metavar="RUN", help="folder of the run")
-    add("--resume", action="store_true", help="continue the run in the output folder")
+    add("--resume", action="store_true", help="continue the run in the output folder, which must have these settings")
     add(
         "--init",
         type=Path,
@@ -85,9 +90,14 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the denoiser (autocast); default: bf16 where the machine multiplies in it, fp32 elsewhere",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=runtime.threads, help="CPU threads (default: all)")
     add("--seed", type=seed, default=0)
     add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
+    _add_free_arguments(parser)
+
+
+def _add_free_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--threads", type=runtime.threads, help="CPU threads (default: all)")
     add("--checkpoint-every", type=at_least_one, default=100, help="steps between checkpoints (default 100)")
     add("--stop-after", type=at_least_one, help="stop after this many steps of this start, to resume later")
 
@@ -138,14 +148,15 @@ class Run:
         config, state = self.folder / "config.json", self.folder / "checkpoint.pt"
         if not self.args.resume:
             if config.exists():
-                raise UserError(f"{self.folder}: expected a new folder, got one that holds a run: add --resume")
+                how = f"lorun-fast train {_RESUME} {self.folder}"
+                raise UserError(f"{self.folder}: expected a new folder, got one that holds a run, to go on with: {how}")
             make_folder(self.folder)
             _write(config, json.dumps(self.settings, indent=1))
             return None
         if not config.exists():
             raise UserError(f"{self.folder}: expected a run to resume, found no config.json")
         before = _readable(config, lambda path: json.loads(path.read_text()))
-        changed = [k for k in self.settings if before.get(k) != self.settings[k]]
+        changed = [k for k in self.settings if k in before and before[k] != self.settings[k]]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
             raise UserError(f"{self.folder}: expected the settings of the run, but {what}")
@@ -372,8 +383,35 @@ def _copy_what_fits(source: LoRun, target: LoRun) -> None:
     target.denoiser.base.load_state_dict(fitting, strict=False)
 
 
+def _settings_of(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that the run in args.output was started with, and the free ones of this start."""
+    config = args.output / "config.json"
+    if not config.is_file():
+        raise UserError(f"{args.output}: expected a run to resume, found no config.json")
+    settings = _readable(config, lambda path: dict(json.loads(path.read_text())))
+    task = settings.get("task")
+    parser = argparse.ArgumentParser()
+    _add_common_arguments(parser)
+    tasks.get(task)
+    tasks.recipe(task).add_arguments(parser)
+    options = {action.dest: action for action in parser._actions if action.dest != "help"}
+    unknown = settings.keys() - options.keys() - {"task"}
+    if unknown:
+        raise UserError(f"{config}: expected the options of this version, got {', '.join(sorted(unknown))} too")
+    # What was not there yet when the run began has its default.
+    values = {name: action.default for name, action in options.items()} | settings
+    for name, action in options.items():
+        if action.type is Path and values[name] is not None:
+            given = values[name]
+            values[name] = [Path(v) for v in given] if isinstance(given, list) else Path(given)
+    values |= {name: value for name, value in vars(args).items() if name in _FREE}
+    return argparse.Namespace(**values | {"resume": True})
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``lorun-fast train``; the exit status is 0 also when --stop-after ended it."""
+    if args.task == _RESUME:
+        args = _settings_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     init = _init_file(args.init) if args.init else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorun_fast.apps import losses, unrolling
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.runtime import at_least_one, not_negative
+from lorun_fast.apps.runtime import at_least_one, not_negative, share
 from lorun_fast.apps.sampling import held_out
 from lorun_fast.apps.tasks.cassi import options, scenes, sensor
 from lorun_fast.apps.tasks.cassi.colour import default_wavelengths
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_mask(parser, step=2)
     add(
         "--random-masks",
-        type=not_negative,
+        type=share,
         default=0.5,
         metavar="SHARE",
         help="share of the batches measured through a new random mask, half of it open, instead of a window of --mask, "
@@ -59,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIDE",
         help="training crop: side, or height and width (default 256). The image crop; a measurement is wider",
     )
-    add("--mosaic", type=not_negative, default=0.25, help="share of crops put together from four (default 0.25)")
+    add(
+        "--mosaic",
+        type=share,
+        default=0.25,
+        metavar="SHARE",
+        help="share of crops put together from four (default 0.25)",
+    )
     add("--sensor-noise", action="store_true", help="shot noise: quantum efficiency 0.4, 2048 levels for 0 to L/step")
     add("--noise", type=not_negative, default=0.0, help="standard deviation of Gaussian noise on y (default 0)")
     add("--memory-gib", type=not_negative, default=4.0, help="for decoded scenes; others are read again (default 4)")
