@@ -60,12 +60,15 @@ __device__ V load16(const void* at) {
   return out;
 }
 
+// To global memory. In PTX, because nvcc makes single stores of each value of an assignment, several times the requests.
 template <class V>
 __device__ void store16(void* at, const V& value) {
   static_assert(sizeof(V) == 16);
-  uint4 bits;
-  memcpy(&bits, &value, 16);
-  *static_cast<uint4*>(at) = bits;
+  unsigned bits[4];
+  memcpy(bits, &value, 16);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(bits[0]),
+               "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
+               : "memory");
 }
 
 __device__ inline unsigned char* dynamic_shared() {
