@@ -50,8 +50,7 @@ struct Tiling {
 
   static Tiling of(const Geometry& g, int64_t tiles, int64_t bytes_of_x, int64_t bytes_of_r) {
     const int64_t pack = 16 / bytes_of_x, columns = round_up((g.measured() + tiles - 1) / tiles, pack);
-    return {static_cast<int>(columns), static_cast<int>(tiles),
-            static_cast<int>(std::min(columns, round_up(g.width, pack)) + pack),
+    return {static_cast<int>(columns), static_cast<int>(tiles), static_cast<int>(columns + pack),
             static_cast<int>(round_up(columns * bytes_of_r, 16) + 16)};
   }
 };
@@ -73,15 +72,19 @@ struct Task {
   Tiling tiling;
 };
 
-// The columns of one band that a block handles. x and z are at [column]; r at [column + to_r].
+// The columns of one band that a block handles. z and m are at [column], r at [column + to_r], and x, where it is kept
+// in shared memory, at [column - kept_from]: so the value of band c that adds to column j of the measurement is
+// (-c step) % kCount places from j. 32-bit: 64-bit arithmetic here was most of what a block did.
 struct Band {
-  int begin, end, to_r;
+  int begin, end, to_r, kept_from;
 };
 
-template <class T>
+// first is a multiple of Count.
+template <int Count, class T>
 __device__ Band band_of(const Task<T>& t, int c, int first, int last) {
-  const Window w = t.g.window(c, first, last);
-  return {static_cast<int>(w.begin), static_cast<int>(w.end), c * t.step - first};
+  const int shift = c * t.step;
+  return {min(max(first - shift, 0), t.width), min(max(last - shift, 0), t.width), shift - first,
+          first - (shift + Count - 1) / Count * Count};
 }
 
 // z = x - k m r for 16 bytes of z from column j, whose r begins Off values after 16-byte boundaries.
@@ -173,9 +176,11 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
   using W = Wide<T>;
   constexpr int kCount = Packed ? Pack<T>::kCount : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t row = blockIdx.x / t.tiling.tiles, sample = row / t.g.height, i = row - sample * t.g.height;
+  const unsigned tile_row = blockIdx.x / static_cast<unsigned>(t.tiling.tiles);
+  const unsigned image = tile_row / static_cast<unsigned>(t.g.height);
+  const int64_t row = tile_row, sample = image, i = tile_row - image * static_cast<unsigned>(t.g.height);
   const int64_t measured = t.g.measured();
-  const int first = static_cast<int>(blockIdx.x % t.tiling.tiles) * t.tiling.columns;
+  const int first = static_cast<int>(blockIdx.x - tile_row * t.tiling.tiles) * t.tiling.columns;
   const int last = static_cast<int>(min(static_cast<int64_t>(first) + t.tiling.columns, measured));
   W* const r = reinterpret_cast<W*>(dynamic_shared());
   T* const staged = reinterpret_cast<T*>(dynamic_shared() + t.tiling.r_bytes);
@@ -184,11 +189,11 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
 
   if constexpr (Staged) {
     for (int c = warp; c < t.bands; c += warps) {
-      const Band b = band_of(t, c, first, last);
-      const int from = b.begin / kCount * kCount;
+      const Band b = band_of<kCount>(t, c, first, last);
       const T* const in = x + c * t.strides.band;
-      T* const to = staged + c * t.tiling.pitch - from;
-      for (int j = from + lane * kCount; j < b.end; j += 32 * kCount) {
+      T* const to = staged + c * t.tiling.pitch - b.kept_from;
+#pragma unroll 1
+      for (int j = b.begin / kCount * kCount + lane * kCount; j < b.end; j += 32 * kCount) {
         if constexpr (Packed) {
           __pipeline_memcpy_async(to + j, in + j, 16);
         } else {
@@ -206,19 +211,26 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
       r[j - first] = static_cast<W>(t.measured[row * measured + j]);
     } else {
       W sum = 0;
-      int column = j, from = first;
-      const T* in = Staged ? staged : x;
-      const W* m = mask;
-#pragma unroll 4
-      for (int c = 0; c < t.bands; ++c) {
-        if (column >= 0 && column < t.width) {
-          const int start = Staged ? min(max(from, 0), t.width) / kCount * kCount : 0;
-          sum += static_cast<W>(in[column - start]) * __ldg(m + column);
+      int shift = 0;
+      const T* in = Staged ? staged + (j - first) : x + j;
+      const W* m = mask + j;
+      const auto add = [&] {
+        const bool inside = static_cast<unsigned>(j - shift) < static_cast<unsigned>(t.width);
+        const T* const at = in + (Staged ? -shift & (kCount - 1) : 0);
+        sum += (inside ? static_cast<W>(*at) : W(0)) * (inside ? __ldg(m) : W(0));
+        shift += t.step;
+        in += Staged ? t.tiling.pitch : t.strides.band - t.step;
+        m += t.m_band - t.step;
+      };
+      int c = 0;
+      for (; c + 4 <= t.bands; c += 4) {
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          add();
         }
-        column -= t.step;
-        from -= t.step;
-        in += Staged ? t.tiling.pitch : t.strides.band;
-        m += t.m_band;
+      }
+      for (; c < t.bands; ++c) {
+        add();
       }
       if constexpr (P == Part::kForward) {
         t.y[row * measured + j] = static_cast<T>(sum);
@@ -230,7 +242,7 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
           t.residual[row * measured + j] = sum;
         }
         if (t.with.weight != nullptr) {
-          sum *= t.with.weight[row % t.with.weight_rows * measured + j];
+          sum *= t.with.weight[tile_row % static_cast<unsigned>(t.with.weight_rows) * measured + j];
         }
         r[j - first] = sum;
       }
@@ -240,9 +252,9 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
   if constexpr (P != Part::kForward) {
     __syncthreads();
     for (int c = warp; c < t.bands; c += warps) {
-      const Band b = band_of(t, c, first, last);
+      const Band b = band_of<kCount>(t, c, first, last);
       const W k = P == Part::kStep ? t.with.rho[sample * t.with.rho_sample + c * t.with.rho_band] : W(1);
-      const T* const in = Staged ? staged + c * t.tiling.pitch - b.begin / kCount * kCount : x + c * t.strides.band;
+      const T* const in = Staged ? staged + c * t.tiling.pitch - b.kept_from : x + c * t.strides.band;
       T* const z = t.z + ((sample * t.g.bands + c) * t.g.height + i) * t.g.width;
       const W *const m = mask + c * t.m_band, *const under = r + b.to_r;
       if constexpr (Packed) {
@@ -285,7 +297,7 @@ void run(const OnDeviceOf& device, Task<T> t) {
   using W = Wide<T>;
   constexpr int64_t kCount = Pack<T>::kCount;
   const Geometry& g = t.g;
-  if (g.rows() == 0 || g.width == 0) {
+  if (g.rows() * g.measured() == 0) {
     return;
   }
   STD_TORCH_CHECK(g.measured() <= 0x3fffffff, "expected at most 2^30 - 1 columns, got ", g.measured());
