@@ -6,12 +6,16 @@
 //   fp32, fp64 images: ordinary multiply-adds (no TF32).
 //   bf16, fp16 images: tensor cores. fp32 factors enter as a sum of two bf16 numbers, high + low, and the three
 //   products that matter are accumulated in fp32: about 16 bits of each factor, more than the result keeps.
+// Too few tiles to occupy the device (one 512 x 512 image has 16 in its first product) share out the sums instead: each
+// part of the depth goes to a block of its own, and one more launch adds the parts and finishes.
 // Every value is one sum in one order: no atomics, bitwise repeatable.
 
 #include <cuda_bf16.h>
 #include <mma.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "block_cs/block_cs.h"
@@ -272,39 +276,101 @@ struct Fetch {
   }
 };
 
+// Which blocks take what: `parts` of them share a tile, each `span` of the depth. With more than one, `sums` takes
+// theirs, (parts, rows, cols).
+template <class W>
+struct Split {
+  int64_t parts, span;
+  W* sums;
+};
+
+// A block's tile, its part of the depth, and where its values go.
+template <class W>
+struct Share {
+  int64_t row0, col0, from, until, rows, cols;
+  W* sums;
+
+  __device__ Share(const Split<W>& split, int64_t rows, int64_t cols, int64_t depth)
+      : from(blockIdx.x % split.parts * split.span),
+        until(min(depth, from + split.span)),
+        rows(rows),
+        cols(cols),
+        sums(split.parts > 1 ? split.sums + blockIdx.x % split.parts * rows * cols : nullptr) {
+    const int64_t tile = blockIdx.x / split.parts, col_tiles = (cols + kTile - 1) / kTile;
+    row0 = tile / col_tiles * kTile, col0 = tile % col_tiles * kTile;
+  }
+
+  template <class End, class Column>
+  __device__ void store(const End& end, const Column& at, int64_t r, int64_t c, W value) const {
+    if (sums != nullptr) {
+      sums[r * cols + c] = value;
+    } else {
+      end.store(end.row(r), at, value);
+    }
+  }
+};
+
+template <class W, class End>
+__global__ void __launch_bounds__(kThreads)
+    add_parts(const W* sums, const End end, int64_t parts, int64_t rows, int64_t cols) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index < rows * cols) {
+    W sum = 0;
+    for (int64_t k = 0; k < parts; ++k) {
+      sum += sums[k * rows * cols + index];
+    }
+    end.store(end.row(index / cols), end.col(index % cols), sum);
+  }
+}
+
+// Four neighbours from a multiple of 16 bytes.
+template <class W>
+__device__ void load4(const W* from, W* to) {
+  struct Pack {
+    W at[16 / sizeof(W)];
+  };
+  constexpr int kCount = 16 / sizeof(W);
+#pragma unroll
+  for (int i = 0; i < 4; i += kCount) {
+    const Pack part = load16<Pack>(from + i);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      to[i + k] = part.at[k];
+    }
+  }
+}
+
 template <class W, class A, class B, class End>
-__global__ void __launch_bounds__(kThreads, 1)
-    simt_product(const A a, const B b, const End end, int64_t rows, int64_t cols, int64_t depth) {
-  __shared__ W a_tile[kSimtDepth][kTile + 4];
-  __shared__ W b_tile[kSimtDepth][kTile + 4];
-  const int64_t col_tiles = (cols + kTile - 1) / kTile;
-  const int64_t row0 = blockIdx.x / col_tiles * kTile, col0 = blockIdx.x % col_tiles * kTile;
+__global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 2 : 1)
+    simt_product(const A a, const B b, const End end, int64_t rows, int64_t cols, int64_t depth, const Split<W> split) {
+  // Column c of b lies at c % 16 * 4 + c / 16, so that a thread's columns are neighbours.
+  __shared__ __align__(16) W a_tile[kSimtDepth][kTile + 4];
+  __shared__ __align__(16) W b_tile[kSimtDepth][kTile + 4];
+  const Share<W> share(split, rows, cols, depth);
   // 4 x 4 values a thread: neighbouring rows, and columns 16 apart so that neighbouring threads store side by side.
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   W acc[4][4] = {};
-  Fetch<W, A, kSimtDepth> fetch_a(a, row0, rows, depth);
-  Fetch<W, B, kSimtDepth> fetch_b(b, col0, cols, depth);
-  fetch_a.load(0);
-  fetch_b.load(0);
-  for (int64_t k0 = 0; k0 < depth; k0 += kSimtDepth) {
+  Fetch<W, A, kSimtDepth> fetch_a(a, share.row0, rows, share.until);
+  Fetch<W, B, kSimtDepth> fetch_b(b, share.col0, cols, share.until);
+  fetch_a.load(share.from);
+  fetch_b.load(share.from);
+  for (int64_t k0 = share.from; k0 < share.until; k0 += kSimtDepth) {
 #pragma unroll
     for (int q = 0; q < fetch_a.kEach; ++q) {
+      const int column = fetch_b.outer(q);
       a_tile[fetch_a.within(q)][fetch_a.outer(q)] = fetch_a.values[q];
-      b_tile[fetch_b.within(q)][fetch_b.outer(q)] = fetch_b.values[q];
+      b_tile[fetch_b.within(q)][column % 16 * 4 + column / 16] = fetch_b.values[q];
     }
     __syncthreads();
-    if (k0 + kSimtDepth < depth) {
+    if (k0 + kSimtDepth < share.until) {
       fetch_a.load(k0 + kSimtDepth);
       fetch_b.load(k0 + kSimtDepth);
     }
 #pragma unroll
     for (int k = 0; k < kSimtDepth; ++k) {
       W left[4], right[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        left[i] = a_tile[k][ty * 4 + i];
-        right[i] = b_tile[k][tx + i * 16];
-      }
+      load4(&a_tile[k][ty * 4], left);
+      load4(&b_tile[k][tx * 4], right);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -317,14 +383,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int64_t c = col0 + tx + j * 16;
+    const int64_t c = share.col0 + tx + j * 16;
     if (c < cols) {
       const auto at = end.col(c);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t r = row0 + ty * 4 + i;
+        const int64_t r = share.row0 + ty * 4 + i;
         if (r < rows) {
-          end.store(end.row(r), at, acc[i][j]);
+          share.store(end, at, r, c, acc[i][j]);
         }
       }
     }
@@ -340,14 +406,17 @@ __device__ inline __nv_bfloat16 low_part(float v) {
 }
 
 template <class A, class B, class End>
-__global__ void __launch_bounds__(kThreads, 1)
-    tensor_product(const A a, const B b, const End end, int64_t rows, int64_t cols, int64_t depth) {
+__global__ void __launch_bounds__(kThreads, 1) tensor_product(const A a, const B b, const End end, int64_t rows,
+                                                              int64_t cols, int64_t depth, const Split<float> split) {
   using namespace nvcuda;
   constexpr int kStride = kTensorDepth + 8;  // keeps 16-byte rows off each other's banks
   constexpr int kOutStride = kTile + 4;
+  // Fragments are loaded from multiples of 32 bytes.
   struct Factors {
-    __nv_bfloat16 a_high[kTile][kStride], b_high[kTile][kStride];
-    __nv_bfloat16 a_low[A::kExact ? 1 : kTile][kStride], b_low[B::kExact ? 1 : kTile][kStride];
+    alignas(32) __nv_bfloat16 a_high[kTile][kStride];
+    alignas(32) __nv_bfloat16 b_high[kTile][kStride];
+    alignas(32) __nv_bfloat16 a_low[A::kExact ? 1 : kTile][kStride];
+    alignas(32) __nv_bfloat16 b_low[B::kExact ? 1 : kTile][kStride];
   };
   union Shared {
     Factors factors;
@@ -357,18 +426,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   Factors& f = reinterpret_cast<Shared*>(memory)->factors;
   float (*out)[kOutStride] = reinterpret_cast<Shared*>(memory)->out;
 
-  const int64_t col_tiles = (cols + kTile - 1) / kTile;
-  const int64_t row0 = blockIdx.x / col_tiles * kTile, col0 = blockIdx.x % col_tiles * kTile;
+  const Share<float> share(split, rows, cols, depth);
   // Eight warps, four by two: 16 rows and 32 columns each.
   const int warp = threadIdx.x / 32, warp_row = warp / 2 * 16, warp_col = warp % 2 * 32;
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> acc[2];
   wmma::fill_fragment(acc[0], 0.0f);
   wmma::fill_fragment(acc[1], 0.0f);
-  Fetch<float, A, kTensorDepth> fetch_a(a, row0, rows, depth);
-  Fetch<float, B, kTensorDepth> fetch_b(b, col0, cols, depth);
-  fetch_a.load(0);
-  fetch_b.load(0);
-  for (int64_t k0 = 0; k0 < depth; k0 += kTensorDepth) {
+  Fetch<float, A, kTensorDepth> fetch_a(a, share.row0, rows, share.until);
+  Fetch<float, B, kTensorDepth> fetch_b(b, share.col0, cols, share.until);
+  fetch_a.load(share.from);
+  fetch_b.load(share.from);
+  for (int64_t k0 = share.from; k0 < share.until; k0 += kTensorDepth) {
 #pragma unroll
     for (int q = 0; q < fetch_a.kEach; ++q) {
       const float left = fetch_a.values[q], right = fetch_b.values[q];
@@ -382,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     __syncthreads();
-    if (k0 + kTensorDepth < depth) {
+    if (k0 + kTensorDepth < share.until) {
       fetch_a.load(k0 + kTensorDepth);
       fetch_b.load(k0 + kTensorDepth);
     }
@@ -414,27 +482,46 @@ __global__ void __launch_bounds__(kThreads, 1)
   wmma::store_matrix_sync(&out[warp_row][warp_col], acc[0], kOutStride, wmma::mem_row_major);
   wmma::store_matrix_sync(&out[warp_row][warp_col + 16], acc[1], kOutStride, wmma::mem_row_major);
   __syncthreads();
-  const int64_t c = col0 + threadIdx.x % kTile;
+  const int64_t c = share.col0 + threadIdx.x % kTile;
   if (c < cols) {
     const auto at = end.col(c);
-    for (int r = threadIdx.x / kTile; r < kTile && row0 + r < rows; r += kThreads / kTile) {
-      end.store(end.row(row0 + r), at, out[r][threadIdx.x % kTile]);
+    for (int r = threadIdx.x / kTile; r < kTile && share.row0 + r < rows; r += kThreads / kTile) {
+      share.store(end, at, share.row0 + r, c, out[r][threadIdx.x % kTile]);
     }
   }
 }
 
-// C (rows, cols) = sum over depth of a(row, k) b(col, k), each element given to `end`. T is the image's storage type.
+// C (rows, cols) = sum over depth of a(row, k) b(col, k), each element given to `end`. T is the image's storage type;
+// work space is allocated beside `beside`.
 template <class T, class A, class B, class End>
-void product(const OnDeviceOf& device, const A& a, const B& b, const End& end, int64_t rows, int64_t cols,
-             int64_t depth) {
+void product(const OnDeviceOf& device, const Tensor& beside, const A& a, const B& b, const End& end, int64_t rows,
+             int64_t cols, int64_t depth) {
+  using W = Wide<T>;
+  constexpr bool kSimt = std::is_same_v<T, W>;
+  constexpr int64_t kDepth = kSimt ? kSimtDepth : kTensorDepth, kFewestSteps = 4;
   const int64_t tiles = ((rows + kTile - 1) / kTile) * ((cols + kTile - 1) / kTile);
   if (tiles == 0) {
     return;
   }
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    launch(device, &simt_product<T, A, B, End>, tiles, kThreads, 0, a, b, end, rows, cols, depth);
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  const int64_t wish = std::min(2 * device.multiprocessors() / tiles, steps / kFewestSteps);
+  Split<W> split{1, std::max<int64_t>(depth, 1), nullptr};
+  std::optional<Tensor> sums;
+  if (wish > 1) {
+    split.span = (steps + wish - 1) / wish * kDepth;
+    split.parts = (depth + split.span - 1) / split.span;
+    sums = empty_beside(beside, {split.parts, rows, cols}, wide_type(beside.scalar_type()));
+    split.sums = sums->mutable_data_ptr<W>();
+  }
+  const int64_t blocks = tiles * split.parts;
+  if constexpr (kSimt) {
+    launch(device, &simt_product<W, A, B, End>, blocks, kThreads, 0, a, b, end, rows, cols, depth, split);
   } else {
-    launch(device, &tensor_product<A, B, End>, tiles, kThreads, 0, a, b, end, rows, cols, depth);
+    launch(device, &tensor_product<A, B, End>, blocks, kThreads, 0, a, b, end, rows, cols, depth, split);
+  }
+  if (split.parts > 1) {
+    launch(device, &add_parts<W, End>, (rows * cols + kThreads - 1) / kThreads, kThreads, 0, split.sums, end,
+           split.parts, rows, cols);
   }
 }
 
@@ -454,8 +541,9 @@ Tensor forward(Tensor x, Tensor phi, int64_t block_size) {
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    product<T>(device, PhiRows<W>{dense_phi.const_data_ptr<W>(), grid.pixels()}, ImageBlocks<T>{image_of<T>(x, grid)},
-               StoreMeasurement<T>{y.mutable_data_ptr<T>(), m, grid.per_sample()}, m, grid.blocks(), grid.pixels());
+    product<T>(device, x, PhiRows<W>{dense_phi.const_data_ptr<W>(), grid.pixels()},
+               ImageBlocks<T>{image_of<T>(x, grid)}, StoreMeasurement<T>{y.mutable_data_ptr<T>(), m, grid.per_sample()},
+               m, grid.blocks(), grid.pixels());
   });
   return y;
 }
@@ -471,7 +559,7 @@ Tensor adjoint(Tensor y, Tensor phi, int64_t block_size, int64_t height, int64_t
   dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    product<T>(device, MeasurementBlocks<T>{dense_y.const_data_ptr<T>(), m, grid.per_sample()},
+    product<T>(device, y, MeasurementBlocks<T>{dense_y.const_data_ptr<T>(), m, grid.per_sample()},
                PhiColumns<W>{dense_phi.const_data_ptr<W>(), grid.pixels()},
                StoreImage<T, false>{image_of<T>(x, grid), x.mutable_data_ptr<T>()}, grid.blocks(), grid.pixels(), m);
   });
@@ -493,12 +581,13 @@ Tensor step_of(const Tensor& x, const Tensor& y, const Tensor& phi, const Tensor
     using W = Wide<T>;
     const W* phis = dense_phi.const_data_ptr<W>();
     product<T>(
-        device, PhiRows<W>{phis, grid.pixels()}, ImageBlocks<T>{image_of<T>(x, grid)},
+        device, x, PhiRows<W>{phis, grid.pixels()}, ImageBlocks<T>{image_of<T>(x, grid)},
         StoreResidual<W>{dense_y.const_data_ptr<W>(), dense_rho.const_data_ptr<W>(), residual.mutable_data_ptr<W>(),
                          kept != nullptr ? kept->mutable_data_ptr<W>() : nullptr, m, each, rho.dim() == 1 ? 0 : 1},
         m, grid.blocks(), grid.pixels());
-    product<T>(device, MeasurementBlocks<W>{residual.const_data_ptr<W>(), m, each}, PhiColumns<W>{phis, grid.pixels()},
-               StoreImage<T, true>{image_of<T>(x, grid), z.mutable_data_ptr<T>()}, grid.blocks(), grid.pixels(), m);
+    product<T>(device, x, MeasurementBlocks<W>{residual.const_data_ptr<W>(), m, each},
+               PhiColumns<W>{phis, grid.pixels()}, StoreImage<T, true>{image_of<T>(x, grid), z.mutable_data_ptr<T>()},
+               grid.blocks(), grid.pixels(), m);
   });
   return z;
 }
@@ -523,7 +612,7 @@ Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    product<T>(device, MeasurementRows<W>{dense_y.const_data_ptr<W>(), m, grid.per_sample()},
+    product<T>(device, x, MeasurementRows<W>{dense_y.const_data_ptr<W>(), m, grid.per_sample()},
                ImagePixels<T>{image_of<T>(x, grid)}, StoreMatrix<W>{out.mutable_data_ptr<W>(), grid.pixels()}, m,
                grid.pixels(), grid.blocks());
   });

@@ -60,7 +60,8 @@ __device__ V load16(const void* at) {
   return out;
 }
 
-// To global memory. In PTX, because nvcc makes single stores of each value of an assignment, several times the requests.
+// To global memory. In PTX, because nvcc makes single stores of each value of an assignment, several times the
+// requests.
 template <class V>
 __device__ void store16(void* at, const V& value) {
   static_assert(sizeof(V) == 16);
