@@ -153,6 +153,14 @@ def test_cassi_layouts(kernels, layout):
     check_cassi(kernels, 2, 6, 3, 32, 2, False, torch.bfloat16, layout)
 
 
+def test_cassi_without_columns(kernels):
+    x, mask = torch.empty(2, 3, 4, 0), torch.empty(4, 0)
+    assert torch.equal(kernels("cassi", x, mask, 2), torch.zeros(2, 4, 4))
+    y = draw(2, 4, 4, dtype=torch.float32)
+    z, residual = kernels("cassi_step", x, y, mask, torch.ones(1), None, 2, True)
+    assert z.shape == x.shape and torch.equal(residual, -y)
+
+
 def test_cassi_reads_a_view_of_a_mask(kernels):
     mask = torch.rand(7, 2, 33)[1:, :, 1:]
     x = draw(1, 6, 2, 32, dtype=torch.float32)
@@ -337,10 +345,11 @@ def test_operators_and_their_gradients_on_a_gpu():
             rho = torch.tensor(0.3, device=device, dtype=dtype, requires_grad=True)
             out = placed.gradient_step(image, placed(image.detach() + 1).detach(), rho)
             out.square().sum().backward()
-            results.append([out, image.grad, rho.grad, *(p.grad for p in placed.parameters())])
+            # Copies: moving the module to the next device moves its parameters' gradients in place.
+            results.append([out, image.grad, rho.grad, *(p.grad.clone() for p in placed.parameters())])
         for exact, got in zip(*results, strict=True):
             scale = exact.abs().max().item()
-            torch.testing.assert_close(got.cpu().double(), exact, rtol=0, atol=1e-5 * scale)
+            torch.testing.assert_close(got.cpu().double(), exact, rtol=0, atol=1e-4 * scale)  # sums that cancel
 
 
 @pytest.mark.gpu

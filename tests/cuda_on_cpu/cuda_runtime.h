@@ -47,7 +47,7 @@ namespace cuda_on_cpu {
 inline uint3 thread_index, block_index, block_size, grid_size;
 
 constexpr std::size_t kStack = 128 << 10;
-constexpr std::size_t kMostShared = 227 << 10;
+constexpr std::size_t kMostShared = 48 << 10;  // of a kernel that asked for no more
 
 enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
