@@ -193,9 +193,11 @@ export -f environment build plain use_site backends kernels tests suite tune
 export PYTHON device out root site
 run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' part "$@"; }
 
-# compiled SECONDS: what torch.compile makes of the rivals, at the sizes that decide.
+# compiled SECONDS: what torch.compile makes of the rivals, at the sizes that decide; SECONDS for either of two halves.
 compiled() {
     use_site
+    "$PYTHON" -m benchmarks ops --device cuda --out "$out" --limit "$1" --dtype fp32 --seconds 0.1 --mode forward \
+        --case 'cassi.step 1x28x256*' --case 'blur_downsample.step 1x3x288x480 k25*' --case 'block_cs.step 1x1x512*'
     "$PYTHON" -m benchmarks layers network --device cuda --out "$out" --limit "$1" --dtype bf16 --seconds 0.3 \
         --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc'
 }
@@ -203,10 +205,13 @@ export -f compiled
 
 printf '\n%s, device %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$device" >>"$summary"
 quick="--quick --threads 1"
+ops=
 layers=
 network=
 if [ "$device" = cuda ]; then
     quick=
+    # At half a second for each contender and regime the first operator would take all of the time.
+    ops="--no-compile --seconds 0.1"
     # Nothing compiled, which takes minutes, before all else is measured; tables in the order of the patterns.
     layers="--no-compile --seconds 0.25 --case lora_conv2d.*16x64x256x256* --case lora_conv2d.mixed*
         --case lora_conv2d.first_experiment* --case lora_conv2d.*x32x256x256* --case lora_conv2d.*1x64x256x256*"
@@ -224,9 +229,9 @@ set -f
 {
     run layers 120 suite layers 90 $quick $layers
     run network 100 suite network 70 $quick $network
-    run ops 100 suite ops 70 $quick
+    run ops 120 suite ops 90 $quick $ops
 }
-[ "$device" = cuda ] && run compiled 150 compiled 60
+[ "$device" = cuda ] && run compiled 150 compiled 45
 [ $tune = 1 ] && run tune 400 tune 240
 record total "$([ $failed = 0 ] && echo ok || echo 'with failures')" $((SECONDS - begin)) "$out"
 exit $failed
