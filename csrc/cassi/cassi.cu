@@ -68,7 +68,7 @@ struct Task {
   T* y;               // of the forward op
   T* z;
   W* residual;
-  int bands, width, step;  // 32-bit, for the loops
+  int bands, width, step, columns;  // 32-bit, for the loops; columns: of a measurement
   Tiling tiling;
 };
 
@@ -179,13 +179,14 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
   const unsigned tile_row = blockIdx.x / static_cast<unsigned>(t.tiling.tiles);
   const unsigned image = tile_row / static_cast<unsigned>(t.g.height);
   const int64_t row = tile_row, sample = image, i = tile_row - image * static_cast<unsigned>(t.g.height);
-  const int64_t measured = t.g.measured();
+  const int64_t measured = t.columns;
   const int first = static_cast<int>(blockIdx.x - tile_row * t.tiling.tiles) * t.tiling.columns;
-  const int last = static_cast<int>(min(static_cast<int64_t>(first) + t.tiling.columns, measured));
+  const int last = min(first + t.tiling.columns, t.columns);
   W* const r = reinterpret_cast<W*>(dynamic_shared());
   T* const staged = reinterpret_cast<T*>(dynamic_shared() + t.tiling.r_bytes);
   const T* const x = t.x + sample * t.strides.sample + i * t.strides.row;
   const W* const mask = t.mask + i * t.g.width;
+  const int64_t plane = t.g.height * t.g.width, corner = (sample * t.g.bands * t.g.height + i) * t.g.width;
 
   if constexpr (Staged) {
     for (int c = warp; c < t.bands; c += warps) {
@@ -223,12 +224,33 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
         m += t.m_band - t.step;
       };
       int c = 0;
-      for (; c + 4 <= t.bands; c += 4) {
+      if constexpr (Staged) {
+        // As many bands as repeat the alignment; most groups have the column in all of their windows.
+        constexpr int kGroup = kCount > 4 ? kCount : 4;
+        int offsets[kGroup];
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-          add();
+        for (int u = 0; u < kGroup; ++u) {
+          offsets[u] = u * t.tiling.pitch + static_cast<int>((0u - u * static_cast<unsigned>(t.step)) % kCount);
+        }
+        const int64_t next_mask = t.m_band - t.step;
+        for (; c + kGroup <= t.bands; c += kGroup) {
+          if (j - shift < t.width && j - shift >= (kGroup - 1) * t.step) {
+#pragma unroll
+            for (int u = 0; u < kGroup; ++u) {
+              sum += static_cast<W>(in[offsets[u]]) * __ldg(m + u * next_mask);
+            }
+            shift += kGroup * t.step;
+            in += kGroup * t.tiling.pitch;
+            m += kGroup * next_mask;
+          } else {
+#pragma unroll
+            for (int u = 0; u < kGroup; ++u) {
+              add();
+            }
+          }
         }
       }
+#pragma unroll 1
       for (; c < t.bands; ++c) {
         add();
       }
@@ -255,7 +277,7 @@ __global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Tas
       const Band b = band_of<kCount>(t, c, first, last);
       const W k = P == Part::kStep ? t.with.rho[sample * t.with.rho_sample + c * t.with.rho_band] : W(1);
       const T* const in = Staged ? staged + c * t.tiling.pitch - b.kept_from : x + c * t.strides.band;
-      T* const z = t.z + ((sample * t.g.bands + c) * t.g.height + i) * t.g.width;
+      T* const z = t.z + (corner + c * plane);
       const W *const m = mask + c * t.m_band, *const under = r + b.to_r;
       if constexpr (Packed) {
         spread<T, P>(b, z, in, m, under, k, lane);
@@ -302,6 +324,7 @@ void run(const OnDeviceOf& device, Task<T> t) {
   }
   STD_TORCH_CHECK(g.measured() <= 0x3fffffff, "expected at most 2^30 - 1 columns, got ", g.measured());
   t.bands = static_cast<int>(g.bands), t.width = static_cast<int>(g.width);
+  t.columns = static_cast<int>(g.measured());
   t.step = g.bands > 1 ? static_cast<int>(g.step) : 0;
   // As few tiles of a row as shared memory allows.
   constexpr bool kKeeps = P != Part::kAdjoint;
