@@ -7,12 +7,13 @@
 // four taps and eight sums, 32 multiply-adds for two 16-byte loads. Lines keep their odd quads behind the even ones:
 // threads that lie eight columns apart then read neighbouring quads, from different banks.
 //
-// A step is two launches, with the residual between them. Accumulation is fp32 (fp64 for fp64 images), in one order:
-// no atomics, bitwise repeatable.
+// A step is two launches, with the residual between them; a small A x takes one more, phases apart. Accumulation is
+// fp32 (fp64 for fp64 images), in one order: no atomics, bitwise repeatable.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "blur_downsample/blur_downsample.h"
 #include "blur_downsample/checks.h"
@@ -125,11 +126,25 @@ struct Work {
     __syncthreads();
     const T* const from = in.plane(plane);
     const int half = tile.line() / 2;
-    for (int m = warp; m < height; m += warps) {
-      const T* const line = from + row_of[m] * in.by_row;
-      W* const to = lines + m * tile.line();
-      for (int n = lane; n < width; n += 32) {
-        to[n / 4 % 2 * half + n / 8 * 4 + n % 4] = static_cast<W>(line[col_of[n] * in.by_col]);
+    // All loads of a batch are on their way before the first is waited for.
+    constexpr int kBatch = 8;
+    for (int n = lane; n < width; n += 32) {
+      const T* const column = from + col_of[n] * in.by_col;
+      W* const to = lines + n / 4 % 2 * half + n / 8 * 4 + n % 4;
+      for (int m0 = warp; m0 < height; m0 += warps * kBatch) {
+        W values[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int m = m0 + k * warps;
+          values[k] = m < height ? static_cast<W>(column[row_of[m] * in.by_row]) : W(0);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int m = m0 + k * warps;
+          if (m < height) {
+            to[m * tile.line()] = values[k];
+          }
+        }
       }
     }
     __syncthreads();
@@ -195,66 +210,89 @@ struct Work {
   }
 };
 
-// A x of all planes if not Adjoint, else A^T y: end.store(plane, i, j, value) takes each value.
+// A x of all planes if not Adjoint, else A^T y: end.store(plane, i, j, value) takes each value. A x is the sum over
+// phases of each phase's sum, whether a block takes all phases, or, given `phases`, one of them, which it leaves there:
+// (phases, planes, rows, cols).
 template <class T, class W, bool Adjoint, class End>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    correlate(const Shape shape, const Planes<T> in, const W* kernels, const End end, const Tile tile) {
+__global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
+    correlate(const Shape shape, const Planes<T> in, const W* kernels, const End end, const Tile tile, W* phases) {
   const Work<W> work(tile);
-  const int64_t plane = blockIdx.x / tile.across / tile.down;
-  const int64_t top = blockIdx.x / tile.across % tile.down * tile.rows, left = blockIdx.x % tile.across * tile.cols();
+  const Axis &rows = shape.rows, &cols = shape.cols;
+  const int64_t s = rows.scale;
+  const bool apart = Adjoint || phases != nullptr;
+  int64_t index = blockIdx.x, phase = 0, last_phase = s * s;
+  if (apart) {
+    phase = index % (s * s), last_phase = phase + 1;
+    index /= s * s;
+  }
+  const int64_t left = index % tile.across * tile.cols(), top = index / tile.across % tile.down * tile.rows;
+  const int64_t plane = index / tile.across / tile.down;
   const int row = threadIdx.x / tile.lanes, lane = threadIdx.x % tile.lanes;
   const bool sums = row < tile.rows;
   const W* const kernel = kernels + shape.kernel_of(plane) * shape.taps();
-  const Axis &rows = shape.rows, &cols = shape.cols;
-  const int64_t s = rows.scale;
-  W sum[kEach] = {};
-  const auto store = [&](int64_t by, int64_t p, int64_t q) {
-    if (sums && top + row < rows.count) {
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) {
-        const int64_t j = left + lane * kEach + c;
-        if (j < cols.count) {
-          end.store(plane, (top + row) * by + p, j * by + q, sum[c]);
+  W total[kEach] = {};
+  for (; phase < last_phase; ++phase) {
+    const int64_t p = phase / s, q = phase % s;
+    W sum[kEach] = {};
+    const int64_t first_row = Adjoint ? rows.first(p) : p, first_col = Adjoint ? cols.first(q) : q;
+    const int64_t down = rows.steps(first_row), across = cols.steps(first_col);
+    for (int64_t t0 = 0; t0 < down; t0 += tile.tap_rows) {
+      for (int64_t u0 = 0; u0 < across; u0 += tile.tap_cols) {
+        const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), down - t0));
+        const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), across - u0));
+        work.load(
+            in, plane, height, width,
+            [&](int m) {
+              const int64_t e = top + t0 + m;
+              return Adjoint ? rows.measurement(e + rows.shift(p)) : rows.pixel(e * s + p);
+            },
+            [&](int n) {
+              const int64_t e = left + u0 + n;
+              return Adjoint ? cols.measurement(e + cols.shift(q)) : cols.pixel(e * s + q);
+            },
+            [&](int t, int u) {
+              const int64_t e = first_row + (t0 + t) * s, f = first_col + (u0 + u) * s;
+              return Adjoint ? kernel[e * cols.taps + f] : kernel[(rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f];
+            });
+        if (sums) {
+          work.add(row, lane, height, width, sum);
         }
-        sum[c] = 0;
       }
     }
-  };
-  for (int64_t p = 0; p < s; ++p) {
-    for (int64_t q = 0; q < s; ++q) {
-      const int64_t first_row = Adjoint ? rows.first(p) : p, first_col = Adjoint ? cols.first(q) : q;
-      const int64_t down = rows.steps(first_row), across = cols.steps(first_col);
-      for (int64_t t0 = 0; t0 < down; t0 += tile.tap_rows) {
-        for (int64_t u0 = 0; u0 < across; u0 += tile.tap_cols) {
-          const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), down - t0));
-          const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), across - u0));
-          work.load(
-              in, plane, height, width,
-              [&](int m) {
-                const int64_t e = top + t0 + m;
-                return Adjoint ? rows.measurement(e + rows.shift(p)) : rows.pixel(e * s + p);
-              },
-              [&](int n) {
-                const int64_t e = left + u0 + n;
-                return Adjoint ? cols.measurement(e + cols.shift(q)) : cols.pixel(e * s + q);
-              },
-              [&](int t, int u) {
-                const int64_t e = first_row + (t0 + t) * s, f = first_col + (u0 + u) * s;
-                return Adjoint ? kernel[e * cols.taps + f]
-                               : kernel[(rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f];
-              });
-          if (sums) {
-            work.add(row, lane, height, width, sum);
-          }
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) {
+      total[c] += sum[c];
+    }
+  }
+  if (sums && top + row < rows.count) {
+    const int64_t i = top + row;
+    phase = last_phase - 1;
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) {
+      const int64_t j = left + lane * kEach + c;
+      if (j < cols.count) {
+        if constexpr (Adjoint) {
+          end.store(plane, i * s + phase / s, j * s + phase % s, total[c]);
+        } else if (apart) {
+          phases[((phase * shape.planes() + plane) * rows.count + i) * cols.count + j] = total[c];
+        } else {
+          end.store(plane, i, j, total[c]);
         }
-      }
-      if constexpr (Adjoint) {
-        store(s, p, q);
       }
     }
   }
-  if constexpr (!Adjoint) {
-    store(1, 0, 0);
+}
+
+template <class W, class End>
+__global__ void __launch_bounds__(256) add_phases(const Shape shape, const W* phases, const End end) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t rows = shape.rows.count, cols = shape.cols.count, each = shape.planes() * rows * cols;
+  if (index < each) {
+    W sum = 0;
+    for (int64_t k = 0; k < shape.rows.scale * shape.cols.scale; ++k) {
+      sum += phases[k * each + index];
+    }
+    end.store(index / cols / rows, index / cols % rows, index % cols, sum);
   }
 }
 
@@ -352,16 +390,37 @@ void check_size(const Shape& shape) {
                   shape.cols.pixels());
 }
 
+// `beside`: work space is allocated beside it.
 template <class T, bool Adjoint, class W, class End>
-void run(const OnDeviceOf& device, const Shape& shape, const Planes<T>& in, const W* kernel, const End& end) {
+void run(const OnDeviceOf& device, const Tensor& beside, const Shape& shape, const Planes<T>& in, const W* kernel,
+         const End& end) {
   check_size(shape);
-  if (shape.planes() == 0) {
+  const int64_t planes = shape.planes(), phases = shape.rows.scale * shape.cols.scale;
+  if (planes == 0) {
     return;
   }
-  const Tile tile = Tile::of<W>(shape.planes(), shape.rows.count, shape.cols.count, shape.rows.most_steps(),
-                                shape.cols.most_steps(), 2 * device.multiprocessors());
-  launch(device, &correlate<T, W, Adjoint, End>, shape.planes() * tile.down * tile.across, tile.threads(),
-         tile.bytes<W>(), shape, in, kernel, end, tile);
+  const int64_t wish = 2 * device.multiprocessors();
+  const auto tile_for = [&](int64_t each) {
+    return Tile::of<W>(each, shape.rows.count, shape.cols.count, shape.rows.most_steps(), shape.cols.most_steps(),
+                       wish);
+  };
+  const auto blocks = [&](const Tile& t) { return planes * t.down * t.across; };
+  Tile tile = tile_for(Adjoint ? planes * phases : planes);
+  std::optional<Tensor> partial;
+  if constexpr (!Adjoint) {
+    // Where even small tiles are too few, phases go to blocks of their own.
+    if (phases > 1 && tile.rows <= 8 && blocks(tile) < 2 * wish) {
+      tile = tile_for(planes * phases);
+      partial =
+          empty_beside(beside, {phases, planes, shape.rows.count, shape.cols.count}, wide_type(beside.scalar_type()));
+    }
+  }
+  launch(device, &correlate<T, W, Adjoint, End>, blocks(tile) * (Adjoint || partial ? phases : 1), tile.threads(),
+         tile.bytes<W>(), shape, in, kernel, end, tile, partial ? partial->mutable_data_ptr<W>() : nullptr);
+  if (partial) {
+    launch(device, &add_phases<W, End>, ceil_div(planes * shape.rows.count * shape.cols.count, 256), 256, 0, shape,
+           partial->const_data_ptr<W>(), end);
+  }
 }
 
 Tensor forward(Tensor x, Tensor kernel, int64_t scale) {
@@ -371,7 +430,7 @@ Tensor forward(Tensor x, Tensor kernel, int64_t scale) {
   const Tensor y = empty_measurement(x, shape, x.scalar_type());
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run<T, false>(device, shape, planes_of<T>(x), plain.const_data_ptr<Wide<T>>(),
+    run<T, false>(device, x, shape, planes_of<T>(x), plain.const_data_ptr<Wide<T>>(),
                   StoreValue<T>{y.mutable_data_ptr<T>(), shape.rows.count, shape.cols.count});
   });
   return y;
@@ -384,7 +443,7 @@ Tensor adjoint(Tensor y, Tensor kernel, int64_t scale) {
   const Tensor x = empty_image(y, shape);
   dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run<T, true>(device, shape, planes_of<T>(y), plain.const_data_ptr<Wide<T>>(),
+    run<T, true>(device, y, shape, planes_of<T>(y), plain.const_data_ptr<Wide<T>>(),
                  StoreValue<T>{x.mutable_data_ptr<T>(), shape.rows.pixels(), shape.cols.pixels()});
   });
   return x;
@@ -395,7 +454,7 @@ template <class T>
 void descend(const OnDeviceOf& device, const Shape& shape, const Tensor& x, const Planes<Wide<T>>& residual,
              const Tensor& kernel, const Tensor& rho, Wide<T> sign, const Tensor& z) {
   using W = Wide<T>;
-  run<W, true>(device, shape, residual, kernel.const_data_ptr<W>(),
+  run<W, true>(device, x, shape, residual, kernel.const_data_ptr<W>(),
                StoreDifference<T>{planes_of<T>(x), rho.const_data_ptr<W>(), rho.dim() == 1 ? 0 : 1, sign,
                                   z.mutable_data_ptr<T>(), shape.rows.pixels(), shape.cols.pixels()});
 }
@@ -425,7 +484,7 @@ Tensor step(Tensor x, Tensor y, Tensor kernel, Tensor rho, int64_t scale) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
     // The residual is kept as y - A x, hence the sign of the second launch.
-    run<T, false>(device, shape, planes_of<T>(x), plain.const_data_ptr<W>(),
+    run<T, false>(device, x, shape, planes_of<T>(x), plain.const_data_ptr<W>(),
                   StoreDifference<W>{planes_of<W>(y), nullptr, 0, W(1), residual.mutable_data_ptr<W>(),
                                      shape.rows.count, shape.cols.count});
     descend<T>(device, shape, x, planes_of<W>(residual), plain, rhos, -1, z);
