@@ -220,6 +220,7 @@ BLUR_SHAPES = [
     (1, 1, 1, 1, 3, 3, 2),
     (2, 1, 4, 3, 2, 160, 1),  # taps across in several parts
     (2, 1, 34, 3, 9, 1, 2),
+    (3, 3, 9, 5, 3, 4, 2),  # enough planes for a block to take all phases
 ]
 
 
@@ -227,6 +228,13 @@ BLUR_SHAPES = [
 @pytest.mark.parametrize("shape", BLUR_SHAPES)
 def test_blur_downsample(kernels, shape, dtype):
     check_blur(kernels, *shape, shape[0] > 1, dtype)
+
+
+def test_blur_downsample_does_not_depend_on_batch_mates(kernels):
+    for scale in (1, 3):
+        x, kernel = draw(400, 1, 9 * scale, 5 * scale, dtype=torch.float32), draw(5, 4, dtype=torch.float32)
+        alone, together = (kernels("blur_downsample", x[:n], kernel, scale) for n in (1, 400))
+        assert torch.equal(alone, together[:1])
 
 
 @pytest.mark.parametrize("layout", [sliced, channels_last])
