@@ -31,8 +31,8 @@ constexpr int kTile = 64;  // rows and columns of a thread block's part of the r
 constexpr int kSimtDepth = 16;
 constexpr int kTensorDepth = 32;
 
-// Factors. A factor is a matrix over (outer, depth): line(outer) prepares what its loads share, load(line, depth)
-// reads. kDepthFastest says which index runs over neighbouring addresses; kExact, that values fit bf16.
+// Factors. A factor is a matrix over (outer, depth): line(outer) and place(depth) prepare what loads share, load(line,
+// place) reads. kDepthFastest says which index runs over neighbouring addresses; kExact, that values fit bf16.
 
 template <class W>
 struct PhiRows {  // outer: measurement, depth: pixel
@@ -42,6 +42,9 @@ struct PhiRows {  // outer: measurement, depth: pixel
   using Line = const W*;
   __device__ Line line(int64_t k) const {
     return phi + k * pixels;
+  }
+  __device__ int64_t place(int64_t p) const {
+    return p;
   }
   __device__ W load(Line at, int64_t p) const {
     return at[p];
@@ -57,8 +60,11 @@ struct PhiColumns {  // outer: pixel, depth: measurement
   __device__ Line line(int64_t p) const {
     return phi + p;
   }
-  __device__ W load(Line at, int64_t k) const {
-    return at[k * pixels];
+  __device__ int64_t place(int64_t k) const {
+    return k * pixels;
+  }
+  __device__ W load(Line at, int64_t offset) const {
+    return at[offset];
   }
 };
 
@@ -66,6 +72,12 @@ struct PhiColumns {  // outer: pixel, depth: measurement
 struct Corner {
   int64_t offset;
   int rows, cols;
+};
+
+// A pixel of a block: its offset from the first one, its row and column.
+struct Pixel {
+  int64_t offset;
+  int i, j;
 };
 
 template <class T>
@@ -81,14 +93,18 @@ struct Image {
             static_cast<int>(min(grid.block, grid.width - place.left))};
   }
 
-  __device__ Wide<T> at(const Corner& corner, int64_t p) const {
+  __device__ Pixel pixel(int64_t p) const {
     // 32-bit on purpose: a 64-bit division in the loop costs registers to the point of spilling.
     const int i = static_cast<int>(p) / static_cast<int>(grid.block),
               j = static_cast<int>(p) % static_cast<int>(grid.block);
-    if (i >= corner.rows || j >= corner.cols) {
+    return {i * by_row + j * by_col, i, j};
+  }
+
+  __device__ Wide<T> at(const Corner& corner, const Pixel& pixel) const {
+    if (pixel.i >= corner.rows || pixel.j >= corner.cols) {
       return 0;
     }
-    return static_cast<Wide<T>>(data[corner.offset + i * by_row + j * by_col]);
+    return static_cast<Wide<T>>(data[corner.offset + pixel.offset]);
   }
 };
 
@@ -99,20 +115,26 @@ struct ImageBlocks : Image<T> {  // outer: block, depth: pixel
   __device__ Line line(int64_t b) const {
     return this->corner(b);
   }
-  __device__ Wide<T> load(const Line& corner, int64_t p) const {
-    return this->at(corner, p);
+  __device__ Pixel place(int64_t p) const {
+    return this->pixel(p);
+  }
+  __device__ Wide<T> load(const Line& corner, const Pixel& pixel) const {
+    return this->at(corner, pixel);
   }
 };
 
 template <class T>
 struct ImagePixels : Image<T> {  // outer: pixel, depth: block
   static constexpr bool kDepthFastest = false, kExact = std::is_same_v<T, BFloat16>;
-  using Line = int64_t;
+  using Line = Pixel;
   __device__ Line line(int64_t p) const {
-    return p;
+    return this->pixel(p);
   }
-  __device__ Wide<T> load(Line p, int64_t b) const {
-    return this->at(this->corner(b), p);
+  __device__ Corner place(int64_t b) const {
+    return this->corner(b);
+  }
+  __device__ Wide<T> load(const Line& pixel, const Corner& corner) const {
+    return this->at(corner, pixel);
   }
 };
 
@@ -130,8 +152,11 @@ struct MeasurementBlocks {  // outer: block, depth: measurement
   __device__ Line line(int64_t b) const {
     return y + measurement_offset(b, m, each);
   }
-  __device__ Wide<T> load(Line at, int64_t k) const {
-    return static_cast<Wide<T>>(at[k * each]);
+  __device__ int64_t place(int64_t k) const {
+    return k * each;
+  }
+  __device__ Wide<T> load(Line at, int64_t offset) const {
+    return static_cast<Wide<T>>(at[offset]);
   }
 };
 
@@ -144,8 +169,11 @@ struct MeasurementRows {  // outer: measurement, depth: block
   __device__ Line line(int64_t k) const {
     return y + k * each;
   }
-  __device__ Wide<T> load(Line at, int64_t b) const {
-    return static_cast<Wide<T>>(at[measurement_offset(b, m, each)]);
+  __device__ int64_t place(int64_t b) const {
+    return measurement_offset(b, m, each);
+  }
+  __device__ Wide<T> load(Line at, int64_t offset) const {
+    return static_cast<Wide<T>>(at[offset]);
   }
 };
 
@@ -267,11 +295,15 @@ struct Fetch {
   }
 
   __device__ void load(int64_t from) {
+    [[maybe_unused]] const auto shared = factor.place(from + within(0));  // by all loads, if kByDepth
 #pragma unroll
     for (int q = 0; q < kEach; ++q) {
-      const int64_t d = from + within(q);
-      const bool inside = d < depth && outer(q) < valid;
-      values[q] = inside ? factor.load(lines[kByDepth ? q : 0], d) : W(0);
+      const bool inside = from + within(q) < depth && outer(q) < valid;
+      if constexpr (kByDepth) {
+        values[q] = inside ? factor.load(lines[q], shared) : W(0);
+      } else {
+        values[q] = inside ? factor.load(lines[0], factor.place(from + within(q))) : W(0);
+      }
     }
   }
 };
