@@ -196,10 +196,12 @@ run() { local name=$1 limit=$2; shift 2; part "$name" "$limit" bash -c '"$@"' pa
 # compiled SECONDS: what torch.compile makes of the rivals, at the sizes that decide; SECONDS for either of two halves.
 compiled() {
     use_site
+    local status=0
     "$PYTHON" -m benchmarks ops --device cuda --out "$out" --limit "$1" --dtype fp32 --seconds 0.1 --mode forward \
-        --case 'cassi.step 1x28x256*' --case 'blur_downsample.step 1x3x288x480 k25*' --case 'block_cs.step 1x1x512*'
+        --case 'cassi.step 1x28x256*' --case 'blur_downsample.step 1x3x288x480 k25*' --case 'block_cs.step 1x1x512*' || status=1
     "$PYTHON" -m benchmarks layers network --device cuda --out "$out" --limit "$1" --dtype bf16 --seconds 0.3 \
-        --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc'
+        --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc' || status=1
+    return $status
 }
 export -f compiled
 
@@ -219,7 +221,7 @@ if [ "$device" = cuda ]; then
         --case network.throughput*"
 fi
 run environment 60 environment
-run build 150 build || run plain 60 plain
+run build 170 build || run plain 60 plain
 run backends 60 backends
 [ "$device" = cuda ] && run kernels 150 kernels
 run tests 170 tests

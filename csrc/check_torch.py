@@ -2,7 +2,8 @@
 
     python csrc/check_torch.py TORCH_FOLDER      # for example site-packages/torch of torch 2.11
 
-Exit status 1 when a source does not compile or a symbol is missing in that torch's libraries.
+CUDA sources too, where a toolkit is found. Exit status 1 when a source does not compile or a symbol is missing in that
+torch's libraries.
 """
 
 from __future__ import annotations
@@ -36,14 +37,26 @@ def main(torch_dir: Path) -> int:
         f"-I{sysconfig.get_path('include')}", f"-DTORCH_TARGET_VERSION={recipe.target_macro()}",
         "-DTORCH_EXTENSION_NAME=_C", '-DLORUN_CXX_FLAGS=""',
     ]  # fmt: skip
+    cuda_home, detail = recipe.find_cuda_home()
+    if cuda_home is None:
+        print(f"CUDA sources left out: {detail}")
+    else:
+        # Unoptimised: what is asked is whether they compile, and which symbols they use.
+        nvcc = [
+            str(cuda_home / "bin" / "nvcc"), *(f for f in recipe.nvcc_flags() if f not in ("-O3", "-lineinfo")),
+            *recipe.gencode_flags("9.0a"), "-G", "-Xcompiler=-fPIC", "-DUSE_CUDA", f"-I{recipe.CSRC}",
+            *(part for path in recipe.torch_include_dirs(torch_dir) for part in ("-isystem", path)),
+            f"-DTORCH_TARGET_VERSION={recipe.target_macro()}",
+        ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "_C.so"
 
         def compile_one(numbered: tuple[int, str]) -> str | None:
             index, source = numbered
             target = str(Path(folder) / f"{index}.o")
+            command = nvcc if source.endswith(".cu") else common
             done = subprocess.run(
-                [*common, "-c", str(recipe.ROOT / source), "-o", target], text=True, capture_output=True
+                [*command, "-c", str(recipe.ROOT / source), "-o", target], text=True, capture_output=True
             )
             print(f"{'failed  ' if done.returncode else 'compiled'} {source}")
             if done.returncode:
@@ -52,7 +65,8 @@ def main(torch_dir: Path) -> int:
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, enumerate(recipe.sources(".cpp"))))
+            sources = recipe.sources(".cpp") + (recipe.sources(".cu") if cuda_home else [])
+            objects = list(pool.map(compile_one, enumerate(sources)))
         if None in objects:
             return 1
         lib = torch_dir / "lib"
@@ -60,7 +74,10 @@ def main(torch_dir: Path) -> int:
         subprocess.run(link, check=True)
         symbols = listed(library, "--undefined-only")
     ours = {s for s in symbols if s.startswith(("torch_", "aoti_torch_", "_ZN2at", "_ZN3c10", "_ZN5torch"))}
-    there = {name for file in ("libtorch_cpu.so", "libc10.so") for name in listed(lib / file, "--defined-only")}
+    files = [lib / f"lib{name}.so" for name in ("torch_cpu", "c10", "torch_cuda", "c10_cuda")]
+    there = {name for file in files if file.exists() for name in listed(file, "--defined-only")}
+    if not files[2].exists():
+        ours = {name for name in ours if "cuda" not in name}  # a torch without CUDA: headers are all that it can show
     missing = sorted(ours - there)
     print(f"{len(ours)} torch symbols used, {len(missing)} missing {' '.join(missing)}")
     return 1 if missing or not ours else 0
