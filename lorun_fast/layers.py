@@ -24,6 +24,8 @@ def _take_hooks(source: nn.Module, target: nn.Module) -> None:
             held = getattr(source, f"_{name}{kind}", None)
             if held:
                 getattr(target, f"_{name}{kind}").update(held)
+    # Without it torch takes the backward hooks for neither of their two kinds, and calls none.
+    target._is_full_backward_hook = source._is_full_backward_hook
 
 
 class AdaptedLayer:
@@ -89,7 +91,7 @@ class AdaptedLayer:
         if isinstance(stage, Tensor) and not x.shape[0]:
             stage = 0  # any will do
         weight, bias = self._merged[stage], self.bias
-        if weight.dtype != x.dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != x.dtype and x.is_floating_point():
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return weight, bias
 

@@ -15,6 +15,10 @@ LAYERS = {
     "conv reflect": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding=1, padding_mode="reflect", **kw), (5, 4, 7, 9)),
     "conv same": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding="same", bias=False, **kw), (5, 4, 7, 9)),
     "conv transposed": (lambda **kw: lf.LoRAConvTranspose2d(4, 6, 2, stride=2, **kw), (5, 4, 5, 3)),
+    "conv transposed dilated": (
+        lambda **kw: lf.LoRAConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, dilation=2, **kw),
+        (5, 4, 5, 3),
+    ),
     "linear": (lambda **kw: lf.LoRALinear(4, 6, **kw), (5, 3, 4)),
 }
 
@@ -52,6 +56,14 @@ def test_fresh_layer_is_its_base_at_every_stage(case, form):
     expected = plain_twin(layer, None)(x)
     for stage in range(3):
         assert torch.equal(layer(x, stage), expected)
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_a_fresh_factor_is_drawn_as_a_layers_weight(case, form):
+    """Uniformly within 1 / sqrt(fan in), the sum of whose values each of its results is."""
+    down = case[0](stages=60, rank=2, form=form).down
+    bound = down[0, 0].numel() ** -0.5
+    assert 0.98 * bound < down.abs().max() <= bound and abs(down.mean()) < 0.1 * bound
 
 
 @pytest.mark.parametrize("form", adapters.FORMS)
@@ -144,6 +156,8 @@ def test_stage_may_be_left_out_only_for_one_stage():
     lf.LoRAConv2d(4, 4, 3, stages=1, rank=1)(x)
     with pytest.raises(ValueError, match="stage: expected 0 to 1, got none"):
         lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)(x)
+    with pytest.raises(ValueError, match="stages: expected at least 1, got 0"):
+        lf.LoRAConv2d(4, 4, 3, stages=0, rank=1)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +212,8 @@ def test_from_base_shares_the_base_parameters():
     assert layer.bias is None
     x = torch.randn(1, 4, 8, 8)
     assert torch.equal(layer(x, 1), base(x))
+    assert layer.training and layer.plain(base.weight).training
+    assert not lf.LoRAConv2d.from_base(base.eval()).training and not layer.eval().plain(base.weight).training
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -214,6 +230,10 @@ def test_images_of_another_dtype(name, merged):
         y = layer(x.to(dtype), 1)
         assert y.dtype == dtype
         torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+        with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+            again = layer(x.to(dtype), 1)
+        assert again.dtype == dtype
+        torch.testing.assert_close(again, y, rtol=0.01, atol=0.01)
     if not merged:
         with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch.uint8"):
             layer((255 * x).byte(), 1)

@@ -88,6 +88,12 @@ def test_stages_differ_and_views_agree():
     for k, view in enumerate(staged):
         assert torch.equal(view(Z), outputs[k])
     assert len(staged) == 3
+    assert torch.equal(staged[-1](Z), outputs[2])
+    for wrong in (3, -4):
+        with pytest.raises(IndexError, match=f"stage: expected 0 to 2, got {wrong}"):
+            staged[wrong]
+    with pytest.raises(TypeError, match="stage: expected an int, got slice"):
+        staged[:2]
     mixed = staged(Z, stage=torch.tensor([2, 0, 1]))
     torch.testing.assert_close(mixed, torch.stack([outputs[2][0], outputs[0][1], outputs[1][2]]))
 
@@ -106,7 +112,7 @@ def test_include_and_exclude_patterns():
         ({"include": "encoder.*"}, r"pattern 'encoder.\*' matches no layer; the layers are: head"),
         ({"include": "depthwise", "form": "peft"}, "depthwise: form 'peft' cannot express groups=8"),
         ({"exclude": "*"}, "expected a Conv2d, ConvTranspose2d or Linear layer to adapt in Foreign, got none"),
-        ({"stages": 0}, "stages: expected at least 1"),
+        ({"stages": 0}, "^stages: expected at least 1"),
         ({"form": "lokr"}, "form: expected one of loralib, peft"),
     ],
 )
@@ -120,6 +126,27 @@ def test_weights_computed_by_a_parametrization_are_left_alone():
     staged = lf.adapt(denoiser, stages=2)
     assert set(staged.adapted) == {"1"}
     assert "0" in staged.skipped
+
+
+def test_subclasses_of_layers_are_left_alone():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    denoiser = nn.Sequential(Doubled(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
+    staged = lf.adapt(denoiser, stages=2)
+    assert set(staged.adapted) == {"1"} and "Doubled is a subclass" in staged.skipped["0"]
+    assert torch.equal(staged(Z, stage=1), denoiser(Z))
+
+
+def test_a_staged_denoiser_within_another_keeps_its_own_stage():
+    inner = lf.adapt(nn.Conv2d(2, 2, 3, padding=1), stages=3)
+    outer = lf.adapt(nn.Sequential(inner[2], nn.Conv2d(2, 2, 3, padding=1)), stages=2)
+    for p in (*inner.adapter_parameters(), *outer.adapter_parameters()):
+        nn.init.normal_(p)
+    within, last = outer.base
+    assert set(outer.adapted) == {"1"}
+    assert torch.equal(outer(Z, stage=1), last(within.staged(Z, stage=2), 1))
 
 
 def test_a_single_layer_is_a_denoiser_too():
@@ -250,6 +277,7 @@ def test_deepcopy_and_state_dict_round_trip():
     staged = staged_foreign(stages=3)
     twin = copy.deepcopy(staged)
     assert torch.equal(twin(Z, stage=2), staged(Z, stage=2))
+    assert twin.training and not copy.deepcopy(staged.eval()).training
     for p in twin.adapter_parameters():
         nn.init.zeros_(p)
     assert not torch.allclose(twin(Z, stage=2), staged(Z, stage=2))
@@ -263,6 +291,9 @@ def test_merge_and_unmerge_of_all_layers():
     staged.merge()
     assert staged.merged
     torch.testing.assert_close(staged(Z, stage=1), before)
+    staged.base.tail.unmerge()
+    assert not staged.merged
+    staged.merge()
     staged.train()
     assert not staged.merged
 
@@ -362,6 +393,13 @@ def test_tied_and_untied():
     outputs = [untied(Z, stage=k) for k in range(3)]
     mixed = untied(Z, stage=torch.tensor([1, 0, 1]))
     torch.testing.assert_close(mixed, torch.stack([outputs[1][0], outputs[0][1], outputs[1][2]]))
+    told = UntiedDenoiser(WithSigma(), 2)
+    nn.init.normal_(told.copies[1].conv.weight)
+    stages, sigma = torch.tensor([1, 0, 1]), torch.tensor([0.1, 0.2, 0.3])
+    each = [told(Z[i : i + 1], stage=int(stages[i]), sigma=sigma[i]) for i in range(3)]
+    torch.testing.assert_close(told(Z, stage=stages, sigma=sigma), torch.cat(each))
+    for one in (0.2, torch.tensor(0.2), torch.tensor([0.2])):
+        assert torch.equal(told(Z, stage=stages, sigma=one), told(Z, stage=stages, sigma=torch.full((3,), 0.2)))
     assert untied.parameter_report().total == 3 * tied.parameter_report().total
     assert list(tied.adapter_parameters()) == []
 
@@ -390,12 +428,32 @@ def test_torchs_transformer_layers_keep_their_adapters_at_inference():
             torch.testing.assert_close(staged(tokens, stage=1), expected)
 
 
+def test_padded_tokens_of_torchs_transformer():
+    """The encoder packs such tokens into nested tensors for the fast path, which the layers inside do not take."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.encoder, self.padding = (
+                nn.TransformerEncoder(layer, 1),
+                torch.tensor([[False] * 5, [False, True] + [True] * 3]),
+            )
+
+        def forward(self, z):
+            return self.encoder(z, src_key_padding_mask=self.padding)
+
+    staged, tokens = lf.adapt(Masked(), stages=2), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(staged.eval()(tokens, stage=1), staged.train()(tokens, stage=1))
+
+
 @pytest.mark.parametrize("positional", [False, True])
 def test_output_sizes_of_transposed_convolutions(positional):
     class UNet(nn.Module):
         def __init__(self):
             super().__init__()
-            self.down, self.up = nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(4, 1, 3, 2, 1)
+            self.down, self.up = nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(4, 1, 3, 2, 2, dilation=2)
 
         def forward(self, z):
             small = self.down(z)
@@ -412,6 +470,7 @@ def test_output_sizes_of_transposed_convolutions(positional):
 
 def test_running_statistics_of_a_frozen_base_stand_still():
     denoiser = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)).eval()
+    assert not lf.adapt(copy.deepcopy(denoiser).train(), stages=2).base[1].training
     staged, x = lf.adapt(denoiser, stages=2), torch.rand(2, 1, 6, 6)
     copies = [staged, copy.deepcopy(staged)]
     for one in copies:
@@ -434,6 +493,24 @@ def test_hooks_move_to_the_adapted_layers():
     assert torch.equal(plain(x), denoiser(x))
 
 
+def test_hooks_of_every_kind_move():
+    denoiser, seen = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1)), []
+    layer = denoiser[0]
+    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True)
+    layer.register_forward_hook(lambda module, args, kwargs, output: seen.append("after"), with_kwargs=True)
+    layer.register_forward_hook(lambda module, args, output: seen.append("always"), always_call=True)
+    layer.register_full_backward_pre_hook(lambda module, grad: seen.append("back"))
+    layer.register_full_backward_hook(lambda module, grad, out: seen.append("done"))
+    staged, x = lf.adapt(denoiser, stages=2), torch.rand(1, 1, 5, 5, requires_grad=True)
+    for call in (denoiser, staged[1], staged.adapted["0"].plain(layer.weight, layer.bias)):
+        call(x).sum().backward()
+        assert seen == ["before", "after", "always", "back", "done"]
+        seen.clear()
+    with pytest.raises(ValueError, match="x: expected"):
+        staged[1](torch.rand(1, 2, 5, 5))
+    assert seen == ["before", "always"]
+
+
 @pytest.mark.parametrize("stage", ["1", 1.0, True, [0, 1], None])
 def test_what_is_no_stage(stage):
     staged = lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=2)
@@ -443,7 +520,7 @@ def test_what_is_no_stage(stage):
     assert staged(torch.rand(1, 1, 5, 5), stage=np.int64(1)).shape == (1, 1, 5, 5)
 
 
-@pytest.mark.parametrize("sharing", ["lora", "tied"])
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
 @pytest.mark.parametrize("merged", [False, True])
 def test_stages_per_sample_out_of_range(sharing, merged):
     net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), nn.Conv2d(1, 1, 1), stages=3, sharing=sharing)
