@@ -21,7 +21,7 @@ def trained_pass(
     with torch.no_grad():
         for _ in range(passes):
             estimate = net.stage_step(0, estimate, y, op, sigma)
-    return net.stage_step(0, estimate.detach() if passes else estimate, y, op, sigma)
+    return net.stage_step(0, estimate, y, op, sigma)
 
 
 def more_passes(

@@ -112,7 +112,7 @@ class BlockCS(SensingOperator):
 
         mu: a positive number, a 0-d tensor, or broadcastable to (N, 1, 1, 1); a tensor's sign is not read.
         Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise. The rows are looked
-        at once for a fixed Phi (until it is loaded or moved), at every call for a learned one, and not under
+        at once for a fixed Phi (until it is loaded), at every call for a learned one, and not under
         torch.compile or export, which cannot read values.
         """
         b = self.block_size
@@ -139,10 +139,6 @@ class BlockCS(SensingOperator):
                 f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step"
             )
         self._orthonormal = fixed
-
-    def _apply(self, fn, recurse=True):
-        self._orthonormal = False
-        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._orthonormal = False

@@ -112,8 +112,6 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     print(f"{args.model}: {cassi.describe(full)}; {how.describe()}")
     return 0
 
-    return torch.from_numpy(y).to(how.device)
-
 
 def _save(path: Path, truth: np.ndarray, x: np.ndarray, wavelengths: np.ndarray, row: dict) -> None:
     panels = [("original", truth), (f"restored, {row['psnr']:.2f} dB", x)]
