@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
 from lorun_fast.functional import block_cs, block_cs_adjoint, block_cs_step
@@ -113,6 +114,39 @@ def test_random_shapes_against_the_reference(poisoned, n, b, m, height, width, l
         # The largest sums are of b^2 products of unit size (here divided by b), and of all blocks for Phi's gradient.
         bound = 8 * (b + m) * wide * (1 + want.abs().max() if want.numel() else 1)
         assert ((got.double() - want).abs() <= torch.finfo(got.dtype).eps * want.abs() + bound).all()
+
+
+VARIANT_SCRIPT = """
+import torch
+from lorun_fast import _native
+from lorun_fast.reference import block_cs as reference
+assert _native.build_info()["cpu_active"] == "{variant}"
+ops = torch.ops.lorun_fast
+for n, b, m, height, width in {cases}:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x, phi = torch.randn(n, 1, height, width).to(dtype), torch.randn(m, b * b).to(wide) / b
+        y, rho = torch.randn(n, m, -(-height // b), -(-width // b)).to(wide), torch.rand(n, 1).to(wide)
+        close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
+        if dtype in (torch.bfloat16, torch.float16):
+            close = dict(rtol=1e-2, atol=1e-3)
+        for name, args in (
+            ("block_cs", (x, phi, b)),
+            ("block_cs_adjoint", (y.to(dtype), phi, b, height, width)),
+            ("block_cs_step", (x, y, phi, rho, b)),
+            ("block_cs_step_residual", (x, y, phi, rho, b)),
+            ("block_cs_grad_phi", (x, y, b)),
+        ):
+            torch.testing.assert_close(getattr(ops, name)(*args), getattr(reference, name)(*args), **close)
+print("checked")
+"""
+
+
+@lesser_variants
+def test_lesser_cpu_variants(variant):
+    # (N, B, m, H, W): fewer pixels than a vector's lanes, tails of every kind, sums longer than one visit of a tile.
+    cases = [(1, 1, 1, 3, 4), (2, 3, 5, 7, 11), (1, 7, 13, 30, 40), (1, 8, 300, 20, 17), (3, 16, 9, 33, 70)]
+    check_under(variant, VARIANT_SCRIPT.format(variant=variant, cases=cases))
 
 
 def test_two_threads_at_once():
@@ -233,6 +267,10 @@ def test_gaussian_phi_has_orthonormal_rows_and_depends_on_the_seed_alone():
     assert not torch.equal(op.phi, lf.BlockCS.gaussian(0.25, 16, seed=4).phi)
     assert abs(op.phi.mean()) < 0.01
     assert op.ratio == 0.25
+    # The signs that a QR decomposition leaves open are such that R's diagonal is positive.
+    draw = torch.randn(256, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert ((op.phi.double() @ draw).diagonal() > 0).all()
+    assert [len(lf.BlockCS.gaussian(ratio, 4).phi) for ratio in (0.01, 0.09, 0.1, 1.0)] == [1, 1, 2, 16]
 
 
 def test_norm_is_the_largest_singular_value():

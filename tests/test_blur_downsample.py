@@ -315,6 +315,24 @@ def test_direct_method_is_bitwise_independent_of_batch_mates_and_threads():
     assert all(torch.equal(a[1:2], b) for a, b in zip(seen[0], alone, strict=True))
 
 
+def test_planes_in_several_tiles_and_flights():
+    """More measured columns than a tile takes, and more planes than are in flight at a time."""
+    x, y, kernel, s = problem((300, 700, 6, 7, 1), samples=1, channels=3)
+    rho = draw(1, 3, 1, 1, seed=4)
+    for op, args in (
+        (blur_downsample, (x, kernel)),
+        (blur_downsample_adjoint, (y, kernel)),
+        (blur_downsample_step, (x, y, kernel, rho)),
+    ):
+        direct, fft = (op(*args, scale=s, method=method) for method in METHODS)
+        torch.testing.assert_close(direct, fft, rtol=1e-11, atol=1e-11)
+    ops = torch.ops.lorun_fast
+    direct, fft = (
+        f(x, y, 6, 7, s, False) for f in (ops.blur_downsample_grad_kernel, ops.blur_downsample_fft_grad_kernel)
+    )
+    torch.testing.assert_close(direct, fft, rtol=1e-9, atol=1e-9)
+
+
 VARIANT_SCRIPT = """
 import torch
 from lorun_fast import _native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
+from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
 from lorun_fast.reference import cassi as reference
@@ -358,6 +360,56 @@ def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, 
         for all_, one in zip(together, results(x[i : i + 1], y[i : i + 1]), strict=True):
             assert torch.equal(all_[i : i + 1], one)
     assert torch.equal(gradient, OPS.cassi_grad_mask(x, y, 2, per_band))
+
+
+VARIANT_SCRIPT = """
+import torch
+from lorun_fast import _native
+from lorun_fast.reference import cassi as reference
+assert _native.build_info()["cpu_active"] == "{variant}"
+ops = torch.ops.lorun_fast
+for n, bands, height, width, step in {shapes}:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = torch.randn(n, bands, height, width).to(dtype)
+        y = torch.randn(n, height, width + step * (bands - 1)).to(wide)
+        mask, rho, weight = torch.rand(height, width).to(wide), torch.rand(n, bands).to(wide), torch.rand_like(y)
+        close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+        if dtype in (torch.bfloat16, torch.float16):
+            close = dict(rtol=1e-2, atol=1e-4)
+        for name, args in (
+            ("cassi", (x, mask, step)),
+            ("cassi_adjoint", (y.to(dtype), mask, bands, step)),
+            ("cassi_step", (x, y, mask, rho, weight, step, True)),
+            ("cassi_grad_mask", (x, y, step, True)),
+        ):
+            torch.testing.assert_close(getattr(ops, name)(*args), getattr(reference, name)(*args), **close)
+print("checked")
+"""
+
+
+@lesser_variants
+def test_lesser_cpu_variants(variant):
+    # Rows narrower than a vector, bands that share accesses in pairs and one that is left over, ragged ends.
+    shapes = [(1, 3, 2, 3, 1), (2, 5, 3, 37, 2), (1, 9, 2, 70, 1), (1, 4, 3, 33, 0), (1, 3, 2, 20, 7)]
+    check_under(variant, VARIANT_SCRIPT.format(variant=variant, shapes=shapes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height", [128, 127])  # bands aligned alike, and not
+def test_results_past_the_caches_are_the_same(dtype, height):
+    """What is larger than half of the last-level cache is written past all of them; one sample alone is not."""
+    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+    bands, width = 28, 253
+    sample = bands * height * width * dtype.itemsize
+    n = (cache or 32 << 20) // 2 // sample + 1
+    x, mask = torch.rand(1, bands, height, width).to(dtype).repeat(n, 1, 1, 1), torch.rand(height, width)
+    y = torch.rand(1, height, width + 2 * (bands - 1)).repeat(n, 1, 1)
+    for whole, one in (
+        (F.cassi_step(x, y, mask, 0.3, step=2), F.cassi_step(x[:1], y[:1], mask, 0.3, step=2)),
+        *[[F.cassi_adjoint(t, mask, bands=bands, step=2) for t in (y.to(dtype), y[:1].to(dtype))]],
+    ):
+        assert all(torch.equal(t, one[0]) for t in whole)
 
 
 def test_two_threads_at_once():
