@@ -27,7 +27,7 @@ def rank(in_features: int, out_features: int, gamma: float) -> int:
     """r = ceil(min(in, out) * gamma / 100), at least 1 (arXiv 2602.18697)."""
     if not gamma > 0:
         raise ValueError(f"gamma: expected a positive percentage, got {gamma}")
-    # The small slack keeps 30 * 10 / 100 = 3.0000000000000004 at rank 3.
+    # The small slack keeps 250 * 64.4 / 100 = 161.00000000000003 at rank 161.
     return max(1, math.ceil(min(in_features, out_features) * gamma / 100 - 1e-9))
 
 

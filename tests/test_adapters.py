@@ -12,7 +12,16 @@ from lorun_fast import adapters
 
 @pytest.mark.parametrize(
     ("in_", "out", "gamma", "expected"),
-    [(64, 64, 10, 7), (16, 32, 10, 2), (30, 30, 10, 3), (1, 16, 10, 1), (10, 10, 100, 10), (7, 100, 1, 1)],
+    [
+        (64, 64, 10, 7),
+        (16, 32, 10, 2),
+        (30, 30, 10, 3),
+        (1, 16, 10, 1),
+        (10, 10, 100, 10),
+        (7, 100, 1, 1),
+        (250, 250, 64.4, 161),
+        (8, 8, 1e-9, 1),
+    ],
 )
 def test_rank_rule(in_, out, gamma, expected):
     assert adapters.rank(in_, out, gamma) == expected
@@ -79,6 +88,8 @@ def test_what_a_form_cannot_express_raises():
         adapters.factor_shapes((4, 2, 3, 5), 1, "loralib")
     with pytest.raises(ValueError, match="form: expected one of loralib, peft, got 'dora'"):
         adapters.factor_shapes((4, 2), 1, "dora")
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        adapters.factor_shapes((4, 2), 0, "peft")
 
 
 def test_merging_is_fp32_inside_under_autocast_and_for_half_weights():

@@ -79,6 +79,38 @@ def test_a_denoiser_of_ones_own_is_passed_to_load(tmp_path):
     assert torch.equal(lf.load(tmp_path / "net.safetensors", denoiser=Own())(Y), net(Y))
 
 
+def test_tensors_of_any_kind_are_kept(tmp_path):
+    """Tied ones, ones in another layout, and whole numbers, which no storage type narrows."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)
+            self.alias = self.a
+            self.norm.num_batches_tracked.fill_(2049)  # float16 counts to 2048
+
+        def forward(self, z):
+            return z + self.b(self.norm(self.alias(z)))
+
+    net = network("tied", denoiser=Tied()).to(memory_format=torch.channels_last)
+    lf.save(net, tmp_path / "net.safetensors")
+    again = lf.load(tmp_path / "net.safetensors", denoiser=Tied())
+    torch.testing.assert_close(again(Y), net(Y))
+    lf.save(net, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert lf.load(tmp_path / "half.safetensors", denoiser=Tied()).denoiser.base.norm.num_batches_tracked == 2049
+
+
+def test_a_class_is_not_known_by_its_name_alone(tmp_path):
+    class ResCNN(Own):
+        config = None
+
+    net, path = network(denoiser=ResCNN()), tmp_path / "net.safetensors"
+    lf.save(net, path)
+    with pytest.raises(ValueError, match="its base denoiser ResCNN is not registered"):
+        lf.load(path)
+    assert torch.equal(lf.load(path, denoiser=ResCNN())(Y), net(Y))
+
+
 def test_a_registered_denoiser_needs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("lorun_fast.denoisers._REGISTRY", {})
     register_denoiser(Own)
@@ -108,6 +140,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         lf.save(network("tied"), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_unreadable_files(tmp_path):
@@ -131,10 +164,18 @@ def test_unreadable_files(tmp_path):
 def test_tensors_that_do_not_fit_the_config(tmp_path):
     net, path = network("tied"), tmp_path / "net.safetensors"
     lf.save(net, path)
-    state = {k: v.detach().clone() for k, v in net.state_dict().items() if k != "step_size"} | {"extra": torch.zeros(1)}
-    save_file(state, path, metadata={"lorun_fast": json.dumps(read_config(path))})
-    with pytest.raises(ValueError, match=r"got 1 missing \(step_size\) and 1 unknown \(extra\)"):
-        lf.load(path)
+    header = {"lorun_fast": json.dumps(read_config(path))}
+    whole = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    less = {k: v for k, v in whole.items() if k != "step_size"}
+    more = {"extra": torch.zeros(1)}
+    for state, message in (
+        (less, r"got 1 missing \(step_size\) and 0 unknown"),
+        (whole | more, r"got 0 missing \(\) and 1 unknown \(extra\)"),
+        (less | more, r"got 1 missing \(step_size\) and 1 unknown \(extra\)"),
+    ):
+        save_file(state, path, metadata=header)
+        with pytest.raises(ValueError, match=message):
+            lf.load(path)
 
 
 def test_pretrained_names():

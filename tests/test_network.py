@@ -72,6 +72,7 @@ def test_what_trains_under_each_sharing():
     assert all(p.requires_grad for p in tied.parameters())
     base = tied.parameter_report().base
     assert untied.parameter_report().total == 3 * base + 3
+    assert untied.parameter_report().untied == tied.parameter_report().untied == 3 * base + 3
     assert lora.parameter_report().base == base
     assert lora.parameter_report().operator == 16 * 64
 
@@ -209,6 +210,11 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
         ),
         (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
+        (
+            lambda: tiny()(torch.rand(1, 4, 8), op=lf.CASSI(torch.rand(4, 4), 3)),
+            ValueError,
+            r"operator for task 'cs', got CASSI \(cassi\)",
+        ),
     ],
 )
 def test_errors(call, error, message):
