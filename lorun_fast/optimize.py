@@ -91,8 +91,7 @@ class _Graphs:
     def __call__(self, y: Tensor, settings: tuple, call: Callable[[Tensor], Tensor]) -> Tensor:
         key = (tuple(y.shape), y.dtype, y.device, settings)
         if key not in self.captured:
-            with torch.cuda.device(y.device):
-                self.captured[key] = self._capture(y, call)
+            self.captured[key] = self._capture(y, call)
         graph, static_y, static_x = self.captured[key]
         static_y.copy_(y)
         graph.replay()
@@ -108,7 +107,8 @@ class _Graphs:
                 call(static_y)
         torch.cuda.current_stream(y.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On y's device and a stream of it: the default one belongs to the device that recorded first.
+        with torch.cuda.device(y.device), torch.cuda.graph(graph, stream=stream):
             static_x = call(static_y)
         return graph, static_y, static_x
 

@@ -37,6 +37,10 @@ def test_what_is_no_image(make):
             method(y[0, 0])
         with pytest.raises(ValueError, match=r"size: expected .*H, W.*, got 7"):
             method(y, size=7)
+    with pytest.raises(TypeError, match=r"y: expected .*, got torch.uint8"):
+        op.gradient_step(x, y.byte(), 1.0)
+    with pytest.raises(ValueError, match=r"rho: expected a number, .*, got shape \(1, 1, 1, 1, 1\)"):
+        op.gradient_step(x, y, torch.ones(1, 1, 1, 1, 1))
     for rho in (None, "a"):
         with pytest.raises(TypeError, match=f"rho: expected a number or a tensor, got {type(rho).__name__}"):
             op.gradient_step(x, y, rho)
@@ -87,6 +91,23 @@ def test_orthonormal_rows_are_looked_at_again_where_phi_changes():
         learned.phi.mul_(2)
     with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
         learned.prox(x, y, 0.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: lf.CASSI(t, 3, learn=True),
+        lambda t: lf.BlurDownsample(t, learn=True),
+        lambda t: lf.BlockCS(t, 4, learn=True),
+    ],
+)
+def test_what_learns_is_a_copy(make):
+    given = torch.rand(4, 16)
+    before = given.clone()
+    (learned,) = make(given).parameters()
+    with torch.no_grad():
+        learned.zero_()
+    assert torch.equal(given, before)
 
 
 @every_operator

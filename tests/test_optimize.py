@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -122,6 +123,28 @@ def test_bf16_where_the_cpu_is_fast_and_the_score_allows_it(monkeypatch, x, most
         restored[name] = float((-10 * error.log10()).mean())
     assert f"score moves by {restored['bf16'] - restored['net']:+.3f}"[:-1] in why
     assert fast.op.phi.dtype == torch.float32 and fast(net.op(x), size=SIZE).dtype == torch.float32
+
+
+@pytest.mark.parametrize("moved", [0.019, 0.021, -0.021])
+def test_a_score_that_moves_either_way_speaks_against_bf16(monkeypatch, x, moved):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    net = network()
+    monkeypatch.setattr(optimize, "score", lambda other, *_: 30.0 + (0.0 if other is net else moved))
+    done, why = net.optimize(images=x).report["dtype"]
+    assert done == ("bfloat16" if moved == 0.019 else "float32") and f"{moved:+.4f} dB on 2 images" in why
+
+
+def test_scoring_leaves_a_network_in_training_as_it_was(monkeypatch, x):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    net = network("tied", denoiser=Base()).train()
+    before = net.denoiser.base.norm.running_mean.clone()
+    assert "score moves" in net.optimize(images=x).report["dtype"][1]
+    assert net.training and net.denoiser.base.norm.training
+    assert torch.equal(net.denoiser.base.norm.running_mean, before)
+
+
+def test_a_network_in_bf16_keeps_its_dtype():
+    assert network().bfloat16().optimize().report["dtype"] == ("bfloat16", "the network's own")
 
 
 def test_the_capabilities_that_count(monkeypatch):
@@ -263,6 +286,7 @@ def test_what_matrix_tiles_stand_for():
         "zeros": nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect", **bf16),
         "not the same on all sides": nn.Conv2d(3, 5, 2, padding="same", **bf16),
         "whose stride is not its kernel's size": nn.ConvTranspose2d(3, 8, 3, stride=2, **bf16),
+        "or with padding": nn.ConvTranspose2d(3, 8, 2, stride=2, output_padding=1, **bf16),
         "no multiple of 16": nn.ConvTranspose2d(3, 5, 2, stride=2, **bf16),
         "torch.float32": nn.Conv2d(3, 5, 3),
         "a Linear": nn.Linear(3, 5, **bf16),
@@ -275,15 +299,47 @@ def test_what_matrix_tiles_stand_for():
     assert replace_convolutions([module], "packed") == (2, 3) and module[0] is module[1]
 
 
+def test_layers_that_share_a_weight_alone_keep_their_biases():
+    first, second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+    second.weight = first.weight
+    module, z = nn.Sequential(first, second), torch.rand(1, 8, 6, 7)
+    expected = module(z)
+    assert replace_convolutions([module], "winograd") == (2, 2)
+    torch.testing.assert_close(module(z), expected, rtol=0, atol=1e-5)
+
+
+def test_layers_that_somebody_watches_are_left_alone():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        module = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        getattr(module[0], register)(lambda *arguments: None)
+        assert replace_convolutions([module], "winograd") == (1, 2)
+        assert type(module[0]) is nn.Conv2d and type(module[1]) is WinogradConv2d
+
+
+def test_a_stand_in_is_called_as_the_layer_is():
+    """With images of another dtype, and with the size of a transposed convolution's result by name or in its place."""
+    up = nn.ConvTranspose2d(3, 8, 2, stride=2, dtype=torch.bfloat16)
+    x, stand_in = torch.rand(1, 3, 4, 5), PackedConv2d(up)
+    close = dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(stand_in(x), up(x.bfloat16()), **close)
+    for size in ((8, 10), (9, 11), (1, 8, 9, 10)):
+        expected = up(x.bfloat16(), output_size=size)
+        torch.testing.assert_close(stand_in(x.bfloat16(), output_size=size), expected, **close)
+        torch.testing.assert_close(stand_in(x.bfloat16(), size), expected, **close)
+
+
 def test_a_block_of_other_sizes_is_two_convolutions():
     """Where the middle has another size than the image, or a layer was left alone."""
     bf16 = {"dtype": torch.bfloat16}
     x = torch.randn(1, 4, 6, 5, **bf16)
-    first, second = nn.Conv2d(4, 6, 5, padding=2, **bf16), nn.Conv2d(6, 4, 3, padding=1, **bf16)
-    expected = x + second(torch.relu(first(x)))
-    for a, b in ((PackedConv2d(first), PackedConv2d(second)), (first, PackedConv2d(second)), (first, second)):
-        y = residual_block(a, b, x, x)
-        torch.testing.assert_close(y, expected + x, rtol=0.02, atol=0.03)
+    for first, second in (
+        (nn.Conv2d(4, 6, 5, padding=2, **bf16), nn.Conv2d(6, 4, 3, padding=1, **bf16)),
+        (nn.Conv2d(4, 6, 3, **bf16), nn.Conv2d(6, 4, 3, padding=2, **bf16)),
+    ):
+        expected = x + second(torch.relu(first(x)))
+        for a, b in ((PackedConv2d(first), PackedConv2d(second)), (first, PackedConv2d(second)), (first, second)):
+            y = residual_block(a, b, x, x)
+            torch.testing.assert_close(y, expected + x, rtol=0.02, atol=0.03)
 
 
 def test_what_minimal_filtering_leaves_alone():
@@ -370,6 +426,38 @@ def test_a_moved_network_forgets_its_graphs(move):
     fast._graphs.captured["a size"] = "a recording"
     move(fast)
     assert fast._graphs.captured == {}
+
+
+def test_what_a_graph_can_replay(x):
+    """Not a call with another operator, with a level in a tensor, or for every iterate."""
+    net = network(denoiser=lf.ResUNet(channels=(4,), blocks=1, noise_level=True))
+    fast, replayed = net.optimize(), []
+    fast._graphs = lambda y, settings, call: replayed.append(settings) or call(y)
+    y = net.op(x)
+    fast(y, size=SIZE, sigma=0.1)
+    assert replayed == [(SIZE, 0.1)]
+    fast(y, op=copy.deepcopy(net.op), size=SIZE, sigma=0.1)
+    fast(y, size=SIZE, sigma=torch.tensor(0.1))
+    fast(y, size=SIZE, sigma=0.1, return_stages=True)
+    assert len(replayed) == 1
+
+
+def test_a_graph_serves_one_size_and_setting(monkeypatch):
+    class Graph:
+        def __init__(self, y, x, call):
+            self.replay = lambda: x.copy_(call(y))
+
+    def capture(y, call):
+        y, x = y.clone(), call(y)
+        return Graph(y, x, call), y, x
+
+    graphs = optimize._Graphs()
+    monkeypatch.setattr(graphs, "_capture", capture)
+    ones, results = torch.ones(2), []
+    for y, factor in ((ones, 2), (3 * ones, 2), (ones, 5), (torch.ones(3), 2), (ones.double(), 2)):
+        results.append(graphs(y, (None, factor), lambda y, factor=factor: factor * y))
+    assert [t.tolist() for t in results] == [[2, 2], [6, 6], [5, 5], [2, 2, 2], [2, 2]]
+    assert len(graphs.captured) == 4
 
 
 @pytest.mark.gpu
