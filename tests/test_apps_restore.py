@@ -11,6 +11,7 @@ from scipy.io import savemat
 
 import lorun_fast as lf
 from lorun_fast.apps import images, models, restoring
+from lorun_fast.apps.cli import main
 from lorun_fast.apps.runtime import Runtime
 
 M = 16  # 25 % of 8 x 8
@@ -156,8 +157,6 @@ def test_a_hand_written_file_needs_only_y(form, tmp_path, model, phi, capsys):
 
 def test_a_key_that_is_not_known_is_told(tmp_path, model, capsys):
     np.savez(tmp_path / "y.npz", y=np.zeros((M, 1, 1), np.float32), sizes=[8, 8])
-    from lorun_fast.apps.cli import main
-
     assert main(["restore", str(tmp_path / "y.npz"), "-o", str(tmp_path / "out"), "--model", str(model)]) == 0
     assert "ignored keys sizes" in capsys.readouterr().err
 
@@ -480,6 +479,13 @@ def test_out_of_memory_is_told(tmp_path, model, capsys, monkeypatch):
     monkeypatch.setattr(restoring, "restore", exhausted)
     line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
     assert "--batch" in line
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(restoring, "restore", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["restore", str(tmp_path / "y.npz"), "-o", str(tmp_path / "out"), "--model", str(model)])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import math
 import os
 import re
@@ -201,6 +202,7 @@ def test_failures_and_missing_packages_are_rows_without_a_time():
 def test_exit_status_follows_our_own_results_only():
     assert not report.ours_wrong([Row(kind=RIVAL, correct="no"), Row(kind=OURS, correct="yes")])
     assert report.ours_wrong([Row(kind=OURS, correct="no")])
+    assert report.ours_wrong([Row(kind=LIMIT, correct="no")])
 
 
 def test_a_limit_row_is_checked_against_its_own_definition():
@@ -232,6 +234,8 @@ def test_ratio_percent_and_images_per_second():
     assert rows["ours"].percent_of_limit == pytest.approx(50)
     assert rows["bound"].percent_of_limit == pytest.approx(100)
     assert rows["ours"].per_second == pytest.approx(1000)
+    assert (rows["ours"].ratio_low, rows["ours"].ratio_high) == pytest.approx((0.5, 0.5))
+    assert rows["fast"].ratio_low == ""
     assert "2.00x faster" in report.table(list(rows.values()))
 
 
@@ -242,6 +246,9 @@ def test_losses_are_marked():
     assert re.search(r"ours.*LOSS 1\.50x", report.table(rows))
     assert "LOSS 1.50x  toy 4x5 fp32 forward [warm]: ours 6 ms, fast 4 ms" in report.summary(rows)
     assert report.summary(rows).startswith("0 of 1 ")
+    for ratio, mark in ((1.0, "LOSS 1.00x"), (1.01, "LOSS 1.01x"), (0.99, "1.01x faster")):
+        assert report.verdict(Row(kind=OURS, ratio=ratio)) == mark
+    assert report.verdict(Row(kind=RIVAL, ratio=2.0)) == ""
 
 
 def test_training_is_held_to_its_own_work():
@@ -301,8 +308,10 @@ def sampled(timer: FakeTimer, regime: str, budget: Budget, **seconds: float) -> 
 
 def test_contenders_take_turns():
     timer = FakeTimer()
+    assert gc.isenabled()
     stats = sampled(timer, WARM, Budget(seconds=10.0, fewest=3, most=6, sample=1e-3), a=1e-2, b=2e-2)
     assert {name: s.samples for name, s in stats.items()} == {"a": 6, "b": 6}
+    assert gc.isenabled()
     samples = timer.order[-12:]
     # Each round holds both, and not always in the same order.
     assert all({samples[i], samples[i + 1]} == {1e-2, 2e-2} for i in range(0, 12, 2))
