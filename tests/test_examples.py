@@ -1,13 +1,18 @@
-"""The examples run, and print what they promise."""
+"""The examples run, and print what they promise; so does the code of the README."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples"
+import lorun_fast as lf
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "examples"
 
 
 def example(name: str):
@@ -45,3 +50,24 @@ def test_an_exported_network_runs_in_a_fresh_process(printed):
     size, difference = printed("export_and_run")
     assert size.startswith("package: ")
     assert float(difference.split()[-1]) < 1e-5
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """Paragraph by paragraph, with tensors that fit the names it leaves open."""
+    monkeypatch.chdir(tmp_path)
+    names = {"my_denoiser": lf.ResUNet(channels=(4, 8), blocks=1), "z": torch.rand(3, 1, 8, 8)}
+    adapt, network, layers = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(adapt, names)
+    assert names["x"].shape == (3, 1, 8, 8)
+    names["x"] = torch.rand(1, 1, 40, 50)
+    for paragraph in network.split("\n\n"):
+        exec(paragraph, names)
+    assert names["xhat"].shape == (1, 1, 40, 50) and names["net"].stages == 9
+    names |= {"x": torch.rand(2, 64, 6, 5), "stage": 4, "conv": torch.nn.Conv2d(64, 64, 3, padding=1)}
+    names |= {"weight": names["conv"].weight, "bias": names["conv"].bias}
+    names |= dict(zip(("down", "up"), (torch.rand(9, 7, 64, 3, 3), torch.zeros(9, 64, 7)), strict=True))
+    expected = names["conv"](names["x"]).relu()
+    for paragraph, close in zip(layers.split("\n\n"), (1e-5, 1e-4, 0.02), strict=True):
+        names["x"] = names["x"].bfloat16() if "packed" in paragraph else names["x"]
+        exec(paragraph, names)
+        torch.testing.assert_close(names["y"].float(), expected, rtol=close, atol=close)

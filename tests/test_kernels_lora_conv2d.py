@@ -145,6 +145,7 @@ FORWARD = {
     ),
     "blocks of channels, descriptors, fp16": (of(24, 40, dtype=HALF, rank=3), Tile(8, 8, 16, 32, 4, 2, True)),
     "1 x 1": (of(20, 5, k=1, n=2, stage=SAME_STAGES, geometry={}), Tile(1, 32, 16, 16, 4, 2)),
+    "1 x 1, padded": (of(3, 4, k=1), SMALL),
     "merged weights per sample": (of(5, 7, n=2, stage=MIXED, merged=True, activation="silu"), SMALL),
     "same padding": (of(5, 7, k=(2, 3), geometry={"padding": "same"}), SMALL),
     "strip, descriptors, mixed, residual, fp16": (
@@ -273,11 +274,27 @@ def test_stages_that_took_no_part_have_zero_gradient(poisoned):  # noqa: F811
     assert (d_down[[0, 2]] == 0).all() and (d_up[[0, 2]] == 0).all() and (d_down[1] != 0).any()
 
 
-def test_a_stage_out_of_range_turns_its_sample_to_nan_and_no_other():
-    layer = Layer(3, 4, 3, 5, k=1, n=2, stage=SAME_STAGES, geometry={})
-    arguments = layer.arguments() | {"stage": torch.tensor([1, 3], device=DEVICE)}
-    y = lora_conv2d.forward(*layer.inputs(), tile=SMALL, **arguments)
-    assert y[1].isnan().all() and y[0].isfinite().all()
+@pytest.mark.parametrize("wrong", [3, -1])
+@pytest.mark.parametrize(("tile", "k"), [(SMALL, 1), (STRIP, 3)], ids=["patches", "strips"])
+def test_a_stage_out_of_range_turns_its_sample_to_nan_and_no_other(tile, k, wrong):
+    layer = Layer(3, 4, 3, 5, k=k, n=2, stage=SAME_STAGES, dtype=HALF, geometry={"padding": k // 2})
+    arguments = layer.arguments() | {"stage": torch.tensor([1, wrong], device=DEVICE)}
+    y = lora_conv2d.forward(*layer.inputs(), tile=tile, **arguments)
+    dx, *_ = lora_conv2d_backward.backward(
+        layer.dy, *layer.inputs(), need=(True, False, False), tile=back(image=tile), **arguments
+    )
+    for result in (y, dx):
+        assert result[1].isnan().all() and result[0].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_zeros_and_nan_go_through_an_activation_as_in_torch(activation, poisoned):  # noqa: F811
+    layer = Layer(3, 4, 3, 5, k=1, activation=activation, bias=False, geometry={})
+    layer.x.zero_()
+    layer.backward(back(group=1))
+    layer.x[0, :, 1, 2] = torch.nan
+    y = lora_conv2d.forward(*layer.inputs(), tile=SMALL, **layer.arguments())
+    assert torch.equal(y.isnan(), layer.define(*layer.inputs()).isnan()) and y.isnan().any()
 
 
 def test_the_same_bits_every_time(poisoned):  # noqa: F811

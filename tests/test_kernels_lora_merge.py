@@ -82,3 +82,22 @@ def test_no_table_while_a_graph_is_recorded(monkeypatch):
         for w, d, u in zip(weights, downs, ups, strict=True)
     ]
     assert len(lora_merge.launches(layers, recording=True)) == len(layers)
+
+
+def test_layers_of_other_dtypes_and_layouts():
+    """Each combination of dtypes is a launch of its own; strided factors and weights are read all the same."""
+    weights, downs, ups = _layers(torch.float32)
+    weights[0] = torch.randn(7, 5, 3, 6, device=DEVICE)[..., ::2].mT  # taps at unequal distances
+    downs[2], ups[2] = (torch.stack([t, t], -1)[..., 0] for t in (downs[2], ups[2]))
+    ups[0] = ups[0].half()
+    outs = [
+        reference.empty_merged(w, 2, dtype, None).fill_(torch.nan)
+        for w, dtype in zip(weights, (torch.float32, torch.float16, torch.float32, torch.float16), strict=True)
+    ]
+    scales, flat = [0.5, 1.0, 2.0, 0.3], [False] * 4
+    lora_merge.forward(weights, downs, ups, scales, outs)
+    for out, truth in zip(outs, reference.lora_merge(weights, downs, ups, scales, flat), strict=True):
+        torch.testing.assert_close(out, truth.to(out.dtype), rtol=2e-3, atol=2e-3)
+    irregular = torch.empty(2, 7, 5, 3, 6, device=DEVICE)[..., ::2].mT
+    with pytest.raises(ValueError, match="out: expected equally spaced taps, got strides"):
+        lora_merge.forward(weights[:1], downs[:1], ups[:1], scales[:1], [irregular])
