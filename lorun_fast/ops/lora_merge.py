@@ -62,12 +62,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grads):
     saved, n = ctx.saved_tensors, ctx.count
-    weights, downs, ups = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    grads = [
-        torch.zeros((u.shape[0], *w.shape), dtype=w.dtype, device=w.device) if g is None else g
-        for g, w, u in zip(grads, weights, ups, strict=True)
-    ]
-    found = reference.lora_merge_backward(grads, weights, downs, ups, ctx.scales, ctx.transposed)
+    found = reference.lora_merge_backward(
+        grads, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.scales, ctx.transposed
+    )
     return (*found, None, None, None, None)
 
 
