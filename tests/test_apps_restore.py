@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import lorun_fast as lf
-from lorun_fast.apps import images, models, restoring
+from lorun_fast.apps import images, measurements, models, restoring
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.runtime import Runtime
 
@@ -125,6 +125,22 @@ def test_channels_come_together_in_any_order(tmp_path, model, phi, capsys):
         got = np.asarray(image) / 255
     want = _restored(model, y[[1, 2, 0]], (10, 16))[:, 0].transpose(1, 2, 0)
     np.testing.assert_allclose(got, want, atol=0.51 / 255)
+    np.savez(tmp_path / "two.npz", y=np.concatenate([y, y]), name=["p"] * 6, channel=["B", "R", "G"] * 2)
+    accepted(capsys, "restore", tmp_path / "two.npz", "-o", tmp_path / "two", "--model", model)
+    assert len(list((tmp_path / "two").iterdir())) == 2
+
+
+def test_eleven_measurements_keep_their_order(tmp_path):
+    """By number, not by letter, whether they have one shape or not; noise that is no number counts as none."""
+    ys = np.arange(11 * M, dtype=np.float32).reshape(11, M, 1, 1)
+    np.savez(tmp_path / "scan.npz", y=ys, noise=[0.1, 0.2])
+    stack = measurements.read(tmp_path / "scan.npz", ("m", "rows", "columns"), ())
+    np.savez(tmp_path / "scan.npz", **{f"y_{i}": y for i, y in enumerate(ys)}, noise="much")
+    single = measurements.read(tmp_path / "scan.npz", ("m", "rows", "columns"), ())
+    for file in (stack, single):
+        assert [item.name for item in file.items] == [f"scan_{i:02}" for i in range(11)]
+        assert all(np.array_equal(item.y, y) for item, y in zip(file.items, ys, strict=True))
+        assert file.noise == 0
 
 
 @pytest.mark.parametrize("form", ["npz", "npy", "stack", "with phi"])

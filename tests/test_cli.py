@@ -35,6 +35,7 @@ def test_version(capsys):
     [
         [],
         ["bogus"],
+        ["--vers"],
         ["measure"],
         ["measure", "a.png", "-o", "y.npz"],
         ["measure", "a.png", "-o", "y.npz", "--ratio", "0"],
@@ -56,13 +57,14 @@ def test_a_wrong_command_line_is_one_line(arguments, capsys, tmp_path, monkeypat
     assert contents(tmp_path) == {}
 
 
-def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bug", [ValueError("a bug"), ModuleNotFoundError("a bug", name="nobodys")])
+def test_a_bug_keeps_its_traceback(bug, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
-        raise ValueError("a bug")
+        raise bug
 
     monkeypatch.setattr(restoring, "measure", broken)
     picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(type(bug), match="a bug"):
         main(["measure", str(tmp_path / "a.png"), "--ratio", "25", "--gaussian", "-o", str(tmp_path / "y.npz")])
 
 
@@ -194,3 +196,13 @@ def test_outputs_that_are_no_files(tmp_path):
         f.write(b"two")
     reader.join()
     assert got == [b"two"] and pipe.is_fifo()
+
+
+def test_a_reader_that_leaves_early(monkeypatch):
+    """As head does: no message, status 0, and nothing left to fail when the stream is closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["--version"]) == 0
+    stream.close()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lorun_fast as lf
-from lorun_fast.apps import train
+from lorun_fast.apps import train, unrolling
 from lorun_fast.apps.cli import main
-from lorun_fast.apps.sampling import PatchSampler
+from lorun_fast.apps.sampling import PatchSampler, held_out
+from lorun_fast.apps.tasks.cs.training import Recipe
+from lorun_fast.io import read_config
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,21 @@ def test_a_run_leaves_its_record(uninterrupted):
     assert Image.open(uninterrupted / "curve.png").size[0] > 100
     net = lf.load(uninterrupted / "model.safetensors")
     assert (net.stages, net.sharing) == (2, "lora")
+
+
+def test_the_weights_do_not_tell_where_they_were_trained(uninterrupted, photographs):
+    notes = read_config(uninterrupted / "model.safetensors")["notes"]["training"]
+    assert notes["settings"]["data"] == [photographs.name] and notes["settings"]["block_size"] == 8
+    assert str(photographs.parent) not in json.dumps(notes)
+
+
+def test_the_phases_draw_different_batches(photographs, tmp_path, monkeypatch):
+    loss, seen = Recipe.loss, {1: set(), 2: set()}
+    monkeypatch.setattr(
+        Recipe, "loss", lambda own, net, step, *more: seen[net.stages].add(step) or loss(own, net, step, *more)
+    )
+    assert main(arguments(photographs, tmp_path / "run")) == 0
+    assert len(seen[1]) == len(seen[2]) == 6 and not seen[1] & seen[2]
 
 
 def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):
@@ -277,6 +295,36 @@ def test_batches_are_a_function_of_seed_and_step():
     batch = sampler(0)
     assert batch.shape == (3, 1, 8, 8)
     assert batch.min() >= 0 and batch.max() <= 1
+
+
+def test_patches_lie_anywhere_in_any_orientation_and_every_pixel_counts_alike():
+    image = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    sampler = PatchSampler([image], 2, 50, seed=0)
+    found = {tuple(np.rint(255 * patch).ravel()) for step in range(20) for patch in sampler(step).numpy()}
+    assert len(found) == 4 * 8
+    small, large = np.zeros((10, 10), np.uint8), np.full((10, 30), 255, np.uint8)
+    assert PatchSampler([small, large], 2, 4000, seed=0)(0).mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_tenth_is_held_out_evenly():
+    paths = [Path(str(i)) for i in range(40)]
+    for most, count in ((12, 4), (2, 2)):
+        validation, training = held_out(paths, most)
+        assert [p.name for p in validation] == [str(i * 40 // count) for i in range(count)]
+        assert sorted([*validation, *training]) == sorted(paths)
+    assert len(held_out(paths[:5], 12)[0]) == 1
+
+
+def test_only_a_single_block_passes_again():
+    op, y = lf.BlockCS.gaussian(0.5, 4), torch.rand(1, 8, 2, 2)
+    x = op.initial(y)
+    for stages in (1, 2):
+        net = lf.LoRun(op, lf.ResCNN(channels=4, blocks=1), stages=stages, sharing="tied")
+        again = unrolling.more_passes(net, x, y, 2)
+        if stages == 1:
+            torch.testing.assert_close(again, net.stage_step(0, net.stage_step(0, x, y), y))
+        else:
+            assert again is x
 
 
 def test_learning_rate():
