@@ -81,6 +81,7 @@ def test_stages_of_a_layer_become_adapters(name, form):
     x = torch.randn(shape)
     theirs = interop.to_peft(ours).eval()
     assert isinstance(theirs, peft.tuners.lora.LoraLayer)
+    same(theirs(x), ours(x, 0))
     for k in range(3):
         theirs.set_adapter(f"stage_{k}")
         same(theirs(x), ours(x, k))
@@ -216,6 +217,7 @@ def test_a_staged_denoiser_becomes_a_peft_model_and_comes_back():
     model = interop.to_peft(staged).eval()
     assert isinstance(model, peft.PeftModel)
     assert not isinstance(model.get_base_model().body["conv1"], peft.tuners.lora.LoraLayer)
+    same(model(Z), staged(Z, stage=0))
     for k in range(3):
         model.set_adapter(f"stage_{k}")
         same(model(Z), staged(Z, stage=k))

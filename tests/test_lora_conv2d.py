@@ -177,6 +177,19 @@ def test_gradients_of_large_channels_last_images_by_matrix_products(monkeypatch,
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("geometry", [{"stride": 2, "padding": 1}, {"groups": 2}])
+def test_matrix_products_leave_other_geometries_alone(monkeypatch, geometry):
+    monkeypatch.setattr(_lora_aten, "_PRODUCTS_PAY", True)
+    monkeypatch.setattr(_lora_aten, "_LARGE_IMAGE", 1)
+    p = problem("loralib", n=2, stages=None, dtype=torch.float32, groups=geometry.get("groups", 1))
+    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
+    leaves = [p[name].requires_grad_() for name in ("weight", "down", "up")]
+    y, expected = lf.functional.lora_conv2d(**p, **geometry), dense(**p, **geometry)
+    noise = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad((t * noise).sum(), leaves) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_opcheck_of_a_transposed_convolution():
     x, weight = torch.randn(2, 4, 5, 3, requires_grad=True), torch.randn(4, 6, 2, 2)
     down, up = torch.randn(4, 4, requires_grad=True)[:, :4] @ torch.randn(4, 8), torch.randn(12, 4, requires_grad=True)
@@ -228,6 +241,10 @@ def test_an_empty_batch_stays_empty(backend):
     p = problem(n=0)
     for stage in (1, torch.zeros(0, dtype=torch.int64)):
         assert lf.functional.lora_conv2d(**p, stage=stage, padding=1).shape == (0, 6, 7, 6)
+        leaves = [t.clone().requires_grad_() for t in p.values()]
+        y = lf.functional.lora_conv2d(*leaves, stage=stage, padding=1, activation="gelu")
+        for leaf, grad in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
 
 
 @pytest.mark.parametrize(
