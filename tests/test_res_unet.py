@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorun_fast as lf
+from lorun_fast.denoisers._inputs import whole_cells
 
 
 def count(module) -> int:
@@ -63,3 +64,17 @@ def test_config_rebuilds():
 def test_wrong_channels():
     with pytest.raises(ValueError, match=r"z: expected \(N, 1, H, W\), got shape \(1, 2, 4, 4\)"):
         lf.ResUNet(channels=(4, 4))(torch.randn(1, 2, 4, 4))
+
+
+def test_without_blocks_the_skips_remain():
+    net, z = lf.ResUNet(channels=(4, 8), blocks=0, residual=False), torch.rand(1, 1, 6, 8)
+    x = net.head(z)
+    torch.testing.assert_close(net(z), net.tail(net.up[0](net.down[0](x)) + x))
+
+
+def test_sizes_that_are_filled_up_keep_their_dtype_under_autocast():
+    x = torch.rand(1, 2, 5, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = whole_cells(x, 4)
+    assert filled.dtype == torch.bfloat16 and filled.shape == (1, 2, 8, 8)
+    assert torch.equal(filled[:, :, 5:], filled[:, :, 4:5].expand(1, 2, 3, 8))
