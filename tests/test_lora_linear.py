@@ -79,6 +79,10 @@ def test_autocast_and_empty_batches():
     assert torch.equal(got, lf.functional.lora_linear(**(p | {"x": p["x"].bfloat16()}), stage=1))
     empty = lf.functional.lora_linear(**(p | {"x": p["x"][:0]}), stage=torch.zeros(0, dtype=torch.int64))
     assert empty.shape == (0, 5, 7)
+
+
+def test_gradients_of_an_empty_batch_are_zero(backend):
+    p = problem(dtype=torch.float32)
     leaves = [t.clone().requires_grad_() for t in (p | {"x": p["x"][:0]}).values()]
     for stage in (1, torch.zeros(0, dtype=torch.int64)):
         y = lf.functional.lora_linear(*leaves, stage=stage, activation="silu")
