@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lorun_fast import _native
-from lorun_fast.convolutions import KINDS, replace_convolutions
+from lorun_fast.convolutions import KINDS, WinogradConv2d, replace_convolutions
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
+from lorun_fast.ops.winograd_conv2d import DTYPES
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
 
 MOST_LOST = 0.02
@@ -68,6 +69,12 @@ class OptimizedLoRun(LoRun):
         return self._graphs(y, (size, sigma), call)
 
     def _apply(self, fn, recurse=True):
+        conv = next((m for m in self.denoiser.modules() if isinstance(m, WinogradConv2d)), None)
+        if conv is not None and (dtype := fn(conv.weight.new_empty(0)).dtype) not in DTYPES:
+            raise TypeError(
+                f"expected float32 or float64, in which this network's convolutions compute, got {dtype}: "
+                f"optimize(dtype={dtype}) of the network that it was made from"
+            )
         # A graph reads the memory it was recorded with, which a move or a conversion frees.
         if self._graphs is not None:
             self._graphs = _Graphs()

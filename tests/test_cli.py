@@ -145,6 +145,12 @@ def test_info_describes_measurements(tmp_path, capsys):
     assert "expected a measurement file (.npz)" in refused(capsys, "info", tmp_path / "bad.npz")
 
 
+def test_info_of_a_file_of_many_arrays(tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", **{f"value{i}": i for i in range(30)})
+    text = accepted(capsys, "info", tmp_path / "other.npz")
+    assert "value23 " in text and "value24 " not in text and "and 6 more" in text
+
+
 def test_a_task_stands_for_its_shipped_network_and_before_its_options(tmp_path, capsys):
     picture(tmp_path / "photos" / "a.png", 20, 28)
     by_task = accepted(capsys, "evaluate", "cs", tmp_path / "photos")

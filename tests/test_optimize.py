@@ -428,6 +428,15 @@ def test_a_moved_network_forgets_its_graphs(move):
     assert fast._graphs.captured == {}
 
 
+def test_convolutions_of_fp32_do_not_become_narrow():
+    fast = network().optimize(convolutions="winograd")
+    with pytest.raises(TypeError, match=r"expected float32 or float64, .* got torch.bfloat16: optimize\(dtype="):
+        fast.bfloat16()
+    assert {p.dtype for p in fast.parameters()} == {torch.float32}
+    assert next(fast.double().denoiser.parameters()).dtype == torch.float64
+    assert next(network().optimize(convolutions="direct").bfloat16().denoiser.parameters()).dtype == torch.bfloat16
+
+
 def test_what_a_graph_can_replay(x):
     """Not a call with another operator, with a level in a tensor, or for every iterate."""
     net = network(denoiser=lf.ResUNet(channels=(4,), blocks=1, noise_level=True))

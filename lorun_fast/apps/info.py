@@ -43,9 +43,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# A file of measurements has a dozen keys at most; any other .mat file may have thousands.
+_MOST_ROWS = 24
+
+
 def _measurements(path: Path) -> str:
     rows = []
-    for key, values in measurements.Raw(path).arrays.items():
+    arrays = measurements.Raw(path).arrays
+    for key, values in list(arrays.items())[:_MOST_ROWS]:
         if values.size <= 4:
             what = ", ".join(map(str, values.ravel().tolist()))
         elif values.dtype.kind in "fiu":
@@ -56,7 +61,8 @@ def _measurements(path: Path) -> str:
         else:
             what = f"{values.ravel()[0]}, ..."
         rows.append([f"  {key}", " x ".join(map(str, values.shape)) or "1", str(values.dtype), what])
-    return f"measurements {path}\n" + tables.table(["  key", "shape", "type", "values"], rows)
+    text = f"measurements {path}\n" + tables.table(["  key", "shape", "type", "values"], rows)
+    return text if len(arrays) <= _MOST_ROWS else f"{text}\n  and {len(arrays) - _MOST_ROWS} more"
 
 
 # What the learned rho of a stage is: with the exact data step it weighs x against y.
