@@ -378,3 +378,19 @@ def test_its_layout_follows_either_weight():
     p = block(dtype=torch.float32)
     p["second"][0] = p["second"][0].contiguous(memory_format=torch.channels_last)
     assert is_channels_last(lf.functional.lora_residual_block(**p))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wish", ["auto", "triton"])
+@pytest.mark.parametrize("stage", [1, PER_SAMPLE], ids=["stage", "per sample"])
+def test_on_a_gpu(monkeypatch, wish, stage):
+    p = block("loralib", K)
+    expected = dense(**(exact := learning(p)), stage=stage)
+    want = torch.autograd.grad(expected.square().sum(), leaves_of(exact))
+    monkeypatch.setattr(_native, "WISH", wish)
+    q = learning({k: [t.cuda() for t in v] if isinstance(v, list) else v.cuda() for k, v in p.items()}, torch.float32)
+    y = lf.functional.lora_residual_block(**q, stage=stage)
+    got = torch.autograd.grad(y.square().sum(), leaves_of(q))
+    for index, (a, b) in enumerate(zip([y, *got], [expected, *want], strict=True)):
+        error = (a.cpu().double() - b).abs().max() / b.abs().max()
+        assert error < 1e-4, f"{index}: {error} of the largest value"
