@@ -97,16 +97,27 @@ def _setup_stage(ctx, inputs, output):
 
 def _backward_stage(ctx, grads):
     saved, n, stage = ctx.saved_tensors, ctx.count, ctx.stage
+    weights, downs, ups = saved[:n], saved[n : 2 * n], saved[2 * n :]
     found = ([None] * n, [None] * n, [None] * n)
-    layers = zip(grads, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.scales, ctx.transposed, strict=True)
-    for index, (grad, weight, down, up, scale, flipped) in enumerate(layers):
-        if grad is None:
-            continue
-        of_stage = reference.to_factors(grad, weight, down[stage], up[stage], scale, flipped)
-        for results, factors, own in zip(found[1:], (down, up), of_stage, strict=True):
-            results[index] = torch.zeros_like(factors)
-            results[index][stage] = own
-        found[0][index] = grad if weight.requires_grad else None
+    alike: dict[tuple, list[int]] = {}
+    for index, (grad, weight, down, up) in enumerate(zip(grads, weights, downs, ups, strict=True)):
+        if grad is not None:
+            found[0][index] = grad if weight.requires_grad else None
+            kind = (weight.shape, down.shape, weight.dtype, down.dtype, up.dtype)
+            alike.setdefault((*kind, ctx.scales[index], ctx.transposed[index]), []).append(index)
+    down_now, up_now = ([t[stage] for t in factors] for factors in (downs, ups))
+    # A dozen launches for all layers that are alike, where each by itself would take as many.
+    for (*_, scale, flipped), group in alike.items():
+        grad, down, up = (
+            torch.stack([ts[index] for index in group])
+            for ts in (grads, down_now, up_now)
+        )
+        of_stage = reference.to_factors(grad, weights[group[0]], down, up, scale, flipped)
+        for results, factors, own in zip(found[1:], (downs, ups), of_stage, strict=True):
+            all_stages = own.new_zeros((len(group), *factors[group[0]].shape))
+            all_stages[:, stage] = own
+            for index, one in zip(group, all_stages, strict=True):
+                results[index] = one
     return (*found, None, None, None)
 
 
