@@ -99,22 +99,21 @@ def _backward_stage(ctx, grads):
     saved, n, stage = ctx.saved_tensors, ctx.count, ctx.stage
     weights, downs, ups = saved[:n], saved[n : 2 * n], saved[2 * n :]
     found = ([None] * n, [None] * n, [None] * n)
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for index, (grad, weight, down, up) in enumerate(zip(grads, weights, downs, ups, strict=True)):
         if grad is not None:
             found[0][index] = grad if weight.requires_grad else None
+            # In words: sizes that are symbols have no hash.
             kind = (weight.shape, down.shape, weight.dtype, down.dtype, up.dtype)
-            alike.setdefault((*kind, ctx.scales[index], ctx.transposed[index]), []).append(index)
+            alike.setdefault(str((*kind, ctx.scales[index], ctx.transposed[index])), []).append(index)
     down_now, up_now = ([t[stage] for t in factors] for factors in (downs, ups))
     # A dozen launches for all layers that are alike, where each by itself would take as many.
-    for (*_, scale, flipped), group in alike.items():
-        grad, down, up = (
-            torch.stack([ts[index] for index in group])
-            for ts in (grads, down_now, up_now)
-        )
-        of_stage = reference.to_factors(grad, weights[group[0]], down, up, scale, flipped)
+    for group in alike.values():
+        first = group[0]
+        grad, down, up = (torch.stack([ts[index] for index in group]) for ts in (grads, down_now, up_now))
+        of_stage = reference.to_factors(grad, weights[first], down, up, ctx.scales[first], ctx.transposed[first])
         for results, factors, own in zip(found[1:], (downs, ups), of_stage, strict=True):
-            all_stages = own.new_zeros((len(group), *factors[group[0]].shape))
+            all_stages = own.new_zeros((len(group), *factors[first].shape))
             all_stages[:, stage] = own
             for index, one in zip(group, all_stages, strict=True):
                 results[index] = one
