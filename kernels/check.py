@@ -36,6 +36,7 @@ SAMPLE = (
     (Problem(64), 90),
     (Problem(28), 80),
     (Problem(64, dtype="float16", backward=True), 90),
+    (Problem(28, backward=True), 80),
     (Problem(64, 128, stride=2), 100),
 )
 

@@ -163,6 +163,9 @@ def test_every_candidate_can_compute_its_problem(name):
         assert not tiles.fault(shipped, a.g)
         for part in candidates.PARTS["backward" if problem.backward else "forward"]:
             found = candidates.variations(shipped, part, a.g, t.x.dtype, arch, a.rank)
+            if part == "strip" and shipped.strip is None:
+                assert not found
+                continue
             assert found and shipped not in found and len(set(found)) == len(found)
             for tile in found:
                 assert not tiles.fault(tile, a.g)

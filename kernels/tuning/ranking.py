@@ -46,6 +46,8 @@ def rank(problem: Problem, arch: int, compile: Callable) -> list[Ranked]:
         marks = {
             fingerprint(problem, arch, t): t for t in candidates.variations(shipped, part, a.g, dtype, arch, a.rank)
         }
+        if not marks:  # a launch that this problem does not have
+            continue
         tiles = [tile for mark, tile in marks.items() if mark not in seen]
         seen |= set(marks)
         compiled = [beside[index], *(report for (report,) in compile(problem, tiles, [index]))]
