@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lorun_fast import adapters
+from lorun_fast.ops import _backends
 from lorun_fast.ops._backends import Backend
 
 
@@ -22,6 +25,13 @@ def problem(
         name: torch.randn(shape, dtype=dtype, generator=generator) / (5 if name == "weight" else 1)
         for name, shape in shapes.items()
     }
+
+
+def packed_anywhere(monkeypatch) -> None:
+    """Lets the packed backend serve without AMX, where its ops run plain loops: slow, and the same code around them."""
+    for name in ("lora_conv2d", "lora_residual_block"):
+        anywhere = replace(_backends.BACKENDS[name]["packed"], missing=lambda: None)
+        monkeypatch.setitem(_backends.BACKENDS[name], "packed", anywhere)
 
 
 def channels_last(p: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import lora_help
 import pytest
 import torch
@@ -36,9 +34,7 @@ DENSE = {
 def backend(request, monkeypatch):
     monkeypatch.setattr(_native, "WISH", request.param)
     if request.param == "packed":
-        # Where there are no matrix tiles its ops run plain loops.
-        anywhere = replace(_backends.BACKENDS["lora_conv2d"]["packed"], missing=lambda: None)
-        monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", anywhere)
+        lora_help.packed_anywhere(monkeypatch)
     return request.param
 
 

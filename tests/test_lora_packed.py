@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import lora_help
 import pytest
 import torch
@@ -21,8 +19,7 @@ backend = _backends.BACKENDS["lora_conv2d"]["packed"]
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """Without AMX its ops run plain loops: slow, and the same code around them."""
-    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", replace(backend, missing=lambda: None))
+    lora_help.packed_anywhere(monkeypatch)
 
 
 def problem(form="loralib", **sizes) -> dict:

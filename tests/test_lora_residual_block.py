@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_help import problem
+from lora_help import packed_anywhere, problem
 from torch import nn
 from torch.library import opcheck
 
 import lorun_fast as lf
 from lorun_fast import _native, adapters, convolutions
-from lorun_fast.ops import _backends
 from lorun_fast.ops.lora import is_channels_last
 
 op = torch.ops.lorun_fast.lora_residual_block.default
@@ -70,10 +67,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """The packed backend, which runs plain loops where there are no matrix tiles."""
-    for name in ("lora_conv2d", "lora_residual_block"):
-        anywhere = replace(_backends.BACKENDS[name]["packed"], missing=lambda: None)
-        monkeypatch.setitem(_backends.BACKENDS[name], "packed", anywhere)
+    packed_anywhere(monkeypatch)
     monkeypatch.setattr(_native, "WISH", "packed")
 
 
