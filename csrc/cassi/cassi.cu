@@ -172,7 +172,7 @@ __device__ void spread(const Band& b, T* z, const T* x, const Wide<T>* m, const 
 
 // Packed: all rows are aligned to 16 bytes, and hold whole packs. Staged: x waits in shared memory.
 template <class T, Part P, bool Packed, bool Staged>
-__global__ void __launch_bounds__(kMostThreads, 3) row_of_measurements(const Task<T> t) {
+__global__ void __launch_bounds__(kMostThreads, sizeof(Wide<T>) == 8 ? 2 : 3) row_of_measurements(const Task<T> t) {
   using W = Wide<T>;
   constexpr int kCount = Packed ? Pack<T>::kCount : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
