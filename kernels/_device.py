@@ -79,6 +79,25 @@ def load_patch(
 
 
 @triton.jit
+def add_row(
+    accs, x, factors, n, h, w0, H, W, x_n, x_h,
+    XP: tl.constexpr, C: tl.constexpr, K: tl.constexpr, DW: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    DESC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """accs, the K rows of the result that row h of x touches, with what it adds to them, read at K offsets.
+
+    factors: (BC, out) of the K * K taps. The first of the rows is complete then.
+    """
+    for kw in tl.static_range(K):
+        tile = load_patch(x, n, h, w0 + kw * DW, 0, H, W, x_n, x_h, XP, C, 1, 1, 1, BW, BC, DESC)
+        added = ()
+        for j in tl.static_range(K):
+            added = added + (tl.dot(tile, factors[(K - 1 - j) * K + kw], accs[j], input_precision=PRECISION),)
+        accs = added
+    return accs
+
+
+@triton.jit
 def stage_of(stage, n, STAGES: tl.constexpr):
     """(stage of sample n, 0.0), or (0, NaN) for a stage out of range: the sample turns NaN, nothing is read astray."""
     k = tl.load(stage + n).to(tl.int32)

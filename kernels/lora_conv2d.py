@@ -38,7 +38,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._device import activate, derivative, load_patch, stage_of
+from lorun_fast.kernels._device import activate, add_row, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry, base_layout, factor_layout, nhwc, stage_arguments
 from lorun_fast.kernels._launch import COUNTS, Launch, can_describe, ceil_div, next_power
 
@@ -205,14 +205,9 @@ def convolve_strip(
         accs = accs + (tl.zeros((BW, BO), tl.float32),)
     q = q0 + tl.arange(0, BW)
     for i in range(ROWS + K - 1):
-        for kw in tl.static_range(K):
-            tile = load_patch(
-                x, n, p0 - PH + i * DH, q0 - PW + kw * DW, 0, H, W, x_n, x_h, XP, C, 1, 1, 1, BW, BC, DESC
-            )  # fmt: skip
-            added = ()
-            for j in tl.static_range(K):
-                added = added + (tl.dot(tile, weights[(K - 1 - j) * K + kw], accs[j], input_precision=PRECISION),)
-            accs = added
+        accs = add_row(
+            accs, x, weights, n, p0 - PH + i * DH, q0 - PW, H, W, x_n, x_h, XP, C, K, DW, BW, BC, DESC, PRECISION
+        )  # fmt: skip
         # This row of x was the last of accs[0]'s output row; every other accumulator moves up by one.
         done = accs[0]
         accs = accs[1:] + (tl.zeros((BW, BO), tl.float32),)

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._device import SIGN_TELLS, back_through, derivative, load_patch, stage_of
+from lorun_fast.kernels._device import SIGN_TELLS, add_row, back_through, derivative, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry
 from lorun_fast.kernels._launch import COUNTS, Launch, ceil_div, next_power, register_options
 from lorun_fast.kernels.lora_conv2d import (
@@ -187,14 +187,9 @@ def output_rows(
     bias_sum = tl.zeros((BO,), tl.float32)
     q = q0 + tl.arange(0, BW)
     for i in range(ROWS + K - 1):
-        for kw in tl.static_range(K):
-            tile = load_patch(
-                x, n, p0 - PH + i * DH, q0 - PW + kw * DW, 0, H, W, x_n, x_h, XP, C, 1, 1, 1, BW, BC, DESC
-            )  # fmt: skip
-            added = ()
-            for j in tl.static_range(K):
-                added = added + (tl.dot(tile, downs[(K - 1 - j) * K + kw], lows[j], input_precision=PRECISION),)
-            lows = added
+        lows = add_row(
+            lows, x, downs, n, p0 - PH + i * DH, q0 - PW, H, W, x_n, x_h, XP, C, K, DW, BW, BC, DESC, PRECISION
+        )  # fmt: skip
         low = lows[0]
         lows = lows[1:] + (tl.zeros((BW, R), tl.float32),)
         p = p0 + (i - (K - 1)) * DH + tl.zeros((BW,), tl.int32)

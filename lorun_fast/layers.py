@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -324,47 +325,36 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return linear(x, weight, bias)
 
 
-@torch.no_grad()
-def merged_weights(
-    layers: Sequence[AdaptedLayer], dtype: torch.dtype | None = None, channels_last: bool | None = None
-) -> list[Tensor]:
-    """(K, *weight.shape) for each of these layers, by one op per device. dtype, channels_last: as in lora_merge."""
-    by_device: dict[torch.device, list[int]] = {}
-    for index, layer in enumerate(layers):
-        by_device.setdefault(layer.weight.device, []).append(index)
-    found: dict[int, Tensor] = {}
-    for indices in by_device.values():
-        group = [layers[index] for index in indices]
-        merged = lora_merge(
-            [layer.weight for layer in group],
-            [layer.down for layer in group],
-            [layer.up for layer in group],
-            scales=[layer.scale for layer in group],
-            transposed=[layer._transposed for layer in group],
-            dtype=dtype,
-            channels_last=channels_last,
-        )
-        found |= dict(zip(indices, merged, strict=True))
-    return [found[index] for index in range(len(layers))]
-
-
-def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
-    """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
+def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:
+    """What merge(weights, downs, ups, scales, transposed) makes of each of these layers, a call per device."""
     by_device: dict[torch.device, list[AdaptedLayer]] = {}
     for layer in layers:
         by_device.setdefault(layer.weight.device, []).append(layer)
     found: dict[AdaptedLayer, Tensor] = {}
     for group in by_device.values():
-        merged = lora_merge_stage(
+        merged = merge(
             [layer.weight for layer in group],
             [layer.down for layer in group],
             [layer.up for layer in group],
-            [layer.scale for layer in group],
-            [layer._transposed for layer in group],
-            stage,
+            scales=[layer.scale for layer in group],
+            transposed=[layer._transposed for layer in group],
         )
         found.update(zip(group, merged, strict=True))
     return found
+
+
+@torch.no_grad()
+def merged_weights(
+    layers: Sequence[AdaptedLayer], dtype: torch.dtype | None = None, channels_last: bool | None = None
+) -> list[Tensor]:
+    """(K, *weight.shape) for each of these layers, by one op per device. dtype, channels_last: as in lora_merge."""
+    found = _by_op(partial(lora_merge, dtype=dtype, channels_last=channels_last), layers)
+    return [found[layer] for layer in layers]
+
+
+def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
+    """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
+    return _by_op(partial(lora_merge_stage, stage=stage), layers)
 
 
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:

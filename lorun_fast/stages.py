@@ -187,7 +187,7 @@ class StagedDenoiser(Stages):
         if isinstance(stage, Tensor) or transforms_active():
             return {}
         layers = [layer for layer in self.adapted.values() if not layer.merged and layer.merges_first()]
-        return stage_weights(list(dict.fromkeys(layers)), stage) if layers else {}
+        return stage_weights(layers, stage)
 
     def merge(self) -> None:
         merge_layers(list(self.adapted.values()))

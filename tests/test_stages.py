@@ -303,7 +303,9 @@ def merges(monkeypatch) -> list[int]:
     counts = []
     merge = layers.lora_merge_stage
     monkeypatch.setattr(
-        layers, "lora_merge_stage", lambda weights, *rest: counts.append(len(weights)) or merge(weights, *rest)
+        layers,
+        "lora_merge_stage",
+        lambda weights, *rest, **named: counts.append(len(weights)) or merge(weights, *rest, **named),
     )
     return counts
 

@@ -21,6 +21,7 @@
 #include "block_cs/block_cs.h"
 #include "block_cs/checks.h"
 #include "common/cuda.cuh"
+#include "common/load4.cuh"
 #include "common/tensor.h"
 
 namespace lorun::block_cs {
@@ -352,23 +353,6 @@ __global__ void __launch_bounds__(kThreads)
       sum += sums[k * rows * cols + index];
     }
     end.store(end.row(index / cols), end.col(index % cols), sum);
-  }
-}
-
-// Four neighbours from a multiple of 16 bytes.
-template <class W>
-__device__ void load4(const W* from, W* to) {
-  struct Pack {
-    W at[16 / sizeof(W)];
-  };
-  constexpr int kCount = 16 / sizeof(W);
-#pragma unroll
-  for (int i = 0; i < 4; i += kCount) {
-    const Pack part = load16<Pack>(from + i);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      to[i + k] = part.at[k];
-    }
   }
 }
 

@@ -18,6 +18,7 @@
 #include "blur_downsample/blur_downsample.h"
 #include "blur_downsample/checks.h"
 #include "common/cuda.cuh"
+#include "common/load4.cuh"
 #include "common/tensor.h"
 
 namespace lorun::blur_downsample {
@@ -150,22 +151,6 @@ struct Work {
     __syncthreads();
   }
 
-  // Four values from a multiple of four.
-  __device__ static void quad(const W* from, W* to) {
-    struct Pack {
-      W at[16 / sizeof(W)];
-    };
-    constexpr int kCount = 16 / sizeof(W);
-#pragma unroll
-    for (int i = 0; i < 4; i += kCount) {
-      const Pack part = load16<Pack>(from + i);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        to[i + k] = part.at[k];
-      }
-    }
-  }
-
   // sum[c] += w[t][u] in[row + t][lane * kEach + c + u] for rows x cols taps.
   __device__ void add(int row, int lane, int rows, int cols, W (&sum)[kEach]) const {
     const int half = tile.line() / 2;
@@ -173,13 +158,13 @@ struct Work {
       const W* const line = lines + (row + t) * tile.line() + lane * 4;
       const W* const weight = weights + t * tile.weight_line();
       W in[kEach + 4], w[4];
-      quad(line, in);
-      quad(line + half, in + 4);
+      load4(line, in);
+      load4(line + half, in + 4);
       int u = 0;
 #pragma unroll 3
       for (; u + 4 <= cols; u += 4) {
-        quad(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
-        quad(weight + u, w);
+        load4(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
+        load4(weight + u, w);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -194,7 +179,7 @@ struct Work {
       }
       if (u < cols) {
         if (u + 1 < cols) {
-          quad(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
+          load4(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
         }
 #pragma unroll
         for (int k = 0; k < 3; ++k) {

@@ -153,9 +153,7 @@ class Run:
             make_folder(self.folder)
             _write(config, json.dumps(self.settings, indent=1))
             return None
-        if not config.exists():
-            raise UserError(f"{self.folder}: expected a run to resume, found no config.json")
-        before = _readable(config, lambda path: json.loads(path.read_text()))
+        before = _settings(self.folder)
         changed = [k for k in self.settings if k in before and before[k] != self.settings[k]]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
@@ -294,6 +292,14 @@ def _readable(path: Path, read):
         raise UserError(f"expected a file of the run, got a damaged {path}: {first_line(error)}") from error
 
 
+def _settings(folder: Path) -> dict:
+    """Of the run in a folder, as its config.json holds them."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder}: expected a run to resume, found no config.json")
+    return _readable(config, lambda path: dict(json.loads(path.read_text())))
+
+
 def _plain(value):
     if isinstance(value, Path):
         return str(value)
@@ -385,10 +391,7 @@ def _copy_what_fits(source: LoRun, target: LoRun) -> None:
 
 def _settings_of(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that the run in args.output was started with, and the free ones of this start."""
-    config = args.output / "config.json"
-    if not config.is_file():
-        raise UserError(f"{args.output}: expected a run to resume, found no config.json")
-    settings = _readable(config, lambda path: dict(json.loads(path.read_text())))
+    settings = _settings(args.output)
     task = settings.get("task")
     parser = argparse.ArgumentParser()
     _add_common_arguments(parser)
@@ -397,7 +400,7 @@ def _settings_of(args: argparse.Namespace) -> argparse.Namespace:
     options = {action.dest: action for action in parser._actions if action.dest != "help"}
     unknown = settings.keys() - options.keys() - {"task"}
     if unknown:
-        raise UserError(f"{config}: expected the options of this version, got {', '.join(sorted(unknown))} too")
+        raise UserError(f"{args.output}: expected the options of this version, got {', '.join(sorted(unknown))} too")
     # What was not there yet when the run began has its default.
     values = {name: action.default for name, action in options.items()} | settings
     for name, action in options.items():

@@ -87,12 +87,18 @@ def block_supports(*args) -> str | None:
     return supports(*lora_residual_block.calls(x, first, second, stage, residual, scales)[0])
 
 
+def _merged(x: Tensor, first, second, scales) -> list[Tensor]:
+    """Both layers' weights, in x's dtype."""
+    return [
+        _lora_aten.merge(weight, down, up, scale, False, x.dtype)
+        for (weight, _, down, up), scale in zip((first, second), scales, strict=True)
+    ]
+
+
 def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
-    tiles, biases = [], []
-    for (weight, bias, down, up), scale in zip((first, second), scales, strict=True):
-        tiles.append(packed_weight(_lora_aten.merge(weight, down, up, scale, False, x.dtype)))
-        biases.append(None if bias is None else bias.float())
+    tiles = [packed_weight(weight) for weight in _merged(x, first, second, scales)]
+    biases = [None if bias is None else bias.float() for _, bias, *_ in (first, second)]
     return packed_block(
         x, *tiles, first_bias=biases[0], second_bias=biases[1], middle=first[0].shape[0],
         residual=None if residual is None else residual.to(x.dtype),
@@ -102,10 +108,7 @@ def block(*args) -> Tensor:
 def block_backward(grad: Tensor, *args) -> list[Tensor]:
     *args, mask = args
     x, first, second, (_, *scales) = lora_residual_block.parts(args)
-    weights = [
-        _lora_aten.merge(weight, down, up, scale, False, x.dtype)
-        for (weight, _, down, up), scale in zip((first, second), scales, strict=True)
-    ]
+    weights = _merged(x, first, second, scales)
     channels, middle = second[0].shape[:2]
     bias = None if first[1] is None else first[1].float()
     size = {"kernel": 3, "padding": 1}

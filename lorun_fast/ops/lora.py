@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,22 @@ def check_epilogue(activation: str | None, bias: Tensor | None, residual: Tensor
         raise ValueError(f"bias: expected ({out},), got {shape_of(bias)}")
     if residual is not None and tuple(residual.shape) != tuple(shape):
         raise ValueError(f"residual: expected the output's shape {tuple(shape)}, got {shape_of(residual)}")
+
+
+def wanted(mask: Sequence[bool], tensors: Sequence) -> list:
+    """Those of the tensors that the mask asks for."""
+    return [t for t, asked in zip(tensors, mask, strict=True) if asked]
+
+
+def in_place(mask: Sequence[bool], found: Iterable[Tensor]) -> list[Tensor | None]:
+    """What a backward op returned, in the places of its inputs; None for those that the mask leaves out."""
+    results = iter(found)
+    return [next(results) if asked else None for asked in mask]
+
+
+def laid_out(found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """A backward op's results: they must not share memory with one another or with an input, and take their layout."""
+    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
 
 
 def is_channels_last(t: Tensor) -> bool:

@@ -25,8 +25,11 @@ from lorun_fast.ops.lora import (
     check_stage,
     check_tensors,
     check_update,
+    in_place,
+    laid_out,
     layout_of,
     under_autocast,
+    wanted,
 )
 from lorun_fast.reference import lora as reference
 
@@ -83,24 +86,18 @@ def forward(x, weight, bias, down, up, stage, *args):
     return y.contiguous(memory_format=layout_of(x, weight))
 
 
-def _wanted(mask: Sequence[bool], *tensors: Tensor | None) -> list[Tensor]:
-    return [t for t, wanted in zip(tensors, mask, strict=True) if wanted]
-
-
 def _fake_backward(grad, x, weight, bias, down, up, *args):
-    return [torch.empty_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
+    return [torch.empty_like(t) for t in wanted(args[-1], (x, weight, bias, down, up))]
 
 
 def backward(grad, x, weight, bias, down, up, stage, output, *args):
     """The backward op likewise; the gradients that its mask asks for."""
+    like = wanted(args[-1], (x, weight, bias, down, up))
     if not x.shape[0]:
-        return [torch.zeros_like(t) for t in _wanted(args[-1], x, weight, bias, down, up)]
+        return [torch.zeros_like(t) for t in like]
     call = (x, weight, bias, down, up, stage, None, *args[:-1])
     backend = _backends.choose("lora_conv2d", x.device.type, call)
-    found = backend.backward(grad, x, weight, bias, down, up, stage, output, *args)
-    like = _wanted(args[-1], x, weight, bias, down, up)
-    # Results must not share memory with one another or with an input, and x's gradient takes x's layout.
-    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
+    return laid_out(backend.backward(grad, x, weight, bias, down, up, stage, output, *args), like)
 
 
 def _setup(ctx, inputs, output):
@@ -114,8 +111,7 @@ def _backward(ctx, grad):
     mask = list(ctx.needs_input_grad[:5])
     found = [None] * 5
     if any(mask):
-        results = iter(_conv_backward(grad, *ctx.saved_tensors, *ctx.args, mask))
-        found = [next(results) if wanted else None for wanted in mask]
+        found = in_place(mask, _conv_backward(grad, *ctx.saved_tensors, *ctx.args, mask))
     # stage, residual, and the eight arguments that are not tensors
     return (*found, None, grad if ctx.needs_input_grad[6] else None, *[None] * len(ctx.args))
 

@@ -16,7 +16,10 @@ from lorun_fast.ops.lora import (
     check_given_stages,
     check_stage,
     check_tensors,
+    in_place,
+    laid_out,
     under_autocast,
+    wanted,
 )
 from lorun_fast.reference import lora as reference
 
@@ -45,18 +48,17 @@ def _forward(x, weight, bias, down, up, stage, *args):
 
 
 def _fake_backward(grad, x, weight, bias, down, up, stage, output, scale, activation, mask):
-    return [torch.empty_like(t) for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
+    return [torch.empty_like(t) for t in wanted(mask, (x, weight, bias, down, up))]
 
 
 def _backward_op(grad, x, weight, bias, down, up, stage, output, scale, activation, mask):
+    like = wanted(mask, (x, weight, bias, down, up))
     if not x.numel():
-        return [torch.zeros_like(t) for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
+        return [torch.zeros_like(t) for t in like]
     backend = _backends.choose(
         "lora_linear", x.device.type, (x, weight, bias, down, up, stage, None, scale, activation)
     )
-    found = backend.backward(grad, x, weight, bias, down, up, stage, output, scale, activation, mask)
-    like = [t for t, wanted in zip((x, weight, bias, down, up), mask, strict=True) if wanted]
-    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
+    return laid_out(backend.backward(grad, x, weight, bias, down, up, stage, output, scale, activation, mask), like)
 
 
 def _setup(ctx, inputs, output):
@@ -69,8 +71,7 @@ def _backward(ctx, grad):
     mask = list(ctx.needs_input_grad[:5])
     found = [None] * 5
     if any(mask):
-        results = iter(_linear_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.activation, mask))
-        found = [next(results) if wanted else None for wanted in mask]
+        found = in_place(mask, _linear_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.activation, mask))
     return (*found, None, grad if ctx.needs_input_grad[6] else None, None, None)
 
 

@@ -22,8 +22,11 @@ from lorun_fast.ops.lora import (
     check_stage,
     check_tensors,
     check_update,
+    in_place,
+    laid_out,
     layout_of,
     under_autocast,
+    wanted,
 )
 from lorun_fast.reference import lora as reference
 
@@ -101,23 +104,18 @@ def by_layers(*args):
     return y if residual is None else y + residual.to(y.dtype)
 
 
-def _wanted(mask: Sequence[bool], args: Sequence) -> list[Tensor]:
-    return [t for t, wanted in zip(args, mask, strict=False) if wanted]
-
-
 def _fake_backward(grad, *args):
-    return [torch.empty_like(t) for t in _wanted(args[-1], args)]
+    return [torch.empty_like(t) for t in wanted(args[-1], args[:_DIFFERENTIABLE])]
 
 
 def _backward_op(grad, *args):
     *tensors, first_scale, second_scale, mask = args
-    like = _wanted(mask, args)
+    like = wanted(mask, tensors[:_DIFFERENTIABLE])
     if not grad.shape[0]:
         return [torch.zeros_like(t) for t in like]
     call = (*tensors, None, first_scale, second_scale)
-    found = _backends.choose("lora_residual_block", grad.device.type, call).backward(grad, *args)
-    # Results must not share memory with one another or with an input, and x's gradient takes x's layout.
-    return [torch.empty_like(t).copy_(g) if g.stride() != t.stride() else g for g, t in zip(found, like, strict=True)]
+    backend = _backends.choose("lora_residual_block", grad.device.type, call)
+    return laid_out(backend.backward(grad, *args), like)
 
 
 def by_layers_backward(grad, *args):
@@ -125,25 +123,19 @@ def by_layers_backward(grad, *args):
     x, first, second, (stage, *scales) = parts(args)
     one, other = calls(x, first, second, stage, None, scales)
     before = any(mask[:5])
-    found = {}
-    if any(mask):
-        between = lora_conv2d.forward(*one)
-        inner_mask = [before, *mask[5:9]]
-        inner = _gradients(grad, (between, *other), None, inner_mask)
-        found |= {index: g for index, g in zip(range(4, 9), inner, strict=True) if g is not None}
-    if before:
-        outer = _gradients(found.pop(4), one, between, mask[:5])
-        found |= {index: g for index, g in enumerate(outer) if g is not None}
+    between = lora_conv2d.forward(*one)
+    inner, *of_second = _gradients(grad, (between, *other), None, [before, *mask[5:]])
+    of_first = _gradients(inner, one, between, mask[:5])
     if mask[0]:
-        found[0] = found[0].add_(grad)
-    return [found[index] for index in range(_DIFFERENTIABLE) if mask[index]]
+        of_first[0].add_(grad)
+    return wanted(mask, of_first + of_second)
 
 
-def _gradients(grad: Tensor, call: tuple, output: Tensor | None, mask: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(grad: Tensor | None, call: tuple, output: Tensor | None, mask: Sequence[bool]) -> list[Tensor | None]:
     """Those of one layer's (image, weight, bias, down, up); None for those that the mask leaves out."""
     *tensors, stage, _ = call[:7]
-    found = iter(lora_conv2d.backward(grad, *tensors, stage, output, *call[7:], list(mask)) if any(mask) else ())
-    return [next(found) if wanted else None for wanted in mask]
+    found = lora_conv2d.backward(grad, *tensors, stage, output, *call[7:], list(mask)) if any(mask) else ()
+    return in_place(mask, found)
 
 
 def _setup(ctx, inputs, output):
@@ -155,8 +147,7 @@ def _backward(ctx, grad):
     mask = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     found = [None] * _DIFFERENTIABLE
     if any(mask):
-        results = iter(_block_backward(grad, *ctx.saved_tensors, ctx.first_scale, ctx.second_scale, mask))
-        found = [next(results) if wanted else None for wanted in mask]
+        found = in_place(mask, _block_backward(grad, *ctx.saved_tensors, ctx.first_scale, ctx.second_scale, mask))
     needs_residual = ctx.needs_input_grad[_DIFFERENTIABLE + 1]
     return (*found, None, grad if needs_residual else None, None, None)
 
