@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
+# Processes that run the tests side by side. Each has torch's threads, and each test of the kernels some 0.5 GB.
+JOBS   ?= 2
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test lint format bench gpu figures wheel-test kernels-check tune clean help
@@ -26,7 +28,7 @@ demo: $(BUILT)  ## restore photographs from 25 % of their measurements; pictures
 	$(BIN)/lorun-fast demo
 
 test: $(BUILT)  ## the whole test suite, then the wheel from outside the tree
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 	$(MAKE) --no-print-directory wheel-test
 
 wheel-test: $(BUILT)  ## build a wheel, install it elsewhere, use it from outside the tree

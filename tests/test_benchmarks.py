@@ -135,6 +135,23 @@ def test_tf32_rounding_is_wrong_in_fp32_and_bf16_storage_is_right_in_bf16():
     assert error(((3 * x).bfloat16(),), (3 * x,)) < Verdict(p, "bf16").tolerance
 
 
+def test_where_gradients_jump_one_value_may_and_none_may_be_forgotten():
+    want = (torch.rand(4, 4).double(), torch.randn(300, 300).double(), 1e-3 * torch.randn(9).double())
+
+    def off(which: int, by: torch.Tensor) -> float:
+        return error(tuple(w + by if i == which else w for i, w in enumerate(want)), want, jumps=True)
+
+    jump = torch.zeros(300, 300).double()
+    jump[3, 5] = 1e-2
+    tolerance = 1e-4
+    assert off(1, jump) < tolerance
+    assert error((want[0], want[1] + jump), want[:2]) > tolerance
+    assert off(1, 0.01 * want[1]) > tolerance
+    # Nine values beside 90,000 a thousand times as large, and all of them wrong by a tenth.
+    assert off(2, 0.1 * want[2]) > tolerance
+    assert off(0, torch.full((4, 4), 1e-3)) > tolerance
+
+
 def test_a_wrong_gradient_gets_no_time():
     class Forgetful(torch.autograd.Function):
         @staticmethod

@@ -66,21 +66,32 @@ def _without_ones(t: Tensor) -> tuple[int, ...]:
     return tuple(s for s in t.shape if s != 1)
 
 
-def error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+def error(got: tuple[Tensor, ...], want: tuple[Tensor, ...], jumps: bool = False) -> float:
     """The largest |got - want| relative to the largest |want|, over the results; infinite for NaN or another shape.
 
     Shapes may differ in dimensions of one: the (out, r, 1, 1) of a 1 x 1 convolution is the (out, r) of a product.
+    jumps: of the gradients, all but the first result, the L2 norm of their difference, all taken together, relative
+    to theirs; and a fiftieth of the same for each of them, so that a small one cannot hide behind the others.
     """
-    worst = 0.0
     if len(got) != len(want):
         return math.inf
+    pairs = []
     for g, w in zip(got, want, strict=True):
         if _without_ones(g) != _without_ones(w) or not torch.isfinite(g).all():
             return math.inf
         if w.numel():
-            scale = w.abs().max().item()
-            worst = max(worst, (g.double().reshape(w.shape) - w).abs().max().item() / (scale or 1.0))
+            pairs.append((g.double().reshape(w.shape) - w, w))
+    by_value, by_norm = (pairs[:1], pairs[1:]) if jumps else (pairs, [])
+    worst = max((_ratio(d.abs().max(), w.abs().max()) for d, w in by_value), default=0.0)
+    if by_norm:
+        norms = [(d.norm(), w.norm()) for d, w in by_norm]
+        together = (torch.stack(column).norm() for column in zip(*norms, strict=True))
+        worst = max(worst, _ratio(*together), max(_ratio(*pair) for pair in norms) / 50)
     return worst
+
+
+def _ratio(difference: Tensor, size: Tensor) -> float:
+    return difference.item() / (size.item() or 1.0)
 
 
 def poison(like: tuple[Tensor, ...]) -> None:
@@ -109,7 +120,7 @@ class Verdict:
         """The error of one call; raises RuntimeError if the call wrote to the problem's inputs."""
         want = self.truth(run)
         poison(want)
-        result = error(call(), want)
+        result = error(call(), want, self._problem.jumps)
         for name, t in self._inputs.items():
             now = self._problem.inputs[name].detach()
             if not torch.equal(now, t):

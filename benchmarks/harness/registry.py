@@ -88,6 +88,8 @@ class Problem:
     by name; it is called with float64 tensors. forward, train: the least work of each mode.
     wrt: names of the inputs that forward+backward differentiates. items: images, for images per second.
     tolerance: largest accepted error relative to the largest value; by default set by the dtype.
+    jumps: the gradients jump where an activation's input crosses zero, so that rounding may move single values by
+    far more than itself; they are compared in the L2 norm of them all (see check.error).
     dtype, device, mode, args: filled in by the harness.
     """
 
@@ -98,6 +100,7 @@ class Problem:
     wrt: tuple[str, ...] = ()
     items: int | None = None
     tolerance: float | None = None
+    jumps: bool = False
     dtype: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mode: str = FORWARD
