@@ -192,7 +192,7 @@ def _asked_for(backend: str, p: Problem):
 
 @_both("lorun_fast, winograd", kind=OURS, devices=("cpu",))
 def _(p: Problem):
-    """LORUN_BACKEND=winograd: the convolution and x's gradient by minimal filtering."""
+    """LORUN_BACKEND=winograd: the convolution and its gradients by minimal filtering."""
     return _asked_for("winograd", p)
 
 

@@ -174,7 +174,10 @@ def throughput(dtype, device, *, n, px, channels, stages) -> Problem:
     "network.training",
     suite="network",
     sizes=[
-        size("8x1x96x96", modes=(TRAIN,), regimes=(WARM,), devices=("cpu",), n=8, px=96, channels=CS25, stages=9),
+        size(
+            "8x1x96x96", dtypes=("fp32", "bf16"), modes=(TRAIN,), regimes=(WARM,), devices=("cpu",),
+            n=8, px=96, channels=CS25, stages=9,
+        ),
         size(
             "16x1x96x96 wide", dtypes=("bf16",), modes=(TRAIN,), regimes=(WARM,), devices=("cuda",),
             n=16, px=96, channels=WIDE, stages=9,
@@ -350,14 +353,22 @@ def _(p: Problem):
     return Run(lambda: chain(x, weights), reference=lambda **inputs: chain(x.double(), weights.double()))
 
 
-def _trained(p: Problem, net: lf.LoRun) -> Run:
+def _trained(p: Problem, net: lf.LoRun, backend: str | None = None) -> Run:
     factors = (_layer(net, name).get_parameter(key) for name in p.base.layers for key in ("down", "up"))
-    return Run(rivals.autocast(p, lambda: net(p.y)), parameters=(net.step_size, *factors))
+    return Run(rivals.autocast(p, lambda: net(p.y)), parameters=(net.step_size, *factors), backend=backend)
 
 
 @training.contender("lorun_fast", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     return _trained(p, _lorun(p).train())
+
+
+@training.contender("lorun_fast, winograd", kind=OURS, devices=("cpu",), ops=("block_cs_step", "winograd_conv2d"))
+def _(p: Problem):
+    """3 x 3 convolutions and their gradients by minimal filtering, as ``lorun-fast train`` has it in fp32."""
+    if p.dtype != "fp32":
+        raise Unavailable("for fp32")
+    return _trained(p, _lorun(p).train(), "winograd")
 
 
 @training.contender("lorun_fast, checkpoint", kind=OURS, ops=("block_cs_step",))

@@ -7,6 +7,7 @@ from lorun_fast.io import load, load_pretrained, save
 from lorun_fast.layers import LoRAConv2d, LoRAConvTranspose2d, LoRALinear
 from lorun_fast.network import LoRun
 from lorun_fast.operators import CASSI, BlockCS, BlurDownsample, SensingOperator
+from lorun_fast.ops._backends import use_backend
 from lorun_fast.stages import StagedDenoiser, adapt
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "load_pretrained",
     "save",
     "show_config",
+    "use_backend",
 ]

@@ -289,7 +289,7 @@ def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedL
 
 def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: str | None) -> tuple[str, str]:
     """(done, why): another method than torch's, where it was measured to be faster, or as asked for."""
-    kind, why = (wish, "asked for") if wish is not None else _fastest(dtype, device)
+    kind, why = (wish, "asked for") if wish is not None else fastest_convolutions(dtype, device)
     if kind == "direct":
         return kind, why
     replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
@@ -301,8 +301,8 @@ def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device,
     return KINDS[kind].method, f"{replaced} of {convolutions} layers a stage; {why}"
 
 
-def _fastest(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """(kind, why)."""
+def fastest_convolutions(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """(a kind of lorun_fast/convolutions.py or "direct", why)."""
     found = _native.build_info()
     loops = found.get("cpu_active", "none")
     if device.type != "cpu":

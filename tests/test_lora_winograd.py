@@ -88,6 +88,33 @@ def test_it_serves_only_when_asked_for(monkeypatch):
         assert _backends.choose("lora_conv2d", "cpu", args).name == "winograd"
 
 
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_a_backend_for_a_while():
+    args = call_of(problem(dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="inside"), lf.use_backend("winograd"):
+        assert _backends.choose("lora_conv2d", "cpu", args).name == "winograd"
+        with lf.use_backend("auto"):
+            assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
+        assert _backends.choose("lora_conv2d", "cpu", args).name == "winograd"
+        raise RuntimeError("inside")
+    assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
+    with pytest.raises(ValueError, match="name: expected one of auto, reference"), lf.use_backend("fastest"):
+        pass
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_no_gradient_goes_by_a_direct_convolution(asked_for, monkeypatch, form):
+    p = {name: t.requires_grad_() for name, t in problem(form, stages=None, dtype=torch.float32).items()}
+    y = lora_conv2d(**p, padding=1)
+
+    def refused(*_):
+        raise AssertionError("a direct convolution")
+
+    monkeypatch.setattr("lorun_fast.ops._lora_aten.aten", refused)
+    torch.autograd.grad(y.sum(), [p[name] for name in ("x", "down", "up")])
+
+
 def test_a_network_trains_to_the_same_gradients(asked_for):
     torch.manual_seed(0)
     net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), lf.ResUNet(channels=(8, 16), blocks=1), stages=2)

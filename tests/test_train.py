@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lorun_fast as lf
+from lorun_fast import _native
 from lorun_fast.apps import train, unrolling
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.sampling import PatchSampler, held_out
@@ -90,6 +91,26 @@ def test_the_phases_draw_different_batches(photographs, tmp_path, monkeypatch):
     )
     assert main(arguments(photographs, tmp_path / "run")) == 0
     assert len(seen[1]) == len(seen[2]) == 6 and not seen[1] & seen[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loops", "asked", "used"),
+    [
+        ("fp32", "avx2", "auto", "winograd"),
+        ("fp32", "baseline", "auto", "auto"),
+        ("fp32", "avx2", "aten", "aten"),
+        ("bf16", "avx2", "auto", "auto"),
+    ],
+)
+def test_fp32_trains_by_minimal_filtering(photographs, tmp_path, monkeypatch, dtype, loops, asked, used):
+    monkeypatch.setattr(_native, "WISH", asked)
+    info = _native.build_info() | {"cpu_active": loops}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    loss, seen = Recipe.loss, []
+    monkeypatch.setattr(Recipe, "loss", lambda *call: seen.append(_native.WISH) or loss(*call))
+    assert main(arguments(photographs, tmp_path / "run", "--dtype", dtype, "--stop-after", "7")) == 0
+    assert seen == [used] * 7
+    assert asked == _native.WISH
 
 
 def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):

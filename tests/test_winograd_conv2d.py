@@ -9,10 +9,11 @@ from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
-from lorun_fast.functional import winograd_conv2d, winograd_weight
+from lorun_fast.functional import winograd_conv2d, winograd_weight, winograd_weight_gradient
 from lorun_fast.reference import winograd_conv2d as reference
 
 op = torch.ops.lorun_fast.winograd_conv2d.default
+gradient_op = torch.ops.lorun_fast.winograd_weight_gradient.default
 
 # N, in, out, H, W: whole tiles, ragged ends, less than a tile, many tiles of more than one thread
 CASES = [
@@ -88,16 +89,54 @@ def test_the_weight_is_its_definition(poisoned, adjoint, dtype, out, channels):
     opcheck(weight_op, (weight, adjoint))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided", "expanded"])
+def direct_gradient(grad, x):
+    grad, x = grad.double(), x.double()
+    weight = x.new_zeros(grad.shape[1], x.shape[1], 3, 3).requires_grad_()
+    return torch.autograd.grad(F.conv2d(x, weight, padding=1), weight, grad)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_weights_gradient_is_the_direct_convolutions(poisoned, dtype, case):
+    x, _, _, grad = problem(case, dtype)
+    expected = direct_gradient(grad, x)
+    # Relative to the largest value: sums of many pixels cancel.
+    close = {"rtol": 0, "atol": (1e-13 if dtype == torch.float64 else 1e-5) * (expected.abs().max().item() or 1)}
+    for found in (winograd_weight_gradient(grad, x), reference.winograd_weight_gradient(grad, x)):
+        assert found.dtype == dtype and found.permute(2, 3, 1, 0).is_contiguous()
+        torch.testing.assert_close(found.double(), expected, **close)
+
+
+def test_the_weights_gradient_passes_gradcheck_and_opcheck():
+    x, _, _, grad = problem((2, 8, 16, 5, 6), torch.float64)
+    x.requires_grad_(), grad.requires_grad_()
+    assert torch.autograd.gradcheck(gradient_op, (grad, x), fast_mode=True)
+    opcheck(gradient_op, (grad, x))
+    for wanted in (x, grad):
+        (found,) = torch.autograd.grad(winograd_weight_gradient(grad, x).sum(), wanted)
+        assert found.shape == wanted.shape and found.abs().sum() > 0
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.cat([x, x], 3)[:, :, :, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_weights_gradient_takes_any_layout(layout):
+    x, _, _, grad = problem((2, 8, 16, 10, 13))
+    x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
+    torch.testing.assert_close(winograd_weight_gradient(grad, x).double(), direct_gradient(grad, x), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_any_layout(layout):
     x, weight, _, _ = problem((2, 8, 16, 10, 13))
-    x = {
-        "contiguous": x,
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "transposed": x.mT.contiguous().mT,
-        "strided": torch.cat([x, x], 3)[:, :, :, ::2],
-        "expanded": x[:1].expand_as(x),
-    }[layout]
+    x = LAYOUTS[layout](x)
     points = winograd_weight(weight).transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(winograd_conv2d(x, points).double(), direct(x, weight), rtol=0, atol=3e-5)
 
@@ -174,17 +213,23 @@ def test_does_not_depend_on_threads_or_batch_mates():
     for i in range(4):
         assert torch.equal(winograd_conv2d(x[i : i + 1], points, bias), whole[i : i + 1])
     check_threads(lambda: winograd_conv2d(x, points, bias))
+    check_threads(lambda: winograd_weight_gradient(whole, x))
 
 
 VARIANTS = """
-from lorun_fast.functional import winograd_conv2d, winograd_weight
+from lorun_fast.functional import winograd_conv2d, winograd_weight, winograd_weight_gradient
 for dtype in (torch.float32, torch.float64):
     for n, i, o, h, w in ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)):
         x, weight = torch.randn(n, i, h, w, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype) / 12
         bias, one = torch.randn(o, dtype=dtype), torch.ones(n, o, h, w, dtype=dtype)
         y = winograd_conv2d(x, winograd_weight(weight), bias, activation="relu", residual=one)
         expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + 1
-        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+        close = dict(rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+        torch.testing.assert_close(y.double(), expected, **close)
+        weight = weight.double().requires_grad_()
+        F.conv2d(x.double(), weight, padding=1).backward(y.double())
+        scale = weight.grad.abs().max()
+        torch.testing.assert_close(winograd_weight_gradient(y, x).double() / scale, weight.grad / scale, **close)
 """
 
 
@@ -218,6 +263,27 @@ def test_errors(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         winograd_conv2d(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("grad", "x", "error", "message"),
+    [
+        ((8, 4, 4), (1, 8, 4, 4), ValueError, r"expected \(N, out, H, W\) and \(N, in, H, W\), got \(8, 4, 4\)"),
+        ((1, 8, 4, 5), (1, 8, 4, 4), ValueError, r"got \(1, 8, 4, 5\) and \(1, 8, 4, 4\)"),
+        ((1, 4, 4, 4), (1, 8, 4, 4), ValueError, "multiples of 8 channels, got 4 and 8"),
+    ],
+)
+def test_errors_of_the_weights_gradient(grad, x, error, message):
+    with pytest.raises(error, match=message):
+        winograd_weight_gradient(torch.zeros(grad), torch.zeros(x))
+
+
+def test_dtypes_of_the_weights_gradient():
+    x = torch.zeros(1, 8, 4, 4)
+    with pytest.raises(TypeError, match=r"x: expected float32 or float64, got torch\.bfloat16"):
+        winograd_weight_gradient(x, x.bfloat16())
+    with pytest.raises(TypeError, match=r"grad: expected torch\.float32 as x has, got torch\.float64"):
+        winograd_weight_gradient(x.double(), x)
 
 
 def test_a_weight_of_another_size():

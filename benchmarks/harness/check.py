@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import lorun_fast as lf
 from benchmarks.harness.registry import TRAIN, Problem, Run
 
 # Largest accepted error relative to the largest value. Each admits rounding in the storage dtype several times
@@ -29,6 +30,11 @@ def output_gradient(out: Tensor) -> Tensor:
 
 def step(run: Run, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
     """One call in the problem's mode: the result, and in training the gradients for ``wrt``."""
+    call = _plain_step(run, p)
+    return call if run.backend is None else lf.use_backend(run.backend)(call)
+
+
+def _plain_step(run: Run, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
     if p.mode != TRAIN:
 
         def forward() -> tuple[Tensor, ...]:

@@ -123,13 +123,15 @@ class Run:
 
     fn: returns the result. reference: its own definition, for a limit row that computes something else than
     the problem; wrt: the names of the inputs that one differentiates, where not the problem's. parameters:
-    the tensors to differentiate for, in the order of the names, where they are not the inputs themselves.
+    the tensors to differentiate for, in the order of the names, where they are not the inputs themselves. backend: of
+    the LoRA ops, forward and backward, as for lorun_fast.use_backend.
     """
 
     fn: Callable[[], Tensor]
     reference: Callable[..., Tensor] | None = None
     wrt: tuple[str, ...] | None = None
     parameters: tuple[Tensor, ...] | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ LORUN_TARGET LORUN_INLINE inline void from_points(const V (&m)[6], V (&y)[4]) {
   y[3] = d + T(8) * q + m[5];
 }
 
-// d: the first of 6 x 6 pixels, `row` and `column` apart. v: this tile's channels at point 0.
+// d: the first of 6 x 6 pixels, `row` apart. v: this tile's channels at point 0.
 template <class T>
-LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t column, int64_t channels, T* v, int64_t pitch) {
+LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t channels, T* v, int64_t pitch) {
   for (int64_t c = 0; c < channels; c += Lanes<T>::kCount) {
     Vec<T> half[6][6];
 #pragma GCC unroll 6
@@ -44,7 +44,7 @@ LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t column, int6
       Vec<T> from[6], to[6];
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
-        from[i] = load(d + i * row + j * column + c);
+        from[i] = load(d + i * row + j * channels + c);
       }
       to_points<T>(from, to);
 #pragma GCC unroll 6
@@ -62,6 +62,39 @@ LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t column, int6
       }
     }
   }
+}
+
+// Pixels of one image.
+template <class T>
+struct Pixels {
+  const T* first;
+  int64_t row;
+};
+
+// span x span pixels from (top, left) on; a copy with zeros outside the image where they leave it.
+template <class T>
+LORUN_TARGET inline Pixels<T> tile_at(const Images& images, const T* x, int64_t channels, int64_t image, int64_t top,
+                                      int64_t left, int64_t span, T* padded) {
+  const int64_t height = images.height, width = images.width;
+  const T* from = x + image * height * width * channels;
+  if (top >= 0 && left >= 0 && top + span <= height && left + span <= width) {
+    return {from + (top * width + left) * channels, width * channels};
+  }
+  std::fill_n(padded, span * span * channels, T(0));
+  const int64_t first = std::max<int64_t>(left, 0), stop = std::min(left + span, width);
+  for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + span, height); ++row) {
+    std::copy_n(from + (row * width + first) * channels, (stop - first) * channels,
+                padded + ((row - top) * span + first - left) * channels);
+  }
+  return {padded, span * channels};
+}
+
+// The points of the image under a tile.
+template <class T>
+LORUN_TARGET inline void image_points(const Images& images, const T* x, int64_t channels, const Place& place, T* padded,
+                                      T* v, int64_t pitch) {
+  const Pixels<T> d = tile_at(images, x, channels, place.image, place.top - 1, place.left - 1, kSpan, padded);
+  transform(d.first, d.row, channels, v, pitch);
 }
 
 // m = v u of `Tiles` rows and `Vecs` vectors of columns.
@@ -168,28 +201,14 @@ LORUN_TARGET inline void finish(const Problem<T>& p, const T* m, int64_t pitch, 
 // Tiles [begin, end) of all images, row by row.
 template <class T>
 LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin, int64_t end) {
-  const int64_t across = p.tile_columns(), each = p.tile_rows() * across;
   for (int64_t t = begin; t < end; ++t) {
-    const T* image = p.x + t / each * p.height * p.width * p.in;
-    const int64_t top = t % each / across * kTile - 1, left = t % across * kTile - 1;
-    T* v = w.v + (t - begin) * p.in;
-    if (top >= 0 && left >= 0 && top + kSpan <= p.height && left + kSpan <= p.width) {
-      transform(image + (top * p.width + left) * p.in, p.width * p.in, p.in, p.in, v, w.v_pitch);
-      continue;
-    }
-    std::fill_n(w.padded, kPoints * p.in, T(0));
-    const int64_t first = std::max<int64_t>(left, 0), stop = std::min(left + kSpan, p.width);
-    for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + kSpan, p.height); ++row) {
-      std::copy_n(image + (row * p.width + first) * p.in, (stop - first) * p.in,
-                  w.padded + ((row - top) * kSpan + first - left) * p.in);
-    }
-    transform<T>(w.padded, kSpan * p.in, p.in, p.in, v, w.v_pitch);
+    image_points(p, p.x, p.in, Place(p, t), w.padded, w.v + (t - begin) * p.in, w.v_pitch);
   }
   multiply(p, w, end - begin);
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t top = t % each / across * kTile, left = t % across * kTile;
-    const int64_t at = ((t / each * p.height + top) * p.width + left) * p.out;
-    const int64_t rows = p.height - top, width = p.width - left;
+    const Place place(p, t);
+    const int64_t at = ((place.image * p.height + place.top) * p.width + place.left) * p.out;
+    const int64_t rows = p.height - place.top, width = p.width - place.left;
     const T* m = w.m + (t - begin) * p.out;
     if (rows >= kTile && width >= kTile) {
       finish<T, true>(p, m, w.m_pitch, at, rows, width);

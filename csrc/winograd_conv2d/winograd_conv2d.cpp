@@ -88,9 +88,15 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
   const Tensor y = empty_beside(x, {n, height, width, out}, type);
   const auto call = [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run(Problem<T>{n, height, width, in, out, image.const_data_ptr<T>(), points.const_data_ptr<T>(),
-                   offset ? offset->const_data_ptr<T>() : nullptr, added ? added->const_data_ptr<T>() : nullptr,
-                   y.mutable_data_ptr<T>(), relu});
+    run(Problem<T>{{n, height, width},
+                   in,
+                   out,
+                   image.const_data_ptr<T>(),
+                   points.const_data_ptr<T>(),
+                   offset ? offset->const_data_ptr<T>() : nullptr,
+                   added ? added->const_data_ptr<T>() : nullptr,
+                   y.mutable_data_ptr<T>(),
+                   relu});
   };
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x: expected float32 or float64");
   if (type == ScalarType::Float) {
@@ -108,7 +114,7 @@ constexpr double kG[kSpan][3] = {{1. / 4, 0, 0},
                                  {1. / 24, -1. / 12, 1. / 6},
                                  {0, 0, 1}};
 
-// U of one output channel for `kLanes` input channels or fewer, `count`: u[point][lane].
+// U of one input channel for `kLanes` output channels or fewer, `count`: u[point][lane].
 constexpr int64_t kLanes = 8;
 
 template <class T>
@@ -153,16 +159,18 @@ Tensor weight_points(Tensor weight, bool adjoint) {
     using T = typename decltype(tag)::type;
     const T* w = weight.const_data_ptr<T>() + first;
     T* to = u.mutable_data_ptr<T>();
-    parallel(out, in * kPoints, [&](int64_t begin, int64_t end) {
+    // Lanes are neighbours in U: what they read lies apart, but meets them again a channel later, in the cache.
+    parallel((out + kLanes - 1) / kLanes, kLanes * in * kPoints, [&](int64_t begin, int64_t end) {
       multiversion([&](auto) LORUN_INLINE {
         double found[kPoints][kLanes];
-        for (int64_t o = begin; o < end; ++o) {
-          for (int64_t c = 0; c < in; c += kLanes) {
-            const int64_t count = std::min(kLanes, in - c);
-            points(w + o * by_out + c * by_in, row, column, by_in, count, found);
-            for (int64_t p = 0; p < kPoints; ++p) {
+        for (int64_t o = begin * kLanes; o < std::min(end * kLanes, out); o += kLanes) {
+          const int64_t count = std::min(kLanes, out - o);
+          for (int64_t c = 0; c < in; ++c) {
+            points(w + o * by_out + c * by_in, row, column, by_out, count, found);
+            T* at = to + c * out + o;
+            for (int64_t p = 0; p < kPoints; ++p, at += in * out) {
               for (int64_t l = 0; l < count; ++l) {
-                to[(p * in + c + l) * out + o] = static_cast<T>(found[p][l]);
+                at[l] = static_cast<T>(found[p][l]);
               }
             }
           }

@@ -6,7 +6,11 @@
 // d being the 6 x 6 tile of the image around it: 36 products in place of 144, and 36 matrix products over channels
 // ("points") for all tiles. The matrices are in lorun_fast/reference/winograd_conv2d.py.
 //
-// The transpose of the convolution is one with in and out exchanged and w turned by half.
+// The transpose of the convolution is one with in and out exchanged and w turned by half. The gradient of w is
+//
+//   G^T (sum over tiles of B^T d B * A g A^T) G,
+//
+// g being the 4 x 4 tile of the result's gradient.
 //
 // Operations a tile, in and out channels C: 36 C^2 multiply-adds, and some 250 C for the transforms, against 144 C^2.
 #pragma once
@@ -17,13 +21,8 @@ namespace lorun::winograd_conv2d {
 
 constexpr int64_t kTile = 4, kSpan = 6, kPoints = kSpan * kSpan;
 
-// Channels innermost everywhere: x (n, height, width, in); y and residual (n, height, width, out); u (36, in, out).
-template <class T>
-struct Problem {
-  int64_t n, height, width, in, out;
-  const T *x, *u, *bias, *residual;  // the last two may be null
-  T* y;
-  bool relu;
+struct Images {
+  int64_t n, height, width;
 
   int64_t tile_rows() const {
     return (height + kTile - 1) / kTile;
@@ -38,7 +37,34 @@ struct Problem {
   }
 };
 
-// Of one thread: v, a row of channels for each tile and point; m, their products; padded, a tile that leaves the image.
+// A tile's place: its image, and its first pixel of the result.
+struct Place {
+  int64_t image, top, left;
+
+  Place(const Images& i, int64_t tile)
+      : image(tile / (i.tile_rows() * i.tile_columns())),
+        top(tile / i.tile_columns() % i.tile_rows() * kTile),
+        left(tile % i.tile_columns() * kTile) {}
+};
+
+// Channels innermost everywhere: x (n, height, width, in); y and residual (n, height, width, out); u (36, in, out).
+template <class T>
+struct Problem : Images {
+  int64_t in, out;
+  const T *x, *u, *bias, *residual;  // the last two may be null
+  T* y;
+  bool relu;
+};
+
+// grad (n, height, width, out): of the result.
+template <class T>
+struct GradientProblem : Images {
+  int64_t in, out;
+  const T *x, *grad;
+};
+
+// Of one thread: v, a row of channels for each tile and point; m, in the forward pass their products, in the backward
+// pass the same of the gradient; padded, a tile that leaves the image.
 template <class T>
 struct Work {
   int64_t v_pitch, m_pitch;  // from point to point

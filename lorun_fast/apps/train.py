@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lorun_fast import _native
 from lorun_fast.apps import models, runtime, tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.files import make_folder, replacing
@@ -27,6 +28,8 @@ from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, positive, seed
 from lorun_fast.io import save
 from lorun_fast.network import LoRun, falling_step_sizes
+from lorun_fast.ops._backends import use_backend
+from lorun_fast.optimize import fastest_convolutions
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
 # What may change between two starts of one run: nothing that the numbers depend on.
@@ -164,6 +167,17 @@ class Run:
 
     def phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
         """Trains ``net`` in place; False if --stop-after ended it."""
+        with use_backend(self._backend()):
+            return self._phase(name, net, steps, resume)
+
+    def _backend(self) -> str:
+        """Of the layers with adapters: what LORUN_BACKEND says, else minimal filtering where it is the fastest."""
+        if _native.WISH != "auto" or self.args.dtype != "fp32":
+            return _native.WISH
+        kind, _ = fastest_convolutions(torch.float32, self.device)
+        return kind if kind == "winograd" else "auto"
+
+    def _phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
         args, device = self.args, self.device
         net.to(device).train()
         optimizer = _optimizer(net, args)

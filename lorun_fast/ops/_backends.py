@@ -2,12 +2,13 @@
 
 A backend registers under an op's name. The op asks :func:`choose` at every call; the table lists, per op and device,
 the backends in the order that measurement gave, each with the condition under which it won and where that was seen.
-``LORUN_BACKEND`` puts one backend before the table.
+``LORUN_BACKEND``, or :func:`use_backend`, puts one backend before the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lorun_fast import _native
@@ -49,6 +50,22 @@ REFERENCE = "reference"
 def register(op: str, backend: Backend) -> None:
     """Adds a backend to an op; the table says when it is used."""
     BACKENDS.setdefault(op, {})[backend.name] = backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """With it, a backend of the LoRA ops goes before the table, as under ``LORUN_BACKEND``; "auto": the table alone.
+
+    For all threads of the process, since backward passes may run in others; ops that no LoRA layer calls, and what is
+    compiled already, stay as they are. Raises ValueError for a name that no backend has.
+    """
+    if name not in _native.WISHES:
+        raise ValueError(f"name: expected one of {', '.join(_native.WISHES)}, got {name!r}")
+    before, _native.WISH = _native.WISH, name
+    try:
+        yield
+    finally:
+        _native.WISH = before
 
 
 def choose(op: str, device: str, args: tuple) -> Backend:

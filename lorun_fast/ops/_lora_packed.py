@@ -87,17 +87,9 @@ def block_supports(*args) -> str | None:
     return supports(*lora_residual_block.calls(x, first, second, stage, residual, scales)[0])
 
 
-def _merged(x: Tensor, first, second, scales) -> list[Tensor]:
-    """Both layers' weights, in x's dtype."""
-    return [
-        _lora_aten.merge(weight, down, up, scale, False, x.dtype)
-        for (weight, _, down, up), scale in zip((first, second), scales, strict=True)
-    ]
-
-
 def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
-    tiles = [packed_weight(weight) for weight in _merged(x, first, second, scales)]
+    tiles = [packed_weight(weight) for weight in lora_residual_block.merged(x, first, second, scales)]
     biases = [None if bias is None else bias.float() for _, bias, *_ in (first, second)]
     return packed_block(
         x, *tiles, first_bias=biases[0], second_bias=biases[1], middle=first[0].shape[0],
@@ -105,30 +97,10 @@ def block(*args) -> Tensor:
     )  # fmt: skip
 
 
-def block_backward(grad: Tensor, *args) -> list[Tensor]:
-    *args, mask = args
-    x, first, second, (_, *scales) = lora_residual_block.parts(args)
-    weights = _merged(x, first, second, scales)
-    channels, middle = second[0].shape[:2]
-    bias = None if first[1] is None else first[1].float()
-    size = {"kernel": 3, "padding": 1}
-    between = packed_conv2d(x, packed_weight(weights[0]), bias, out=middle, activation="relu", **size)
-    found = _layer_gradients(grad, between, second, scales[1], mask[5:])
-    if any(mask[:5]):
-        inner = packed_conv2d(grad, packed_weight(weights[1], adjoint=True), out=middle, **size)
-        aten.threshold_backward.grad_input(inner, between, 0, grad_input=inner)
-        found = _layer_gradients(inner, x, first, scales[0], mask[1:5]) + found
-    if mask[0]:
-        tiles = packed_weight(weights[0], adjoint=True)
-        found.insert(0, packed_conv2d(inner, tiles, out=channels, residual=grad, **size))
-    return found
-
-
-def _layer_gradients(grad: Tensor, x: Tensor, layer, scale: float, mask) -> list[Tensor]:
-    """Those of a layer's weight, bias, down and up that are wanted."""
-    return _lora_aten.conv2d_backward(
-        grad, x, *layer, None, None, scale, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0], [False, *mask], way=_WAY
-    )
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
+    bias = None if bias is None else bias.float()
+    out, tiles = weight.shape[1 if adjoint else 0], packed_weight(weight, adjoint=adjoint)
+    return packed_conv2d(x, tiles, bias, out=out, kernel=3, padding=1, **finishing)
 
 
 def missing() -> str | None:
@@ -149,4 +121,7 @@ register(
         supports=supports,
     ),
 )
-register("lora_residual_block", Backend("packed", ("cpu",), block, block_backward, missing, block_supports))
+register(
+    "lora_residual_block",
+    Backend("packed", ("cpu",), block, lora_residual_block.backward_by(_convolve, _WAY), missing, block_supports),
+)

@@ -1,7 +1,7 @@
-"""The "winograd" backend of lora_conv2d: 3x3 convolutions of training by minimal filtering, on CPUs.
+"""The "winograd" backend of lora_conv2d and lora_residual_block: 3x3 convolutions of training on CPUs.
 
-Forward pass and x's gradient take a quarter of their multiplications; the factors' gradients are those of the "aten"
-backend. It does not stand in the table: with it a fresh network equals the tied one to rounding, not to the last bit.
+By minimal filtering: forward pass and gradients take a quarter of their multiplications. It does not stand in the
+table: with it a fresh network equals the tied one to rounding, not to the last bit.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from functools import partial
 from torch import Tensor
 
 from lorun_fast import _native
-from lorun_fast.ops import _lora_aten
+from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
-from lorun_fast.ops.winograd_conv2d import CHANNELS, DTYPES, winograd_conv2d, winograd_weight
+from lorun_fast.ops.winograd_conv2d import CHANNELS, DTYPES, winograd_conv2d, winograd_weight, winograd_weight_gradient
 
 
 def supports(
@@ -32,31 +32,68 @@ def supports(
     return None
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return winograd_conv2d(x, winograd_weight(weight, adjoint=adjoint), bias, **finishing)
+
+
 def conv2d(
     x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
     output_padding,
 ):  # fmt: skip
-    bias = None if bias is None else bias.to(x.dtype)
-
     def convolve(samples: Tensor, merged: Tensor, **finishing) -> Tensor:
-        return winograd_conv2d(samples, winograd_weight(merged), bias, **finishing)
+        return _convolve(samples, merged, bias, **finishing)
 
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
 def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    return winograd_conv2d(grad, winograd_weight(weight, adjoint=True))
+    return _convolve(grad, weight, adjoint=True)
 
 
-register(
-    "lora_conv2d",
-    Backend(
-        "winograd",
-        ("cpu",),
-        conv2d,
-        partial(_lora_aten.conv2d_backward, forward=conv2d, way=_lora_aten.Way(image_gradient=_image_gradient)),
-        unranked="a fresh network would equal the tied one to rounding only",
-        missing=lambda: None if _native.available() else _native.reason(),
-        supports=supports,
-    ),
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    if grad.shape[1] % CHANNELS:  # of factors, whose channels are the rank
+        return _lora_aten.weight_gradient(grad, x, weight, geometry)
+    return winograd_weight_gradient(grad, x)
+
+
+def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometry: tuple) -> tuple[Tensor, Tensor]:
+    """From the whole weight's, which costs less than three convolutions with r channels on one side."""
+    rank, channels = down.shape[:2]
+    whole = winograd_weight_gradient(grad, x).permute(2, 3, 1, 0).flatten(0, 2)
+    by_tap = down.permute(2, 3, 1, 0).reshape(-1, rank)
+    return (whole @ up).view(3, 3, channels, rank).permute(3, 2, 0, 1), whole.mT @ by_tap
+
+
+_WAY = _lora_aten.Way(
+    image_gradient=_image_gradient, weight_gradient=_weight_gradient, factor_gradients=_factor_gradients
 )
+
+
+def block_supports(*args) -> str | None:
+    x, first, second, (stage, residual, *scales) = lora_residual_block.parts(args)
+    if stage is not None:
+        return "its batch is of one stage"
+    one, other = lora_residual_block.calls(x, first, second, stage, residual, scales)
+    return supports(*one) or supports(x, *other)  # the middle image has x's dtype and layout
+
+
+def block(*args) -> Tensor:
+    x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
+    weights = lora_residual_block.merged(x, first, second, scales)
+    y = _convolve(_convolve(x, weights[0], first[1], activation="relu"), weights[1], second[1], residual=x)
+    return y if residual is None else y.add_(residual)
+
+
+def missing() -> str | None:
+    return None if _native.available() else _native.reason()
+
+
+_UNRANKED = "a fresh network would equal the tied one to rounding only"
+_BACKWARD = partial(_lora_aten.conv2d_backward, forward=conv2d, way=_WAY)
+_BLOCK_BACKWARD = lora_residual_block.backward_by(_convolve, _WAY)
+for _op, _backend in {
+    "lora_conv2d": Backend("winograd", ("cpu",), conv2d, _BACKWARD, missing, supports, _UNRANKED),
+    "lora_residual_block": Backend("winograd", ("cpu",), block, _BLOCK_BACKWARD, missing, block_supports, _UNRANKED),
+}.items():
+    register(_op, _backend)

@@ -7,12 +7,12 @@ the sums in its last step; by matrix tiles the block is one pass over the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lorun_fast.ops import _backends, lora_conv2d
+from lorun_fast.ops import _backends, _lora_aten, lora_conv2d
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import shape_of
 from lorun_fast.ops._library import define, once
@@ -129,6 +129,42 @@ def by_layers_backward(grad, *args):
     if mask[0]:
         of_first[0].add_(grad)
     return wanted(mask, of_first + of_second)
+
+
+def merged(x: Tensor, first: Sequence, second: Sequence, scales: Sequence[float]) -> list[Tensor]:
+    """Both layers' weights, in x's dtype."""
+    return [
+        _lora_aten.merge(weight, down, up, scale, False, x.dtype)
+        for (weight, _, down, up), scale in zip((first, second), scales, strict=True)
+    ]
+
+
+def backward_by(convolve: Callable[..., Tensor], way: _lora_aten.Way) -> Callable[..., list[Tensor]]:
+    """The backward pass of 3 x 3 layers by an op that finishes its results, for a batch of one stage.
+
+    convolve: (x, weight, bias=None, *, adjoint=False, activation=None, residual=None); adjoint: the transpose, which
+        takes a gradient back. way: for the gradients of the layers' own tensors.
+    """
+
+    def of_layer(grad: Tensor, x: Tensor, layer, scale: float, mask) -> list[Tensor]:
+        given = (None, None, scale, *geometry(layer[0]), None, False, [0, 0], [False, *mask])
+        return _lora_aten.conv2d_backward(grad, x, *layer, *given, way=way)
+
+    def backward(grad: Tensor, *args) -> list[Tensor]:
+        *args, mask = args
+        x, first, second, (_, *scales) = parts(args)
+        weights = merged(x, first, second, scales)
+        between = convolve(x, weights[0], first[1], activation="relu")
+        found = of_layer(grad, between, second, scales[1], mask[5:])
+        if any(mask[:5]):
+            inner = convolve(grad, weights[1], adjoint=True)
+            torch.ops.aten.threshold_backward.grad_input(inner, between, 0, grad_input=inner)
+            found = of_layer(inner, x, first, scales[0], mask[1:5]) + found
+        if mask[0]:
+            found.insert(0, convolve(inner, weights[0], adjoint=True, residual=grad))
+        return found
+
+    return backward
 
 
 def _gradients(grad: Tensor | None, call: tuple, output: Tensor | None, mask: Sequence[bool]) -> list[Tensor | None]:

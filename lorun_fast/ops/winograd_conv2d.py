@@ -1,4 +1,4 @@
-"""3x3 convolution with a quarter of the multiplications, for inference on CPUs.
+"""3x3 convolution with a quarter of the multiplications, on CPUs, and its gradients.
 
 Its results differ from a direct convolution's by rounding: the transforms cost about one digit of fp32's seven.
 Definition: reference/winograd_conv2d.py.
@@ -114,6 +114,54 @@ _weight_op = define(
     setup_context=_setup_weight,
     direct=True,
 )
+
+
+def _check_images(grad: Tensor, x: Tensor) -> None:
+    if x.ndim != 4 or grad.ndim != 4 or grad.shape != (x.shape[0], grad.shape[1], *x.shape[2:]):
+        raise ValueError(f"grad, x: expected (N, out, H, W) and (N, in, H, W), got {shape_of(grad)} and {shape_of(x)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
+    if grad.dtype != x.dtype:
+        raise TypeError(f"grad: expected {x.dtype} as x has, got {grad.dtype}")
+    if x.shape[1] % CHANNELS or grad.shape[1] % CHANNELS:
+        raise ValueError(f"grad, x: expected multiples of {CHANNELS} channels, got {grad.shape[1]} and {x.shape[1]}")
+    check_same_device(("x", x), ("grad", grad))
+
+
+def _fake_gradient(grad, x):
+    _check_images(grad, x)
+    return x.new_empty((3, 3, x.shape[1], grad.shape[1])).permute(3, 2, 0, 1)
+
+
+def _setup_gradient(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gradient(ctx, grad_weight):
+    found = reference.winograd_weight_gradient_backward(grad_weight, *ctx.saved_tensors)
+    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+_gradient_op = define(
+    "winograd_weight_gradient(Tensor grad, Tensor x) -> Tensor",
+    reference=reference.winograd_weight_gradient,
+    fake=_fake_gradient,
+    backward=_backward_gradient,
+    setup_context=_setup_gradient,
+    direct=True,
+)
+
+
+def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a convolution's weight, (out, in, 3, 3), from that of its result: 3x3, stride 1, padding 1.
+
+    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32 or float64; both channels_last without a copy.
+        Channels in multiples of 8.
+    By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not depend on the number of threads. Raises
+    ValueError or TypeError naming the argument that does not fit.
+    """
+    _check_images(grad, x)
+    return _gradient_op(grad, x)
 
 
 def winograd_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:

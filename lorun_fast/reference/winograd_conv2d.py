@@ -87,15 +87,39 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def _gradient_points(grad: Tensor) -> Tensor:
+    """A g A^T of every tile, (6, 6, N, out, tile rows, tile columns)."""
+    height, width = grad.shape[2:]
+    rows, columns = _cells(height), _cells(width)
+    whole = F.pad(grad, (0, TILE * columns - width, 0, TILE * rows - height))
+    a = _matrix(_A, grad)
+    tiles = whole.unflatten(3, (columns, TILE)).unflatten(2, (rows, TILE))
+    return torch.einsum("ai,norasb,bj->ijnors", a, tiles, a)
+
+
+def _points_gradient(grad_points: Tensor, x: Tensor) -> Tensor:
+    """The gradient of U, (36, in, out)."""
+    return torch.einsum("ijncrs,ijnors->ijco", _image_points(x), grad_points).flatten(0, 1)
+
+
+def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of w, (out, in, 3, 3), of a convolution of x whose result has this gradient; out lies innermost."""
+    points = _points_gradient(_gradient_points(grad), x)
+    return winograd_weight_backward(points).permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def winograd_weight_gradient_backward(grad_weight: Tensor, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for ``grad`` and ``x`` from that of the result."""
+    return F.conv2d(x, grad_weight, padding=1), F.conv_transpose2d(grad, grad_weight, padding=1)
+
+
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for x and U of the convolution alone."""
     height, width = x.shape[2:]
     rows, columns = _cells(height), _cells(width)
-    whole = F.pad(grad, (0, TILE * columns - width, 0, TILE * rows - height))
-    a, b = _matrix(_A, x), _matrix(_B, x)
-    tiles = whole.unflatten(3, (columns, TILE)).unflatten(2, (rows, TILE))
-    products = torch.einsum("ai,norasb,bj->ijnors", a, tiles, a)
-    grad_weight = torch.einsum("ijncrs,ijnors->ijco", _image_points(x), products).reshape(weight.shape)
+    b = _matrix(_B, x)
+    products = _gradient_points(grad)
+    grad_weight = _points_gradient(products, x)
     points = torch.einsum("ijnors,ijco->ijncrs", products, weight.reshape(SPAN, SPAN, *weight.shape[1:]))
     overlapping = torch.einsum("ia,ijncrs,jb->ncabrs", b, points, b)
     size = (TILE * rows + 2, TILE * columns + 2)

@@ -1,0 +1,119 @@
+// The gradient of a 3x3 convolution's weight on the CPU (formulas in winograd_conv2d.h).
+//
+// A thread takes some tiles at a time through both transforms and adds their products to its sums, (36, in, out), in
+// register tiles over channels. Every part of the tiles has sums of its own, which are added in order: the result does
+// not depend on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "common/tensor.h"
+#include "winograd_conv2d/winograd_conv2d.h"
+
+#define LORUN_KERNELS "winograd_conv2d/weight_gradient.inl"
+#include "common/for_each_variant.h"
+
+namespace lorun::winograd_conv2d {
+namespace {
+
+struct Slot;
+
+constexpr int64_t kChannels = 8;           // both channel counts are multiples of it
+constexpr int64_t kWorkBytes = 384 << 10;  // with the sums of one point, in the second-level cache
+// Parts of the tiles: at most so many, of so many tiles at least, and so much memory; a power of two, for equal shares.
+constexpr int64_t kParts = 16, kPartTiles = 36, kPartBytes = 8 << 20;
+
+template <class T>
+struct Kernels {
+  void (*sum_tiles)(const GradientProblem<T>&, const Work<T>&, int64_t, int64_t, T*);
+  void (*to_weight)(const T*, int64_t, int64_t, int64_t, int64_t, T*);
+};
+
+// The widest vectors that both channel counts fill.
+template <class T>
+Kernels<T> kernels_for(const GradientProblem<T>& p) {
+#ifdef LORUN_X86
+  constexpr int64_t kWide = 64 / sizeof(T);
+  if (active_variant() == CpuVariant::kAvx512 && p.in % kWide == 0 && p.out % kWide == 0) {
+    return {&avx512::sum_tiles<T>, &avx512::to_weight<T>};
+  }
+  if (active_variant() != CpuVariant::kBaseline) {
+    return {&avx2::sum_tiles<T>, &avx2::to_weight<T>};
+  }
+#endif
+  return {&baseline::sum_tiles<T>, &baseline::to_weight<T>};
+}
+
+template <class T>
+void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
+  constexpr int64_t kBytes = sizeof(T), kApart = 64 / kBytes;
+  const Kernels<T> kernels = kernels_for(p);
+  const int64_t values = p.in * p.out, channels = kPoints * (p.in + p.out);
+  const int64_t fit = kPartBytes / std::max<int64_t>(kPoints * values * kBytes, 1);
+  const int64_t most = std::clamp<int64_t>(std::min(fit, p.tiles() / kPartTiles), 1, kParts);
+  const auto parts = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
+  const int64_t together = std::max<int64_t>(kWorkBytes / std::max<int64_t>(channels * kBytes, 1), 1);
+  const Tensor memory = empty_beside(like, {parts, kPoints, p.in, p.out}, like.scalar_type());
+  T* sums = memory.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    Work<T> w{};
+    w.v_pitch = together * p.in + kApart;
+    w.m_pitch = together * p.out + kApart;
+    w.v = static_cast<T*>(scratch<Slot>(kPoints * (w.v_pitch + w.m_pitch + std::max(p.in, p.out)) * kBytes));
+    w.m = w.v + kPoints * w.v_pitch;
+    w.padded = w.m + kPoints * w.m_pitch;
+    for (int64_t part = first; part < last; ++part) {
+      T* to = sums + part * kPoints * values;
+      std::fill_n(to, kPoints * values, T(0));
+      const int64_t end = (part + 1) * p.tiles() / parts;
+      for (int64_t t = part * p.tiles() / parts; t < end; t += together) {
+        kernels.sum_tiles(p, w, t, std::min(t + together, end), to);
+      }
+    }
+  });
+  constexpr int64_t kStep = kChannels * kChannels;  // a multiple of the widest vector, and `values` one of it
+  parallel(values / kStep, parts * kPoints * kStep, [&](int64_t begin, int64_t end) {
+    kernels.to_weight(sums, parts, values, begin * kStep, end * kStep, grad);
+  });
+}
+
+Tensor weight_gradient(Tensor grad, Tensor x) {
+  STD_TORCH_CHECK(grad.dim() == 4 && x.dim() == 4, "grad, x: expected 4 dimensions, got ", shape_of(grad), " and ",
+                  shape_of(x));
+  const Images images{x.size(0), x.size(2), x.size(3)};
+  const int64_t in = x.size(1), out = grad.size(1);
+  check_shape("grad", grad, {images.n, out, images.height, images.width});
+  STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
+                  out);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x: expected float32 or float64");
+  check_type("grad", grad, type);
+  const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);
+  const Tensor g = empty_beside(x, {3, 3, in, out}, type);
+  const auto call = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    run(GradientProblem<T>{images, in, out, pixels.const_data_ptr<T>(), gradients.const_data_ptr<T>()},
+        g.mutable_data_ptr<T>(), x);
+  };
+  if (type == ScalarType::Float) {
+    call(TypeTag<float>{});
+  } else {
+    call(TypeTag<double>{});
+  }
+  // (out, in, 3, 3), without a copy
+  return torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(g, 0, 3), 1, 2), 2, 3);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
+  m.impl("winograd_weight_gradient", TORCH_BOX(&weight_gradient));
+}
+
+}  // namespace lorun::winograd_conv2d

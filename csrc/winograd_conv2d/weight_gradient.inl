@@ -1,0 +1,164 @@
+// The sums over tiles of one part, and the weight's gradient from those of all parts. The image's transform is the
+// forward pass's: for_each_variant.h takes one file.
+
+#include "winograd_conv2d/tiles.inl"
+
+namespace lorun::winograd_conv2d::LORUN_VARIANT {
+
+// Sums that stay in registers: 16 of AVX-512's 32, 8 of 16.
+constexpr int kSums = LORUN_VECTOR_BYTES == 64 ? 16 : 8;
+
+// t = A g
+template <class T, class V>
+LORUN_TARGET LORUN_INLINE inline void spread(const V (&g)[4], V (&t)[6]) {
+  const V s = g[0] + g[2], d = g[1] + g[3], p = g[0] + T(4) * g[2], q = T(2) * g[1] + T(8) * g[3];
+  t[0] = g[0];
+  t[1] = s + d;
+  t[2] = s - d;
+  t[3] = p + q;
+  t[4] = p - q;
+  t[5] = g[3];
+}
+
+// y = G^T u
+template <class T, class V>
+LORUN_TARGET LORUN_INLINE inline void gather(const V (&u)[6], V (&y)[3]) {
+  const V s = T(1. / 6) * (u[1] + u[2]), p = u[3] + u[4];
+  y[0] = T(1. / 4) * u[0] - s + T(1. / 24) * p;
+  y[1] = T(1. / 6) * (u[2] - u[1]) + T(1. / 12) * (u[3] - u[4]);
+  y[2] = T(1. / 6) * p - s + u[5];
+}
+
+// g: the first of 4 x 4 pixels. m: this tile's channels at point 0.
+template <class T>
+LORUN_TARGET inline void transform_gradient(const Pixels<T>& g, int64_t channels, T* m, int64_t pitch) {
+  for (int64_t c = 0; c < channels; c += Lanes<T>::kCount) {
+    Vec<T> half[6][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Vec<T> from[4], to[6];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        from[i] = load(g.first + i * g.row + j * channels + c);
+      }
+      spread<T>(from, to);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        half[i][j] = to[i];
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      Vec<T> to[6];
+      spread<T>(half[i], to);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) {
+        store(m + (i * 6 + j) * pitch + c, to[j]);
+      }
+    }
+  }
+}
+
+// sums (in, out) += v^T m over tiles, of `Rows` rows and `Vecs` vectors of columns.
+template <class T, int Rows, int Vecs>
+LORUN_TARGET inline void add_products(const T* v, int64_t in, const T* m, int64_t out, int64_t tiles, T* sums) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  Vec<T> sum[Rows][Vecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      sum[i][j] = load(sums + i * out + j * kCount);
+    }
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec<T> gradients[Vecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      gradients[j] = load(m + t * out + j * kCount);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const T value = v[t * in + i];
+#pragma GCC unroll 2
+      for (int j = 0; j < Vecs; ++j) {
+        sum[i][j] += value * gradients[j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      store(sums + i * out + j * kCount, sum[i][j]);
+    }
+  }
+}
+
+// Channels are multiples of 8 and of a vector.
+template <class T, int Vecs>
+LORUN_TARGET inline void add_columns(const T* v, int64_t in, const T* m, int64_t out, int64_t tiles, T* sums) {
+  constexpr int kRows = std::min<int>(kSums / Vecs, Lanes<T>::kCount > 8 ? Lanes<T>::kCount : 8);
+  for (int64_t i = 0; i < in; i += kRows) {
+    add_products<T, kRows, Vecs>(v + i, in, m, out, tiles, sums + i * out);
+  }
+}
+
+// sums (36, in, out) += those of tiles [begin, end).
+template <class T>
+LORUN_TARGET void sum_tiles(const GradientProblem<T>& p, const Work<T>& w, int64_t begin, int64_t end, T* sums) {
+  for (int64_t t = begin; t < end; ++t) {
+    const Place place(p, t);
+    image_points(p, p.x, p.in, place, w.padded, w.v + (t - begin) * p.in, w.v_pitch);
+    const Pixels<T> g = tile_at(p, p.grad, p.out, place.image, place.top, place.left, kTile, w.padded);
+    transform_gradient(g, p.out, w.m + (t - begin) * p.out, w.m_pitch);
+  }
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const T *v = w.v + point * w.v_pitch, *m = w.m + point * w.m_pitch;
+    T* to = sums + point * p.in * p.out;
+    int64_t j = 0;
+    for (; j + 2 * kCount <= p.out; j += 2 * kCount) {
+      add_columns<T, 2>(v, p.in, m + j, p.out, end - begin, to + j);
+    }
+    if (j < p.out) {
+      add_columns<T, 1>(v, p.in, m + j, p.out, end - begin, to + j);
+    }
+  }
+}
+
+// grad (3, 3, in, out) from the sums (parts, 36, in, out), values [begin, end) of in * out.
+template <class T>
+LORUN_TARGET void to_weight(const T* sums, int64_t parts, int64_t values, int64_t begin, int64_t end, T* grad) {
+  for (int64_t at = begin; at < end; at += Lanes<T>::kCount) {
+    Vec<T> half[3][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      Vec<T> from[6], to[3];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        const T* first = sums + (i * 6 + j) * values + at;
+        from[i] = load(first);
+        for (int64_t part = 1; part < parts; ++part) {
+          from[i] += load(first + part * kPoints * values);
+        }
+      }
+      gather<T>(from, to);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        half[i][j] = to[i];
+      }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      Vec<T> to[3];
+      gather<T>(half[i], to);
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        store(grad + (i * 3 + j) * values + at, to[j]);
+      }
+    }
+  }
+}
+
+}  // namespace lorun::winograd_conv2d::LORUN_VARIANT
