@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,12 +26,22 @@ _CPUS = ("baseline", "avx2", "avx512", "", None)
 WISHES = ("auto", "reference", "aten", "packed", "triton", "winograd")
 
 
+def _refuse(message: str) -> NoReturn:
+    """Raises ValueError; ends ``lorun-fast``, which is imported as a part of this package and cannot catch it."""
+    started = getattr(sys, "argv", None) or [""]
+    module = started[0] == "-m" and any(word.endswith("lorun_fast.apps") for word in sys.orig_argv)
+    if module or Path(started[0]).stem == "lorun-fast":
+        print(f"lorun-fast: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(message)
+
+
 def _load():
     """(module, reason): exactly one of them is empty."""
     for name, wish, wishes in (("LORUN_BACKEND", WISH, WISHES), ("LORUN_CPU", os.environ.get("LORUN_CPU"), _CPUS)):
         if wish not in wishes:
             known = ", ".join(w for w in wishes if w)
-            raise ValueError(f"{name}: expected one of {known}, got {wish!r}")
+            _refuse(f"{name}: expected one of {known}, got {wish!r}")
     if WISH == "reference":
         return None, "disabled by LORUN_BACKEND=reference"
     if find_spec("lorun_fast._C") is None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from apps_help import accepted, contents, picture, refused, tiny_network
 
+from lorun_fast import _native
 from lorun_fast.apps import restoring
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.files import replacing
+from lorun_fast.ops import _backends
 
 
 @pytest.mark.parametrize("command", ["demo", "measure", "restore", "evaluate", "train", "info"])
@@ -177,6 +182,38 @@ def test_as_a_process(tmp_path):
     assert wrong.stdout == ""
     assert wrong.stderr.splitlines()[-1] == "lorun-fast: error: expected an existing folder for s.json, got no"
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("variable", ["LORUN_BACKEND", "LORUN_CPU"])
+def test_a_wrong_environment_is_one_line(variable, tmp_path):
+    """The package refuses it at import, before the command's own code can run."""
+    environment = {**os.environ, variable: "fastest"}
+    script = Path(sys.executable).with_name("lorun-fast")
+    for command in ([sys.executable, "-m", "lorun_fast.apps"], [str(script)]):
+        done = subprocess.run([*command, "info"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert re.fullmatch(
+            rf"lorun-fast: error: {variable}: expected one of [a-z0-9, ]+, got 'fastest'\n", done.stderr
+        )
+    program = "try:\n import lorun_fast\nexcept ValueError as e:\n print(e)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{variable}: expected one of ") and done.returncode == 0, done.stderr
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    model = tiny_network(tmp_path / "net.safetensors")
+    picture(tmp_path / "photos" / "a.png")
+    accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", tmp_path / "y.npz")
+    missing = dataclasses.replace(_backends.BACKENDS["lora_conv2d"]["packed"], missing=lambda: "no such instructions")
+    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "packed", missing)
+    monkeypatch.setattr(_native, "WISH", "packed")
+    for command in (
+        ["restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--device", "cpu"],
+        ["train", "cs", "--data", tmp_path / "photos", "-o", tmp_path / "out"],
+    ):
+        line = refused(capsys, *command)
+        assert line.endswith("LORUN_BACKEND=packed: expected a backend that runs here, got none: no such instructions")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("task", "model"), [("cs", "sr"), ("cs", "cassi"), ("sr", "cs-25"), ("cassi", "cs-25")])

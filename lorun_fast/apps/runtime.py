@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.errors import UserError, first_line
+from lorun_fast.ops import _backends
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 1, "cuda": 8}
@@ -139,15 +140,25 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def usable(name: str) -> torch.device:
+    """The device of this name. Raises UserError where it, or the backend that LORUN_BACKEND names, cannot run."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a CUDA device for cuda, got none that torch can use")
+    try:
+        for op in _backends.BACKENDS:
+            _backends.named(op, name)
+    except RuntimeError as error:
+        raise UserError(first_line(error)) from error
+    return torch.device(name)
+
+
 @contextmanager
 def chosen(args: argparse.Namespace) -> Iterator[Runtime]:
     """The runtime that the options describe, while the block runs.
 
-    Raises UserError for a device that is not there and when memory runs out inside.
+    Raises as :func:`usable`, and UserError when memory runs out inside.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: expected a CUDA device for cuda, got none that torch can use")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -433,8 +433,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     init = _init_file(args.init) if args.init else None
     warm = models.read_network(models.locate(args.warm_start)) if args.warm_start else None
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: expected a CUDA device that torch can use, got none")
+    runtime.usable(args.device)
     if args.train_base and args.sharing != "lora":
         raise UserError(f"--train-base: expected --sharing lora, got {args.sharing}, which trains every weight")
     training = Run(args)

@@ -68,20 +68,29 @@ def use_backend(name: str) -> Iterator[None]:
         _native.WISH = before
 
 
+def named(op: str, device: str) -> Backend | None:
+    """The backend that LORUN_BACKEND names, None where the op has none of this name on this device.
+
+    Raises RuntimeError when it cannot run here.
+    """
+    backend = BACKENDS[op].get(_native.WISH)
+    if backend is None or device not in backend.devices:
+        return None
+    reason = backend.missing()
+    if reason is not None:
+        raise RuntimeError(f"LORUN_BACKEND={backend.name}: expected a backend that runs here, got none: {reason}")
+    return backend
+
+
 def choose(op: str, device: str, args: tuple) -> Backend:
     """The backend for this call: the one that LORUN_BACKEND names, else the first row of the table that applies.
 
-    Raises RuntimeError when the named backend exists for this op and device but cannot run here. A call that it
-    does not support goes by the table.
+    A call that the named one does not support goes by the table. Raises as :func:`named`.
     """
     known = BACKENDS[op]
-    named = known.get(_native.WISH)
-    if named is not None and device in named.devices:
-        reason = named.missing()
-        if reason is not None:
-            raise RuntimeError(f"LORUN_BACKEND={named.name}: expected a backend that runs here, got none: {reason}")
-        if named.supports(*args) is None:
-            return named
+    wished = named(op, device)
+    if wished is not None and wished.supports(*args) is None:
+        return wished
     for row in TABLE.get((op, device), ()):
         backend = known.get(row.backend)
         if backend is None or device not in backend.devices or not row.when(*args):
@@ -95,13 +104,13 @@ def served(op: str, device: str) -> tuple[str, str]:
     """(the backend that usually serves the op on this device, why the others do not)."""
     known = {name: b for name, b in BACKENDS[op].items() if device in b.devices}
     missing = {name: b.missing() for name, b in known.items()}
-    named = _native.WISH if _native.WISH in known else None
+    wish = _native.WISH if _native.WISH in known else None
     rows = [row for row in TABLE.get((op, device), ()) if row.backend in known]
-    order = ([named] if named else []) + [row.backend for row in rows] + [REFERENCE]
+    order = ([wish] if wish else []) + [row.backend for row in rows] + [REFERENCE]
     best = next(name for name in order if missing[name] is None)
     reasons = []
-    if named:
-        reasons.append(f"LORUN_BACKEND={named}")
+    if wish:
+        reasons.append(f"LORUN_BACKEND={wish}")
     for name in known:
         if name in (best, REFERENCE):
             continue
