@@ -56,6 +56,25 @@ def test_agrees_with_measure_and_restore(tmp_path, model, capsys):
         assert set(report["versions"]) == {"lorun_fast", "torch", "python"}
 
 
+def test_tiles_are_those_of_restore_and_hardly_change_the_scores(tmp_path, model, capsys):
+    for i, mode in enumerate(("L", "RGB")):
+        picture(tmp_path / "photos" / f"{i}.png", 90, 70, mode=mode, seed=i)
+    whole, _ = _evaluate(capsys, model, tmp_path / "photos", "--colour", "channels")
+    tiles = ("--tile", 48)
+    tiled, _ = _evaluate(
+        capsys, model, tmp_path / "photos", "--colour", "channels", *tiles, "--save", tmp_path / "saved"
+    )
+    assert (whole["tile"], tiled["tile"]) == (None, 48)
+    for one, two in zip(whole["images"], tiled["images"], strict=True):
+        assert math.isclose(one["psnr"], two["psnr"], abs_tol=0.01) and one["psnr"] != two["psnr"]
+        assert one["start_psnr"] == two["start_psnr"]
+    accepted(capsys, "measure", tmp_path / "photos", "--model", model, "--colour", "channels", "-o", tmp_path / "y.npz")
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, *tiles)
+    assert contents(tmp_path / "out") == contents(tmp_path / "saved")
+    line = refused(capsys, "evaluate", model, tmp_path / "photos", "--tile", 32)
+    assert "--tile: expected more than twice the overlap of 16 pixels, got 32" in line
+
+
 def test_batches_do_not_change_the_scores(tmp_path, model, capsys):
     for i in range(5):
         picture(tmp_path / "photos" / f"{i}.png", *((24, 32) if i % 2 else (20, 20)), seed=i)

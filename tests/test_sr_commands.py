@@ -176,6 +176,25 @@ def test_evaluate_scores_every_kernel_and_scale(tmp_path, model, capsys):
         assert len(list((tmp_path / "x").iterdir())) == 8
 
 
+def test_evaluate_in_tiles_scores_what_restore_makes(tmp_path, model, capsys):
+    picture(tmp_path / "a.png", 144, 192, mode="RGB")
+    np.save(tmp_path / "k.npy", random_kernels((3, 3))[0])
+    command = ["evaluate", model, tmp_path / "a.png", "--kernels", tmp_path / "k.npy", "--scale", 3, "--protocol",
+               "float", "--json", tmp_path / "s.json", "--save", tmp_path / "saved"]  # fmt: skip
+    scores = {}
+    for tile in (None, 64):
+        accepted(capsys, *command, *(() if tile is None else ("--tile", tile)))
+        report = json.loads((tmp_path / "s.json").read_text())
+        assert report["tile"] == tile
+        scores[tile] = report["kernels"][0]["images"][0]["psnr"]
+    assert scores[64] == pytest.approx(scores[None], abs=0.3) and scores[64] != scores[None]
+    options = ("--kernel", tmp_path / "k.npy", "--scale", 3, "-o", tmp_path / "y.npz")
+    accepted(capsys, "measure", "sr", tmp_path / "a.png", *options)
+    accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--tile", 64)
+    saved = images.load(tmp_path / "saved" / "a_x3_k1.png", "channels")
+    np.testing.assert_allclose(images.load(tmp_path / "out" / "a.png", "channels"), saved, atol=1.1 / 255)
+
+
 def test_a_stopped_evaluation_goes_on(tmp_path, model, capsys, monkeypatch):
     from lorun_fast.apps.tasks.sr import evaluate
 

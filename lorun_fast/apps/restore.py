@@ -32,13 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the PNGs (default: 8)")
     parser.add_argument("--key", metavar="NAME", help="variable of a .mat file that holds y (default: the only one)")
-    parser.add_argument(
-        "--tile",
-        type=runtime.at_least_one,
-        metavar="PIXELS",
-        help="work in overlapping pieces of this side, less 16 at its edges (super-resolution: that "
-        "contribute squares of this side): less memory (default: whole images)",
-    )
+    tiling.add_argument(parser)
     for name in tasks.NAMES:
         tasks.get(name).add_restore_arguments(parser)
     runtime.add_arguments(parser)
@@ -71,8 +65,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     net = restoring.prepared(model.net, how)
     if hasattr(task, "restore"):
         settings["args"] = args  # it sees to --tile itself
-    elif args.tile is not None:
-        net = tiling.Tiled(net, args.tile)
+    else:
+        net = tiling.tiled(net, args.tile)
     restored = partial(getattr(task, "restore", restoring.restore), **settings)
     pictures = file.pictures()
     names = files.unique_names([Path(_file_name(file.items[group[0]].name)) for group in pictures])

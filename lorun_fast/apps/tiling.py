@@ -4,12 +4,14 @@ neighbourhood, or, where they mix distant pixels, of what the denoiser sees.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lorun_fast.apps import runtime
 from lorun_fast.apps.errors import UserError
 from lorun_fast.network import LoRun
 from lorun_fast.operators import SensingOperator
@@ -41,6 +43,17 @@ def apply(
             inner = piece[..., margin * scale :, margin * scale :]
             target[...] = inner[..., : target.shape[-2], : target.shape[-1]]
     return out
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """--tile, of every command that restores measurements of any size."""
+    parser.add_argument(
+        "--tile",
+        type=runtime.at_least_one,
+        metavar="PIXELS",
+        help="work in overlapping pieces of this side, less 16 at its edges (super-resolution: that "
+        "contribute squares of this side): less memory (default: whole images)",
+    )
 
 
 class Tiled:
@@ -79,6 +92,11 @@ class Tiled:
     def _places(self, shape):
         rows, columns = (cuts(side, self.tile, self.overlap) for side in shape)
         return [(row, column) for row in rows for column in columns]
+
+
+def tiled(net: LoRun, tile: int | None) -> LoRun | Tiled:
+    """The network with its denoiser on tiles of this side; itself without one. Raises as :class:`Tiled`."""
+    return net if tile is None else Tiled(net, tile)
 
 
 def cuts(length: int, tile: int, overlap: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sensor_noise(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
-    parser.add_argument(
-        "--tile", type=runtime.at_least_one, metavar="SIDE", help="run the denoiser on tiles of this side"
-    )
+    tiling.add_argument(parser)
     options.add_mask(parser.add_argument_group("Phi (default: the network's own mask)"))
     options.add_wavelengths(parser)
     runtime.add_arguments(parser)
@@ -73,8 +71,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     own = model.net.op
     step = own.step if args.step is None else args.step
     full = options.operator(args, own.bands, step) if args.mask else CASSI(own.mask.detach().cpu(), own.bands, step)
-    net = restoring.prepared(model.net, how)
-    net = tiling.Tiled(net, args.tile) if args.tile else net
+    net = tiling.tiled(restoring.prepared(model.net, how), args.tile)
     wavelengths = options.wavelengths(args, own.bands)
     paths = cubes.find_cubes(args.cubes)
     if args.json is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables
+from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables, tiling
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import not_negative, seed
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise", type=not_negative, default=0.0, metavar="SIGMA", help="standard deviation of noise on y (default: 0)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    tiling.add_argument(parser)
     runtime.add_arguments(parser)
 
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     model = models.load(args.model, how.device)
-    net = restoring.prepared(model.net, how)
+    net = tiling.tiled(restoring.prepared(model.net, how), args.tile)
     paths = images.find(args.images)
     if args.json is not None:
         files.check_file(args.json)
@@ -120,6 +121,7 @@ def _report(args: argparse.Namespace, model: models.Model, how: runtime.Runtime,
         "colour": args.colour,
         "noise": args.noise,
         "seed": args.seed,
+        "tile": args.tile,
         "metrics": metrics.DESCRIPTION,
         **reports.machine(how),
         "mean": {key: metrics.mean([row[key] for row in rows]) for key in scores},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables
+from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables, tiling
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.runtime import at_least_one, not_negative, seed
 from lorun_fast.apps.tasks.sr import heatmap, kernels, pictures, protocol
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="standard deviation of noise on y, which the network is told (default: 0)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    tiling.add_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument(
         "--resume",
@@ -119,6 +120,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         "kernels_file": args.kernels.name,
         "noise": args.noise,
         "seed": args.seed,
+        "tile": args.tile,
     }
     part = None if args.json is None else args.json.with_name(f"{args.json.name}.part")
     planned = [(scale, i) for scale in args.scale for i in blur]
@@ -191,8 +193,8 @@ def _one_kernel(args, how, net, pixels, names, scale, index, kernel, bar, warm_u
         )
         if warm_up:
             warm_up = False
-            pictures.restore(net, y[:1], None, how, op=op, sigma=args.noise)
-        x, elapsed = pictures.restore(net, y, None, how, op=op, sigma=args.noise)
+            pictures.restore(net, y[:1], None, how, op=op, sigma=args.noise, tile=args.tile)
+        x, elapsed = pictures.restore(net, y, None, how, op=op, sigma=args.noise, tile=args.tile)
         with torch.inference_mode():
             start = op.initial(torch.from_numpy(y).to(how.device)).cpu().numpy()
         seconds += [elapsed / len(members)] * len(members)
