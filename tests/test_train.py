@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import lorun_fast as lf
 from lorun_fast import _native
-from lorun_fast.apps import train, unrolling
+from lorun_fast.apps import models, train, unrolling
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.sampling import PatchSampler, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
@@ -215,6 +215,17 @@ def test_a_network_of_the_same_kind_goes_on(photographs, uninterrupted, tmp_path
     after = load_file(tmp_path / "more" / "model.safetensors")
     changed = {name for name, t in before.items() if not torch.equal(after[name], t)}
     assert changed == {name for name in before if name.endswith((".up", ".down"))} | {"step_size", "op.phi"}
+
+
+def test_the_file_to_start_from_is_read_once(photographs, uninterrupted, tmp_path, monkeypatch):
+    """A second time it may be gone, or another."""
+    read, paths = models.read_network, []
+    monkeypatch.setattr(models, "read_network", lambda path: paths.append(path) or read(path))
+    for name in ("base", "model"):
+        file = tmp_path / f"{name}.safetensors"
+        shutil.copy(uninterrupted / file.name, file)
+        assert main(arguments(photographs, tmp_path / name, "--init", str(file), "--stop-after", "1")) == 0
+        assert paths.count(file) == 1
 
 
 def test_a_warm_start_takes_the_base_and_leaves_the_rest(photographs, uninterrupted, tmp_path):

@@ -367,16 +367,15 @@ def _staged(base: LoRun, args: argparse.Namespace) -> LoRun:
     return net
 
 
-def _phase_two(path: Path, base: LoRun, args: argparse.Namespace) -> LoRun:
-    """What phase 2 trains, from the file: a tied network like the recipe's ``base`` is staged, a network that is what
-    phase 2 makes of it goes on.
+def _phase_two(net: LoRun, path: Path, base: LoRun, args: argparse.Namespace) -> LoRun:
+    """What phase 2 trains, from the network ``net`` of the file ``path``: a tied network like the recipe's ``base`` is
+    staged, a network that is what phase 2 makes of it goes on.
     """
 
     def shape(net: LoRun) -> dict:
         shapes = {k: v.shape for k, v in net.state_dict().items() if k != "step_size"}
         return shapes | {"sharing": net.sharing, "data_step": net.data_step, "noise_map": net.noise_map}
 
-    net = models.read_network(path)
     if shape(net) == shape(base):
         return _staged(net, args)
     fresh = _staged(base, args)
@@ -432,6 +431,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     init = _init_file(args.init) if args.init else None
+    start = None if init is None else models.read_network(init)
     warm = models.read_network(models.locate(args.warm_start)) if args.warm_start else None
     runtime.usable(args.device)
     if args.train_base and args.sharing != "lora":
@@ -443,7 +443,7 @@ def run(args: argparse.Namespace) -> int:
     if warm is not None:
         _copy_what_fits(warm, base)
     # What phase 2 would refuse is refused before phase 1, and before there is a folder.
-    _staged(base, args) if init is None else _phase_two(init, base, args)
+    _staged(base, args) if start is None else _phase_two(start, init, base, args)
     state = training.open()
     base_file = init or training.folder / "base.safetensors"
     if state is None or state["phase"] == "base":
@@ -453,7 +453,7 @@ def run(args: argparse.Namespace) -> int:
             save(base, base_file)
         state = None
     torch.manual_seed(args.seed + 1)
-    net = _phase_two(base_file, base, args)
+    net = _phase_two(models.read_network(base_file) if start is None else start, base_file, base, args)
     if args.sharing == "lora":
         net.denoiser.freeze_base(not args.train_base)
     if not training.phase("stages", net, args.steps, state):
