@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 
 import pytest
 
@@ -33,6 +35,15 @@ def test_an_error_comes_at_its_items_turn():
         next(items)
 
 
+def test_nothing_more_is_made_when_the_loop_ends():
+    """The one that is being made is waited for, so that no thread outlives the loop."""
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        for _item, _ in background.ahead(itertools.count(), made.append):
+            raise KeyboardInterrupt
+    assert made == [0, 1]
+
+
 def test_all_calls_are_made_and_few_wait():
     done, gate = [], threading.Event()
     with background.Workers(1, most=2) as workers:
@@ -58,3 +69,37 @@ def test_an_error_of_the_block_wins():
     with pytest.raises(KeyError), background.Workers(1, most=4) as workers:
         workers.submit(int, "no number")
         raise KeyError("first")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_error_of_the_block_lets_the_running_call_end_and_cancels_those_that_wait(error):
+    done, running, submitted = [], threading.Event(), threading.Event()
+    workers = background.Workers(1, most=4)
+
+    def until_the_next_is_cancelled():
+        running.set()
+        submitted.wait()
+        for _ in range(1000):
+            if workers.waiting[1].cancelled():
+                break
+            time.sleep(0.01)
+        done.append("the running one")
+
+    with pytest.raises(error), workers:
+        workers.submit(until_the_next_is_cancelled)
+        for n in range(3):
+            workers.submit(done.append, n)
+        running.wait()
+        submitted.set()
+        raise error
+    assert done == ["the running one"]
+    assert [future.cancelled() for future in workers.waiting] == [False, True, True, True]
+
+
+def test_an_error_of_a_call_ends_the_block():
+    done = []
+    with pytest.raises(ZeroDivisionError), background.Workers(1, most=4) as workers:
+        workers.submit(lambda: 1 / 0)
+        workers.waiting[0].exception()  # returns when the call has failed
+        workers.submit(done.append, 1)
+    assert done == []

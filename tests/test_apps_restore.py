@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -234,6 +236,26 @@ def test_the_ratio_names_a_shipped_network(tmp_path, capsys, monkeypatch):
     )
     assert "--block-size: expected 8" in line
     assert "cs-25" in accepted(capsys, "info")
+
+
+def test_a_disk_that_gets_full_ends_the_command(tmp_path, model, capsys, monkeypatch):
+    """Pictures are saved in threads: the error of one is the command's, and leaves complete files only."""
+    for i in range(12):
+        picture(tmp_path / "photos" / f"{i:02}.png", seed=i)
+    accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", tmp_path / "y.npz")
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == "01.png":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
+    assert line.endswith("01.png, got: no space left on device")
+    written = contents(tmp_path / "out")
+    assert "00.png" in written and "11.png" not in written
+    assert all(name.endswith(".png") and data.endswith(b"IEND\xaeB`\x82") for name, data in written.items())
 
 
 @pytest.mark.parametrize("amx", [False, True])

@@ -21,6 +21,7 @@ from lorun_fast.functional import (
     blur_downsample_step,
 )
 from lorun_fast.operators.blur_downsample import _peak_power
+from lorun_fast.ops import _blur_downsample_cost
 from lorun_fast.ops._blur_downsample_cost import prefer_fft
 from lorun_fast.reference import blur_downsample as reference
 
@@ -372,6 +373,16 @@ def test_auto_takes_the_cheaper_method():
     auto = blur_downsample(x, kernel, scale=1)
     assert torch.equal(auto, blur_downsample(x, kernel, scale=1, method="fft"))
     torch.testing.assert_close(auto, blur_downsample(x, kernel, scale=1, method="direct"))
+
+
+def test_a_kernel_per_image_makes_the_fft_method_dearer(monkeypatch):
+    """Eight images: the FFT of one kernel pays, that of eight does not."""
+    monkeypatch.setitem(_blur_downsample_cost._COMPILED, "cpu", True)
+    x, kernels = draw(8, 1, 64, 64), draw(8, 27, 27, seed=1)
+    for kernel, method, other in ((kernels[0], "fft", "direct"), (kernels, "direct", "fft")):
+        auto = blur_downsample(x, kernel, scale=1)
+        assert torch.equal(auto, blur_downsample(x, kernel, scale=1, method=method))
+        assert not torch.equal(auto, blur_downsample(x, kernel, scale=1, method=other))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -61,6 +61,20 @@ def test_attention_is_the_formula_and_does_not_depend_on_the_number_of_pixels():
     torch.testing.assert_close(block._attend(*twice)[:, :35], got)
 
 
+def test_attention_in_bf16_weighs_in_fp32():
+    """Products of q and k that bf16 holds, norms and logits that it would round: only the result may be rounded."""
+    block = SpectralBlock(4, 1, 1).bfloat16()
+    with torch.no_grad():
+        block.temperature.fill_(200)
+    nearly_all, some, none = (torch.rand(16, n, 4) < share for n, share in ((512, 0.97), (64, 0.5), (32, 0)))
+    q = torch.cat([nearly_all[:, :256], some[:, :32], none], 1).bfloat16()
+    k = torch.cat([nearly_all[:, 256:], none, some[:, 32:]], 1).bfloat16()
+    v = torch.rand(q.shape).bfloat16()
+    got = block._attend(q, k, v)
+    want = block.double()._attend(q.double(), k.double(), v.double())
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=8e-3)
+
+
 def test_exposure_does_not_matter():
     net = small().double()
     z = torch.rand(1, 4, 8, 12, dtype=torch.float64)
