@@ -262,12 +262,15 @@ def test_points_and_strip():
     assert pictures.strip(truth[:1, :, :1].repeat(600, 2), np.array([500.0])).shape == (3, 22, 200)
 
 
-@pytest.mark.parametrize(("length", "tile", "overlap"), [(7, 8, 2), (8, 8, 2), (9, 8, 2), (100, 17, 3), (101, 40, 16)])
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(7, 24, 8), (24, 24, 8), (25, 24, 8), (32, 24, 8), (101, 40, 16), (321, 128, 16)]
+)
 def test_tiles_keep_every_pixel_once_and_see_beyond_it(length, tile, overlap):
     cuts = tiling.cuts(length, tile, overlap)
     assert [p for _, (first, end) in cuts for p in range(first, end)] == list(range(length))
     for (first, end), (kept, kept_end) in cuts:
-        assert end - first == min(tile, length) and first >= 0 and end <= length
+        assert first % tiling.CELL == 0 and first >= 0 and end <= length
+        assert end - first == min(tile, length) or (end == length and tile < end - first < tile + tiling.CELL)
         assert kept - first >= overlap or kept == 0
         assert end - kept_end >= overlap or kept_end == length
 
@@ -279,8 +282,22 @@ def test_tiles_give_what_the_whole_image_gives():
     y = op(torch.from_numpy(cube(40, 50))[None])
     with torch.no_grad():
         torch.testing.assert_close(tiling.Tiled(net, 24, 8)(y), net(y), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="--tile: expected more than twice the overlap of 16 pixels, got 32"):
-        tiling.Tiled(net, 32)
+    with pytest.raises(UserError, match="--tile: expected at least 40 pixels, got 39"):
+        tiling.Tiled(net, 39)
+
+
+@pytest.mark.parametrize("tile", [48, 53])
+def test_tiles_see_the_cells_of_the_whole_image(tile):
+    """A denoiser that reduces its input, at a length that neither the cell nor the tile divides."""
+    denoiser = lf.ResUNet(BANDS, BANDS, channels=(4, 4, 4, 4), blocks=1)
+    op = lf.CASSI(torch.from_numpy(mask(40, 93)), BANDS, STEP)
+    net = lf.LoRun(op, denoiser, stages=1, sharing="tied").eval()
+    y = op(torch.from_numpy(cube(40, 93))[None])
+    with torch.no_grad():
+        z = net.data_update(0, op.initial(y), y, op, None)
+        correction = net(y) - z
+        difference = tiling.Tiled(net, tile)(y) - net(y)
+    assert difference.abs().max() < 0.02 * correction.abs().max()
 
 
 def test_synthetic_cube():

@@ -16,6 +16,8 @@ from lorun_fast.apps.errors import UserError
 from lorun_fast.network import LoRun
 from lorun_fast.operators import SensingOperator
 
+# The denoisers' coarsest cell: pieces begin where its grid does, or they would see other cells than the whole image's.
+CELL = 8
 _PADDING = {"wrap": "wrap", "reflect": "symmetric"}
 
 
@@ -61,13 +63,14 @@ class Tiled:
 
     A measurement mixes pixels further apart than a tile is wide (54 columns in snapshot spectral imaging with 28 bands
     at step 2), so cutting it up would change the problem. The data step needs no activations: it stays whole.
-    tile: side in pixels. overlap: pixels that a tile sees beyond what it keeps, on either side.
+    tile: side in pixels, cut to whole cells. overlap: pixels that a tile sees beyond what it keeps, on either side;
+    whole cells.
     """
 
     def __init__(self, net: LoRun, tile: int, overlap: int = 16):
-        if tile <= 2 * overlap:
-            raise UserError(f"--tile: expected more than twice the overlap of {overlap} pixels, got {tile}")
-        self.net, self.tile, self.overlap = net, tile, overlap
+        if tile < 2 * overlap + CELL:
+            raise UserError(f"--tile: expected at least {2 * overlap + CELL} pixels, got {tile}")
+        self.net, self.tile, self.overlap = net, tile // CELL * CELL, overlap
         self.op = net.op
 
     def __call__(
@@ -102,12 +105,14 @@ def tiled(net: LoRun, tile: int | None) -> LoRun | Tiled:
 def cuts(length: int, tile: int, overlap: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """((first, end) that a tile sees, (first, end) that it keeps) along one axis; what is kept covers it once.
 
-    Every tile is ``tile`` long, or the whole axis where that is shorter; the last one is moved back to end with it.
+    All begin at multiples of CELL, as tile and overlap are, and are ``tile`` long, or the whole axis where that is
+    shorter; the last one is moved back to end with the axis, and up to a cell longer.
     """
     if length <= tile:
         return [((0, length), (0, length))]
     inner = tile - 2 * overlap
     count = -(-(length - 2 * overlap) // inner)
-    starts = [min(i * inner, length - tile) for i in range(count)]
+    starts = [min(i * inner, (length - tile) // CELL * CELL) for i in range(count)]
+    ends = [*(start + tile for start in starts[:-1]), length]
     edges = [0, *(start + overlap for start in starts[1:]), length]
-    return [((start, start + tile), (edges[i], edges[i + 1])) for i, start in enumerate(starts)]
+    return [((starts[i], ends[i]), (edges[i], edges[i + 1])) for i in range(count)]

@@ -17,8 +17,6 @@ SIZES = ("crop", "reflect")
 EDGES = ("wrap", "reflect")
 # Deconvolution reaches further than the kernel does; beyond this many pixels its echo of an edge is not seen.
 _LEAST_MARGIN = 48
-# The denoiser's coarsest cell: pieces begin where its grid does, or it would see other cells than in the whole image.
-_CELL = 8
 
 
 def fitted(image: np.ndarray, cell: int, how: str) -> np.ndarray:
@@ -44,7 +42,7 @@ def margin(op: BlurDownsample) -> int:
 
 
 def _whole_cells(pixels: float) -> int:
-    return max(1, math.ceil(pixels / _CELL)) * _CELL
+    return max(1, math.ceil(pixels / tiling.CELL)) * tiling.CELL
 
 
 def restore(
