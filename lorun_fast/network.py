@@ -81,6 +81,10 @@ class LoRun(nn.Module):
             raise ValueError(f"noise_map='stage': expected data_step='prox', got {data_step!r}")
         if stages < 1:
             raise ValueError(f"stages: expected at least 1, got {stages}")
+        try:
+            rho = float(step_size)
+        except (TypeError, ValueError):
+            raise TypeError(f"step_size: expected one number for all stages, got {step_size!r}") from None
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
         if isinstance(denoiser, Stages):
@@ -99,7 +103,7 @@ class LoRun(nn.Module):
         self.gamma, self.form, self.sharing = gamma, form, sharing
         self.data_step, self.noise_map = data_step, noise_map
         self.checkpoint = checkpoint
-        self.step_size = nn.Parameter(torch.full((staged.stages,), float(step_size)))
+        self.step_size = nn.Parameter(torch.full((staged.stages,), rho))
         self.register_load_state_dict_post_hook(LoRun._merge_again)
 
     @property

@@ -321,6 +321,7 @@ def test_demo(model, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--mask", "zeros.npy"], "zeros.npy: expected a mask with some values other than zero, got none"),
         (["--mask", "absent.mat"], "expected a mask (.mat, .npy or .npz), got absent.mat: no such file"),
         ([], "expected one of --mask and --model, got neither"),
         (["--step", "-1"], "--step: expected a whole number of at least 0, got '-1'"),
@@ -329,6 +330,10 @@ def test_demo(model, capsys, tmp_path):
     ],
 )
 def test_measure_refuses(arguments, message, files, capsys):
+    np.save(files / "zeros.npy", np.zeros((HEIGHT, WIDTH)))
+    arguments = [files / "zeros.npy" if a == "zeros.npy" else a for a in arguments]
     before = contents(files)
-    assert message in refused(capsys, "measure", "cassi", files / "a.npy", "-o", files / "y.npz", *arguments)
+    command = ("measure", "cassi", files / "a.npy", "-o", files / "y.npz")
+    assert message in refused(capsys, *command, *arguments)
+    assert refused(capsys, *command, "--mask", files).endswith(f"got {files}")  # which is there, but no file
     assert contents(files) == before

@@ -62,6 +62,22 @@ def test_a_wrong_command_line_is_one_line(arguments, capsys, tmp_path, monkeypat
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["info", "--ratio", "25"], "lorun-fast info"),
+        (["measure", "a.png", "--ratio", "25", "-o", "y.npz", "--batch", "3"], "lorun-fast measure"),
+        (
+            ["measure", "sr", "a.png", "--gaussian", "1", "--scale", "2", "-o", "y.npz", "--json"],
+            "lorun-fast measure sr",
+        ),
+        (["train", "cs", "--data", "a", "-o", "b", "--kernels", "k.npy"], "lorun-fast train cs"),
+    ],
+)
+def test_an_unknown_option_names_the_commands_help(arguments, program, capsys):
+    assert f"expected the arguments of {program} --help, got: unrecognized arguments: --" in refused(capsys, *arguments)
+
+
 @pytest.mark.parametrize("bug", [ValueError("a bug"), ModuleNotFoundError("a bug", name="nobodys")])
 def test_a_bug_keeps_its_traceback(bug, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):

@@ -17,11 +17,11 @@ def load(path: Path, key: str) -> np.ndarray:
     key: the variable in .mat and .npz. Raises UserError for a file that cannot be read, a missing variable, another
     number of dimensions, and NaN or infinite values.
     """
-    if not path.is_file():
-        raise UserError(f"expected a matrix file (.mat, .npy or .npz), got {path}: no such file")
     suffix = path.suffix.lower()
     if suffix not in (".mat", ".npy", ".npz"):
         raise UserError(f"expected a matrix file (.mat, .npy or .npz), got {path}")
+    if not path.is_file():
+        raise UserError(f"expected a matrix file (.mat, .npy or .npz), got {path}: no such file")
     arrays = matlab.load(path) if suffix == ".mat" else load_arrays(path, "a matrix file")
     values = arrays.get("" if "" in arrays else key)
     if values is None:

@@ -67,11 +67,11 @@ def find_cubes(arguments: Sequence[Path]) -> list[Path]:
 
 def load_variables(path: Path, what: str) -> dict[str, np.ndarray]:
     """The arrays of a .mat (any version), .npy or .npz file by name ("" for .npy)."""
-    if not path.is_file():
-        raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}: no such file")
     suffix = path.suffix.lower()
     if suffix not in _ARRAYS:
         raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}")
+    if not path.is_file():
+        raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}: no such file")
     return matlab.load(path) if suffix == ".mat" else measurements.load_arrays(path, what)
 
 
@@ -176,8 +176,15 @@ def _band_images(folder: Path) -> np.ndarray:
 def load_mask(path: Path, key: str | None = None, *, bands: int | None = None) -> np.ndarray:
     """A coded aperture (H, W), or (L, H, W) one per band, from .mat, .npy, .npz or a gray image; float32.
 
-    Raises UserError for what cannot be read, NaN, and where (L, H, W) or (H, W, L) does not fit ``bands``.
+    Raises UserError for what cannot be read, NaN, zeros only, and where (L, H, W) or (H, W, L) does not fit ``bands``.
     """
+    mask = _read_mask(path, key, bands)
+    if not mask.any():
+        raise UserError(f"{path}: expected a mask with some values other than zero, got none")
+    return mask
+
+
+def _read_mask(path: Path, key: str | None, bands: int | None) -> np.ndarray:
     if path.is_file() and _is_image(path):
         return images.load(path, "y")[0]
     arrays = load_variables(path, "a mask")
