@@ -21,7 +21,7 @@ HOW_TO_BUILD = (
     "(needs a C++20 compiler; LORUN_FORCE_BUILD=1 shows why it fails)"
 )
 _TARGET_TORCH = "2.11"
-WISH = os.environ.get("LORUN_BACKEND", "auto")
+WISH = os.environ.get("LORUN_BACKEND") or "auto"
 _CPUS = ("baseline", "avx2", "avx512", "", None)
 WISHES = ("auto", "reference", "aten", "packed", "triton", "winograd")
 

@@ -93,6 +93,19 @@ def test_the_phases_draw_different_batches(photographs, tmp_path, monkeypatch):
     assert len(seen[1]) == len(seen[2]) == 6 and not seen[1] & seen[2]
 
 
+def test_a_finished_run_is_named_by_its_folder(uninterrupted, photographs, tmp_path, capsys):
+    scores = {}
+    for name in (uninterrupted, uninterrupted / "model.safetensors"):
+        assert main(["evaluate", str(name), str(photographs), "--json", str(tmp_path / "scores.json")]) == 0
+        report = json.loads((tmp_path / "scores.json").read_text())
+        scores[name] = report["model_sha256"], report["mean"]["psnr"]
+    assert len(set(scores.values())) == 1
+    (tmp_path / "unfinished").mkdir()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "unfinished"), str(photographs)]) == 2
+    assert "or the folder of a finished run, got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("dtype", "loops", "asked", "used"),
     [

@@ -39,15 +39,24 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
 
 
+def _of_run(name: str) -> Path:
+    """What a finished run left in its folder."""
+    return Path(name) / "model.safetensors"
+
+
 def locate(name: str) -> Path:
-    """The file of a shipped network, or a file itself. Raises UserError for neither."""
+    """The file of a shipped network, a file itself, or a finished run's. Raises UserError for none of them."""
     known = shipped()
     path = known.get(name, Path(name))
+    if path.is_dir() and _of_run(name).is_file():
+        path = _of_run(name)
     if name in tasks.NAMES and not path.is_file():
         path = known.get(tasks.get(name).DEMO_MODEL, path)
     if not path.is_file():
         names = ", ".join(known) or "none in this installation"
-        raise UserError(f"expected a shipped network ({names}) or a .safetensors file, got {name!r}")
+        raise UserError(
+            f"expected a shipped network ({names}), a .safetensors file or the folder of a finished run, got {name!r}"
+        )
     return path
 
 
@@ -56,7 +65,7 @@ def task_of(words: Sequence[str]) -> str:
     for word in words:
         if word in tasks.NAMES:
             return word
-        if word in shipped() or word.endswith(".safetensors"):
+        if word in shipped() or word.endswith(".safetensors") or _of_run(word).is_file():
             operator = read_config(locate(word))["operator"]["type"]
             return OPERATORS[operator].task if operator in OPERATORS else tasks.NAMES[0]
     return tasks.NAMES[0]
