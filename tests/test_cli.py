@@ -203,7 +203,7 @@ def test_as_a_process(tmp_path):
 @pytest.mark.parametrize("variable", ["LORUN_BACKEND", "LORUN_CPU"])
 def test_a_wrong_environment_is_one_line(variable, tmp_path):
     """The package refuses it at import, before the command's own code can run."""
-    environment = {**os.environ, variable: "fastest"}
+    environment = {**os.environ, "LORUN_BACKEND": "", variable: "fastest"}  # an empty one is none
     script = Path(sys.executable).with_name("lorun-fast")
     for command in ([sys.executable, "-m", "lorun_fast.apps"], [str(script)]):
         done = subprocess.run([*command, "info"], env=environment, capture_output=True, text=True)
