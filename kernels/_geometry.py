@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,15 +67,52 @@ class Geometry:
         return Geometry(self.n, self.c, h, w, self.o, h, w, (1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def nhwc(t: Tensor) -> Tensor:
-    """(N, H, W, C) view of an (N, C, H, W) image whose channels lie together; copied to channels_last if they do not.
+class Layout(NamedTuple):
+    """What a launch depends on of an image, seen as (N, H, W, C). aligned: its address is a multiple of 16 bytes."""
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    dtype: torch.dtype
+    aligned: bool = True
+
+    @staticmethod
+    def of(t: Tensor) -> Layout:
+        """t: (N, C, H, W)."""
+        n, c, h, w = t.shape
+        s_n, s_c, s_h, s_w = t.stride()
+        return Layout((n, h, w, c), (s_n, s_h, s_w, s_c), t.dtype, t.data_ptr() % 16 == 0)
+
+    @staticmethod
+    def new(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layout:
+        """Of an (N, H, W, C) tensor that a launcher makes."""
+        _, h, w, c = shape
+        return Layout(shape, (h * w * c, w * c, c, 1), dtype)
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether its pixels are equally spaced, across the ends of rows too."""
+        return self.shape[1] == 1 or self.strides[1] == self.shape[2] * self.strides[2]
+
+    def flat(self) -> Layout:
+        """An image in_a_row, as one row of pixels."""
+        (n, h, w, c), (s_n, _, s_w, s_c) = self.shape, self.strides
+        return self._replace(shape=(n, 1, h * w, c), strides=(s_n, h * w * s_w, s_w, s_c))
+
+    @property
+    def describable(self) -> bool:
+        """Whether a tensor descriptor can read it: channels lie together, the rest in units of 16 bytes."""
+        *rest, channel = self.strides
+        return self.aligned and channel == 1 and all(s > 0 and s * self.dtype.itemsize % 16 == 0 for s in rest)
+
+
+def together(t: Tensor) -> Tensor:
+    """An (N, C, H, W) image whose channels lie together; copied to channels_last if they do not.
 
     The pixel stride may exceed the channels: storage padded to whole 16 bytes lets 28 or 31 channels use descriptors.
     """
-    view = t.permute(0, 2, 3, 1)
-    if view.stride(3) != 1 and view.shape[3] != 1:
-        view = t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    return view
+    if t.stride(1) != 1 and t.shape[1] != 1:
+        return t.contiguous(memory_format=torch.channels_last)
+    return t
 
 
 def padded_like(t: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -84,21 +122,11 @@ def padded_like(t: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     return t.new_empty(n, h, w, -(-c // unit) * unit)[..., :c].permute(0, 3, 1, 2)
 
 
-def base_layout(weight: Tensor) -> Tensor:
-    """(..., out, in, kh, kw) -> (..., out, taps, in), contiguous: free for channels_last and for 1 x 1 weights."""
-    return weight.movedim(-3, -1).contiguous().flatten(-3, -2)
+def tap_major(weight: Tensor) -> Tensor:
+    """The elements of a (..., out, in, kh, kw) weight in the order (..., out, kh, kw, in), whatever its shape says.
 
-
-def factor_layout(down: Tensor) -> Tensor:
-    """(..., r, in, kh, kw) -> (..., r, taps, in), contiguous."""
-    return base_layout(down)
-
-
-def stage_arguments(stage, *tensors: Tensor | None):
-    """(stage tensor or None, number of stages, the tensors): an int picks its slice, a tensor leaves the stack."""
-    if isinstance(stage, Tensor):
-        count = next(t.shape[0] for t in tensors if t is not None)
-        return stage.contiguous(), count, tensors
-    if stage is None:
-        return None, 1, tensors
-    return None, 1, tuple(None if t is None else t[stage] for t in tensors)
+    Free for channels_last and for 1 x 1 weights.
+    """
+    if weight.ndim == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return weight.movedim(-3, -1).contiguous()

@@ -1,8 +1,14 @@
-"""A kernel launch as data: run it here, or compile the same thing for a GPU that is not there (check.py)."""
+"""A kernel launch as data: run it here, or compile the same thing for a GPU that is not there (check.py).
+
+What a launch depends on besides addresses and values is worked out once and kept (Plan): on a small problem a GPU would
+otherwise wait for Python. The launchers key their plans with everything that decides one.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,17 +23,50 @@ COUNTS = (
 )  # fmt: skip
 
 
+# How many plans each launcher keeps: more than the layers of a network in its forms, sizes and batches.
+PLANS = 1024
+
+
+class Slot(NamedTuple):
+    """Holds the place of what a plan calls ``name``, among the arguments of a launch.
+
+    box: (shape, strides, block) where the kernel reads the tensor through a descriptor.
+    """
+
+    name: str
+    box: tuple[list[int], list[int], list[int]] | None = None
+
+
+def slots(*names: str) -> dict[str, Slot]:
+    """Arguments that a plan calls as the kernel does."""
+    return {name: Slot(name) for name in names}
+
+
 @dataclass
 class Launch:
-    """kernel[(programs,)](**args). ``args`` hold tensors, descriptors, ints, floats; ``constants`` the constexprs."""
+    """kernel[(programs,)](**args). ``args`` hold tensors, descriptors, ints, floats; ``constants`` the constexprs.
+
+    In a plan ``args`` hold slots too, which over() fills.
+    """
 
     kernel: triton.JITFunction
     programs: int
-    args: dict[str, Tensor | TensorDescriptor | int | float | None]
+    args: dict[str, Tensor | TensorDescriptor | Slot | int | float | None]
     constants: dict[str, object]
     warps: int = 4
     stages: int = 2
     options: dict = field(default_factory=dict)
+
+    @functools.cached_property
+    def _slots(self) -> list[tuple[str, Slot]]:
+        return [(argument, value) for argument, value in self.args.items() if isinstance(value, Slot)]
+
+    def over(self, values: dict[str, Tensor | int | float | None]) -> Launch:
+        """This launch with what its slots name."""
+        args = self.args.copy()
+        for argument, (name, box) in self._slots:
+            args[argument] = values[name] if box is None else TensorDescriptor(values[name], *box)
+        return Launch(self.kernel, self.programs, args, self.constants, self.warps, self.stages, self.options)
 
     def run(self) -> None:
         if self.programs:
@@ -52,6 +91,21 @@ class Launch:
         return ASTSource(self.kernel, *parts), options.__dict__
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one call, in order, without its tensors; new: (shape, dtype) of those that every call makes."""
+
+    launches: list[Launch]
+    new: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def over(self, values: dict[str, Tensor | int | float | None]) -> list[Launch]:
+        """The launches over these tensors and numbers. Adds the new tensors to ``values``."""
+        x = values["x"]
+        for name, (shape, dtype) in self.new.items():
+            values[name] = x.new_empty(shape, dtype=dtype)
+        return [one.over(values) for one in self.launches]
+
+
 def register_options(dtype: torch.dtype) -> dict:
     """Launch options for a dtype. On fp32's ordinary cores ptxas spills to raise occupancy unless given a bound."""
     return {"maxnreg": 255} if dtype == torch.float32 else {}
@@ -64,13 +118,3 @@ def next_power(value: int, least: int = 16) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def can_describe(t: Tensor) -> bool:
-    """Whether a (N, H, W, C) view suits a tensor descriptor: unit channel stride, the rest in units of 16 bytes."""
-    size = t.element_size()
-    return (
-        t.stride(3) == 1
-        and all(t.stride(i) * size % 16 == 0 and t.stride(i) > 0 for i in range(3))
-        and t.data_ptr() % 16 == 0
-    )

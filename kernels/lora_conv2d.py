@@ -29,18 +29,18 @@ the zero padding; elsewhere (28 or 31 channels) by masked loads as wide as the a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import activate, add_row, derivative, load_patch, stage_of
-from lorun_fast.kernels._geometry import Geometry, base_layout, factor_layout, nhwc, stage_arguments
-from lorun_fast.kernels._launch import COUNTS, Launch, can_describe, ceil_div, next_power
+from lorun_fast.kernels._geometry import Geometry, Layout, tap_major, together
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, ceil_div, next_power, slots
 
 
 @triton.jit
@@ -256,9 +256,9 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if tf32 or dtype != torch.float32 else "ieee"
 
 
-def merge_precision(factors: Tensor | None, dtype: torch.dtype) -> str:
+def merge_precision(factors: torch.dtype | None, dtype: torch.dtype) -> str:
     """How the update is formed: exactly for 16-bit factors, to 21 bits where it is rounded to 16-bit weights after."""
-    if factors is None or factors.dtype != torch.float32:
+    if factors != torch.float32:
         return "tf32"
     return "ieee" if dtype == torch.float32 else "tf32x3"
 
@@ -274,95 +274,116 @@ def strip_parts(height: int, strips: int, dilation: int, programs: int) -> tuple
     return each, ceil_div(rows, each) * dilation
 
 
-def image_argument(view: Tensor, block: tuple[int, ...], describe: bool) -> tuple[Tensor | TensorDescriptor, bool]:
-    """(what the kernel reads an NHWC image through, whether that is a descriptor)."""
-    if describe and can_describe(view):
-        return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, *block]), True
-    return view, False
+def image_argument(name: str, image: Layout, block: tuple[int, ...], describe: bool) -> tuple[Slot, bool]:
+    """(what the kernel reads an image through, whether that is a descriptor)."""
+    if describe and image.describable:
+        return Slot(name, (list(image.shape), list(image.strides), [1, *block])), True
+    return Slot(name), False
 
 
-@dataclass
-class Operands:
-    """Everything a launch reads, in the layouts the kernels want. down and up are None without an adapter."""
+class Signature(NamedTuple):
+    """What decides the launches of a call, apart from images beside x: what plans are kept under."""
 
-    g: Geometry
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
-    stage: Tensor | None
+    x: Layout
+    device: torch.device
+    weight: tuple[int, ...]  # the shape
+    bias: torch.dtype | None
+    factors: torch.dtype | None  # None without an adapter; so is rank 0
+    rank: int
     stages: int
-    scale: float
-
-    @staticmethod
-    def of(x, weight, bias, down, up, scale, stage, stride, padding, dilation) -> Operands:
-        g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
-        if weight.ndim == 5:
-            stage, stages, (weight,) = stage_arguments(stage, weight)
-        else:
-            stage, stages, (down, up) = stage_arguments(stage, down, up)
-        view = nhwc(x)
-        if down is not None:
-            down, up = factor_layout(down), up.contiguous().to(down.dtype)
-        if g.plain and (g.h == 1 or view.stride(1) == g.w * view.stride(2)):
-            g = g.flat()
-            view = view.as_strided((g.n, 1, g.w, g.c), (view.stride(0), g.w * view.stride(2), view.stride(2), 1))
-        return Operands(g, view, base_layout(weight), bias, down, up, stage, stages, scale)
+    mixed: bool  # one stage per sample
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int] | str
+    dilation: int | tuple[int, int]
+    activation: str | None
+    tf32: bool
+    tile: configs.Tile | configs.BackwardTile | None
 
     @property
-    def rank(self) -> int:
-        return 0 if self.down is None else self.up.shape[-1]
+    def geometry(self) -> Geometry:
+        n, h, w, c = self.x.shape
+        return Geometry.of((n, c, h, w), self.weight, self.stride, self.padding, self.dilation)
 
-    def image(self, t: Tensor) -> Tensor:
-        """The NHWC view of an output-sized tensor, in this geometry; a copy only where t is no channels_last tensor."""
-        view = nhwc(t)
-        if view.shape[1:3] == (self.g.p, self.g.q):
-            return view
-        return view.reshape(self.g.n, self.g.p, self.g.q, self.g.o)
-
-    def output(self, t: Tensor) -> Tensor:
-        """image(t) that can be written: never a copy."""
-        view = t.permute(0, 2, 3, 1)
-        if view.stride(3) != 1 and view.shape[3] != 1:
-            raise ValueError(f"out: expected channels that lie together, got strides {t.stride()}")
-        return view if view.shape[1:3] == (self.g.p, self.g.q) else view.view(self.g.n, self.g.p, self.g.q, self.g.o)
+    def arrange(self, **outputs: Layout | None) -> tuple[Geometry, list[Layout | None]]:
+        """(geometry, x and the output-sized images): rows of pixels where these do not interact, if all can be."""
+        g, images = self.geometry, [self.x, *outputs.values()]
+        for name, image in outputs.items():
+            if image is not None and image.shape != (g.n, g.p, g.q, g.o):
+                n, p, q, o = image.shape
+                raise ValueError(f"{name}: expected {(g.n, g.o, g.p, g.q)}, got {(n, o, p, q)}")
+        if g.plain and all(image is None or image.in_a_row for image in images):
+            return g.flat(), [None if image is None else image.flat() for image in images]
+        return g, images
 
 
-def launch(
-    a: Operands, y: Tensor, other: Tensor | None, kind: str, activation: str | None, tile, tf32: bool = False
-) -> Launch:
-    """The launch that writes y (N, P, Q, O); ``kind`` of ``other``: "none", "residual" or "gradient" (see finish)."""
-    g, size = a.g, tile.rows is not None
-    x, described = image_argument(
-        a.x, (1 if size else tile.bh, tile.bw, tile.bc), tile.descriptors and g.stride == (1, 1)
+def read(
+    x, weight, bias, down, up, scale, stage, stride, padding, dilation, activation, tf32, tile
+) -> tuple[dict[str, Tensor | float | None], Signature]:
+    """(what the kernels read, by its name there and in the layout they want; the signature)."""
+    stages, mixed, rank, factors = 1, isinstance(stage, Tensor), 0, None
+    if mixed:
+        stage, stages = stage.contiguous(), (weight if weight.ndim == 5 else down).shape[0]
+    elif stage is not None and weight.ndim == 5:
+        weight = weight[stage]
+    elif stage is not None and down is not None:
+        down, up = down[stage], up[stage]
+    if down is not None:
+        rank, factors = up.shape[-1], down.dtype
+        down, up = tap_major(down), up.contiguous()
+        if up.dtype != factors:
+            up = up.to(factors)
+    x = together(x)
+    values = {
+        "x": x, "weight": tap_major(weight), "bias": bias, "down": down, "up": up, "stage": stage if mixed else None,
+        "scale": float(scale),
+    }  # fmt: skip
+    return values, Signature(
+        Layout.of(x), x.device, weight.shape, None if bias is None else bias.dtype, factors, rank, stages, mixed,
+        stride, padding, dilation, activation, tf32, tile,
+    )  # fmt: skip
+
+
+@functools.lru_cache(PLANS)
+def plan(s: Signature, residual: Layout | None = None, out: Layout | None = None) -> Plan:
+    """The launch that writes y: as ``out`` lies, else a new tensor (N, P, Q, O)."""
+    g, new = s.geometry, {}
+    if out is None:
+        out = Layout.new((g.n, g.p, g.q, g.o), s.x.dtype)
+        new["y"] = out.shape, out.dtype
+    elif out.strides[3] != 1 and g.o != 1:
+        s_n, s_h, s_w, s_c = out.strides
+        raise ValueError(f"out: expected channels that lie together, got strides {(s_n, s_c, s_h, s_w)}")
+    g, (x, residual, y) = s.arrange(residual=residual, out=out)
+    tile = s.tile or configs.forward(g, x.dtype, configs.architecture(s.device), s.rank, s.mixed, s.activation)
+    strip = tile.rows is not None
+    x_slot, described = image_argument(
+        "x", x, (1 if strip else tile.bh, tile.bw, tile.bc), tile.descriptors and g.stride == (1, 1)
     )
-    beside = y if other is None else other
-    args = {
-        "x": x, "weight": a.weight, "bias": a.bias, "down": a.down, "up": a.up, "stage": a.stage, "other": other,
-        "y": y,
-        "H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": a.x.stride(0), "x_h": a.x.stride(1),
-        "other_n": beside.stride(0), "other_h": beside.stride(1), "y_n": y.stride(0), "y_h": y.stride(1),
-        "scale": float(a.scale),
+    beside = y if residual is None else residual
+    args = slots("weight", "bias", "down", "up", "stage", "y", "scale") | {
+        "x": x_slot, "other": None if residual is None else Slot("residual"), "H": g.h, "W": g.w, "P": g.p, "Q": g.q,
+        "x_n": x.strides[0], "x_h": x.strides[1], "other_n": beside.strides[0], "other_h": beside.strides[1],
+        "y_n": y.strides[0], "y_h": y.strides[1],
     }  # fmt: skip
     constants = {
-        "XP": a.x.stride(2), "OP": beside.stride(2), "YP": y.stride(2), "C": g.c, "O": g.o, "RANK": a.rank,
-        "STAGES": a.stages, "PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1],
-        "ACT": activation, "BIAS": a.bias is not None, "OTHER": kind, "MIXED": a.stage is not None,
-        "BW": tile.bw, "BC": tile.bc, "BO": tile.bo, "R": next_power(a.rank or 1), "DESC": described,
-        "PRECISION": precision(a.x.dtype, tf32),
+        "XP": x.strides[2], "OP": beside.strides[2], "YP": y.strides[2], "C": g.c, "O": g.o, "RANK": s.rank,
+        "STAGES": s.stages, "PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1],
+        "ACT": s.activation, "BIAS": s.bias is not None, "OTHER": "none" if residual is None else "residual",
+        "MIXED": s.mixed, "BW": tile.bw, "BC": tile.bc, "BO": tile.bo, "R": next_power(s.rank or 1),
+        "DESC": described, "PRECISION": precision(x.dtype, s.tf32),
     }  # fmt: skip
-    if tile.rows is None:
+    if strip:
+        strips = ceil_div(g.q, tile.bw)
+        rows, parts = strip_parts(g.p, g.n * strips, g.dilation[0], tile.rows)
+        args |= {"ROWS": rows, "strips": strips, "parts": parts}
+        constants |= {"K": g.kernel[0], "MERGE": merge_precision(s.factors, x.dtype)}
+        kernel, programs = lora_conv2d_rows, g.n * strips * parts
+    else:
         across, down = ceil_div(g.q, tile.bw), ceil_div(g.p, tile.bh)
         args |= {"patches": across * down, "across": across}
         constants |= {"KH": g.kernel[0], "KW": g.kernel[1], "SH": g.stride[0], "SW": g.stride[1], "BH": tile.bh}
-        programs = g.n * across * down * ceil_div(g.o, tile.bo)
-        return Launch(lora_conv2d_taps, programs, args, constants, tile.warps, tile.stages)
-    strips = ceil_div(g.q, tile.bw)
-    rows, parts = strip_parts(g.p, g.n * strips, g.dilation[0], tile.rows)
-    args |= {"ROWS": rows, "strips": strips, "parts": parts}
-    constants |= {"K": g.kernel[0], "MERGE": merge_precision(a.down, a.x.dtype)}
-    return Launch(lora_conv2d_rows, g.n * strips * parts, args, constants, tile.warps, tile.stages)
+        kernel, programs = lora_conv2d_taps, g.n * across * down * ceil_div(g.o, tile.bo)
+    return Plan([Launch(kernel, programs, args, constants, tile.warps, tile.stages)], new)
 
 
 def forward(
@@ -393,13 +414,13 @@ def forward(
     out: (N, out, P, Q) with channels together, written instead of a new tensor. residual: as the result.
     tf32: let fp32 products round to tf32. tile: instead of the shipped one (configs.py).
     """
-    a = Operands.of(x, weight, bias, down, up, scale, stage, stride, padding, dilation)
-    g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
-    if out is None:
-        out = x.new_empty(g.n, g.p, g.q, g.o).permute(0, 3, 1, 2)
-    if tile is None:
-        arch = configs.architecture(x.device)
-        tile = configs.forward(a.g, x.dtype, arch, a.rank, a.stage is not None, activation)
-    other = None if residual is None else a.image(residual)
-    launch(a, a.output(out), other, "none" if residual is None else "residual", activation, tile, tf32).run()
-    return out
+    values, signature = read(
+        x, weight, bias, down, up, scale, stage, stride, padding, dilation, activation, tf32, tile
+    )  # fmt: skip
+    if residual is not None:
+        values["residual"] = residual = together(residual)
+    values["y"] = out
+    beside, into = (None if t is None else Layout.of(t) for t in (residual, out))
+    for one in plan(signature, beside, into).over(values):
+        one.run()
+    return values["y"].permute(0, 3, 1, 2) if out is None else out

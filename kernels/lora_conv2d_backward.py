@@ -26,7 +26,7 @@ a stage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
@@ -35,15 +35,16 @@ from torch import Tensor
 
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import SIGN_TELLS, add_row, back_through, derivative, load_patch, stage_of
-from lorun_fast.kernels._geometry import Geometry
-from lorun_fast.kernels._launch import COUNTS, Launch, ceil_div, next_power, register_options
+from lorun_fast.kernels._geometry import Layout, together
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, ceil_div, next_power, register_options, slots
 from lorun_fast.kernels.lora_conv2d import (
-    Operands,
+    Signature,
     accumulate_taps,
     convolve_strip,
     image_argument,
     merge_precision,
     precision,
+    read,
     strip_parts,
 )
 
@@ -427,45 +428,46 @@ def reduce_parts(
             tl.store(d_bias + e, total.to(d_bias.dtype.element_ty), mask=e < O)
 
 
-@dataclass
-class Plan:
-    """The launches of one backward pass, in order, and the tensors that receive the gradients."""
-
-    launches: list[Launch]
-    dx: Tensor | None
-    d_down: Tensor | None
-    d_up: Tensor | None
-    d_bias: Tensor | None
-
-
 def _splits(programs: int, n: int, patches: int) -> int:
     """Programs per sample that share its patches: ``programs`` in all, at least one patch each."""
     return max(1, min(patches, programs // n))
 
 
+@functools.lru_cache(PLANS)
 def plan(
-    a: Operands, dy: Tensor, activation: str | None, need: tuple[bool, bool, bool], chosen: int, stages: int,
-    tile: configs.BackwardTile, tf32: bool = False, like: tuple[Tensor | None, Tensor | None] = (None, None),
-    output: Tensor | None = None,
+    s: Signature, dy: Layout, output: Layout | None, need: tuple[bool, bool, bool], stages: int,
+    d_down: tuple[tuple[int, ...], torch.dtype], d_up: tuple[tuple[int, ...], torch.dtype] | None,
 ) -> Plan:  # fmt: skip
-    """The launches for dx, the factors (d W where a has none) and d bias, as ``need`` says.
+    """The launches for dx, the factors (d W where there are none) and d bias, as ``need`` says, which are new tensors.
 
-    dy: (N, P, Q, O) view. chosen, stages: the stage of an int call and the length of the gradients' leading axis.
-    like: tensors whose dtypes d down (or d W) and d up take. output: (N, P, Q, O) view, see backward().
+    output: where its sign tells the derivative. stages: the length of the gradients' leading axis. d_down (or d W's)
+    and d_up: shape and dtype. ``chosen`` among the values is the stage of an int call.
     """
-    g, rank, x = a.g, a.rank, a.x
+    g, (x, dy, output) = s.arrange(dy=dy, output=output)
+    rank, activation, dtype = s.rank, s.activation, s.x.dtype
+    tile = s.tile or configs.backward(g, dtype, configs.architecture(s.device), rank, s.mixed, activation)
     need_x, need_factors, need_bias = need
     block = next_power(rank or 1)
     launches: list[Launch] = []
+    new: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def make(name: str, *shape: int, dtype: torch.dtype = dtype) -> Slot:
+        new[name] = shape, dtype
+        return Slot(name)
+
     geometry = {
-        "C": g.c, "O": g.o, "RANK": rank, "STAGES": a.stages, "KH": g.kernel[0], "KW": g.kernel[1], "SH": g.stride[0],
+        "C": g.c, "O": g.o, "RANK": rank, "STAGES": s.stages, "KH": g.kernel[0], "KW": g.kernel[1], "SH": g.stride[0],
         "SW": g.stride[1], "PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1],
-        "MIXED": a.stage is not None, "R": block, "PRECISION": precision(x.dtype, tf32),
+        "MIXED": s.mixed, "R": block, "PRECISION": precision(dtype, s.tf32),
     }  # fmt: skip
-    sizes = {"H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": x.stride(0), "x_h": x.stride(1), "scale": float(a.scale)}
-    grad, low, part_up, part_bias, up_splits = dy, None, None, None, 1
+    sizes = slots("down", "up", "stage", "scale") | {
+        "H": g.h, "W": g.w, "P": g.p, "Q": g.q, "x_n": x.strides[0], "x_h": x.strides[1],
+    }  # fmt: skip
+    grad, grad_slot = dy, Slot("dy")
+    low = part_up = part_bias = None
+    up_splits = 1
     if activation is not None or need_bias or (rank and (need_x or need_factors)):
-        known = output is not None and activation in SIGN_TELLS
+        known = output is not None
         strips_serve = tile.strip is not None and rank > 0 and (activation is None or known)
         one = tile.strip if strips_serve else tile.output
         across = ceil_div(g.q, one.bw)
@@ -477,21 +479,24 @@ def plan(
             patches = across * ceil_div(g.p, one.bh)
             up_splits = _splits(tile.programs, g.n, patches)
             split = {"patches": patches, "across": across, "splits": up_splits}
-        view, described = image_argument(x, (one.bh, one.bw, one.bc), one.descriptors and g.stride == (1, 1))
+        x_slot, described = image_argument(
+            "x", x, (one.bh, one.bw, one.bc), one.descriptors and g.stride == (1, 1)
+        )  # fmt: skip
         if activation is not None:
-            grad = x.new_empty(g.n, g.p, g.q, g.o)
+            grad = Layout.new((g.n, g.p, g.q, g.o), dtype)
+            grad_slot = make("g", *grad.shape)
         if rank:
-            low = x.new_empty(g.n, g.p, g.q, block)
-            part_up = x.new_empty(g.n * up_splits, g.o, rank, dtype=torch.float32)
-        part_bias = x.new_empty(g.n * up_splits, g.o, dtype=torch.float32)
+            low = make("t", g.n, g.p, g.q, block)
+            part_up = make("part_up", g.n * up_splits, g.o, rank, dtype=torch.float32)
+        part_bias = make("part_bias", g.n * up_splits, g.o, dtype=torch.float32)
         beside = output if known else dy
         args = sizes | split | {
-            "x": view, "down": a.down, "up": a.up, "stage": a.stage, "dy": dy, "y": output if known else None,
-            "g": grad, "t": low, "part_up": part_up, "part_bias": part_bias, "dy_n": dy.stride(0),
-            "dy_h": dy.stride(1), "y_n": beside.stride(0), "y_h": beside.stride(1),
+            "x": x_slot, "dy": Slot("dy"), "y": Slot("y") if known else None, "g": grad_slot, "t": low,
+            "part_up": part_up, "part_bias": part_bias, "dy_n": dy.strides[0], "dy_h": dy.strides[1],
+            "y_n": beside.strides[0], "y_h": beside.strides[1],
         }  # fmt: skip
         constants = geometry | {
-            "XP": x.stride(2), "DYP": dy.stride(2), "YP": beside.stride(2), "ACT": activation, "KNOWN": known,
+            "XP": x.strides[2], "DYP": dy.strides[2], "YP": beside.strides[2], "ACT": activation, "KNOWN": known,
             "BW": one.bw, "BC": one.bc, "BO": one.bo, "DESC": described,
         }  # fmt: skip
         if strips_serve:
@@ -499,13 +504,13 @@ def plan(
             constants["K"] = g.kernel[0]
             kernel = output_rows
         else:
-            args |= {"weight": a.weight, "bias": a.bias}
-            constants |= {"BIAS": a.bias is not None, "BH": one.bh}
+            args |= slots("weight", "bias")
+            constants |= {"BIAS": s.bias is not None, "BH": one.bh}
             kernel = output_side
-        options = {"maxnreg": one.registers} if one.registers else register_options(x.dtype)
+        options = {"maxnreg": one.registers} if one.registers else register_options(dtype)
         launches.append(Launch(kernel, g.n * up_splits, args, constants, one.warps, one.stages, options))
 
-    dx = part_down = None
+    part_down = None
     down_splits = 1
     if need_x or need_factors:
         image, strip = tile.image, tile.image.rows is not None
@@ -518,11 +523,15 @@ def plan(
             across = ceil_div(ceil_div(g.w, g.stride[1]), image.bw)
             patches = across * ceil_div(ceil_div(g.h, g.stride[0]), image.bh)
             image_programs = g.n * patches * g.stride[0] * g.stride[1] * ceil_div(g.c, image.bc)
+        # Without a gradient of x some tensor stands where it would be written.
+        dx, dx_slot = dy, Slot("dy")
         if need_x:
-            dx = x.new_empty(g.n, g.h, g.w, g.c)
+            dx, dx_slot = Layout.new((g.n, g.h, g.w, g.c), dtype), make("dx", *s.x.shape)
         else:
             image_programs = 0
-        source, width = (low, rank) if rank else (grad, g.o)
+        source, source_slot, width = grad, grad_slot, g.o
+        if rank:
+            source, source_slot, width = Layout.new((g.n, g.p, g.q, block), dtype), low, rank
         f = tile.factor
         f_rows = f.rows if rank == 0 else block
         f_across = ceil_div(g.w, f.bw)
@@ -531,67 +540,55 @@ def plan(
         factor_programs = 0
         if need_factors:
             down_splits = _splits(ceil_div(tile.programs, cells), g.n, f_patches)
-            part_down = x.new_empty(g.n * down_splits, g.taps, width, g.c, dtype=torch.float32)
+            part_down = make("part_down", g.n * down_splits, g.taps, width, g.c, dtype=torch.float32)
             factor_programs = g.n * down_splits * cells
-        g_view, described = image_argument(
-            grad, (1 if strip else image.bh, image.bw, image.bo), image.descriptors
-        )  # fmt: skip
-        x_view, x_described = image_argument(x, (f.bh, f.bw, f.bc), image.descriptors)
-        anything = dy if dx is None else dx
-        args = sizes | {
-            "x": x_view, "g": g_view, "t": low, "weight": a.weight, "down": a.down, "up": a.up, "stage": a.stage,
-            "dx": anything, "source": source, "part": part_bias if part_down is None else part_down,
-            "image_programs": image_programs, "patches": patches, "across": across, "ROWS": rows, "strips": strips,
-            "parts": parts, "factor_patches": f_patches, "factor_across": f_across, "splits": down_splits,
-            "g_n": grad.stride(0), "g_h": grad.stride(1), "dx_n": anything.stride(0), "dx_h": anything.stride(1),
-            "source_n": source.stride(0), "source_h": source.stride(1),
+        g_slot, described = image_argument(
+            grad_slot.name, grad, (1 if strip else image.bh, image.bw, image.bo), image.descriptors
+        )
+        x_slot, x_described = image_argument("x", x, (f.bh, f.bw, f.bc), image.descriptors)
+        args = sizes | slots("weight") | {
+            "x": x_slot, "g": g_slot, "t": low, "dx": dx_slot, "source": source_slot,
+            "part": part_bias if part_down is None else part_down, "image_programs": image_programs,
+            "patches": patches, "across": across, "ROWS": rows, "strips": strips, "parts": parts,
+            "factor_patches": f_patches, "factor_across": f_across, "splits": down_splits, "g_n": grad.strides[0],
+            "g_h": grad.strides[1], "dx_n": dx.strides[0], "dx_h": dx.strides[1], "source_n": source.strides[0],
+            "source_h": source.strides[1],
         }  # fmt: skip
         constants = geometry | {
-            "XP": x.stride(2), "GP": grad.stride(2), "DXP": anything.stride(2), "SP": source.stride(2), "FACTOR": width,
+            "XP": x.strides[2], "GP": grad.strides[2], "DXP": dx.strides[2], "SP": source.strides[2], "FACTOR": width,
             "STRIPS": strip, "BH": image.bh, "BW": image.bw, "BC": image.bc, "BO": image.bo, "FH": f.bh, "FW": f.bw,
             "FC": f.bc, "FR": f_rows, "G": f.group, "DESC": described, "FDESC": x_described,
-            "MERGE": merge_precision(a.down, x.dtype),
+            "MERGE": merge_precision(s.factors, dtype),
         }  # fmt: skip
-        launches.append(
-            Launch(
-                input_side,
-                image_programs + factor_programs,
-                args,
-                constants,
-                image.warps,
-                image.stages,
-                register_options(x.dtype),
-            )
-        )
+        programs = image_programs + factor_programs
+        options = register_options(dtype)
+        launches.append(Launch(input_side, programs, args, constants, image.warps, image.stages, options))
 
-    d_down = d_up = d_bias = None
     if need_factors or need_bias:
         lead = stages
         width = rank or g.o
-        first, second = (x if t is None else t for t in like)
-        if need_factors:
-            d_down = x.new_empty(lead, width, g.c, g.taps, dtype=first.dtype)
-            if rank:
-                d_up = x.new_empty(lead, g.o, rank, dtype=second.dtype)
-        if need_bias:
-            d_bias = x.new_empty(g.o, dtype=x.dtype if a.bias is None else a.bias.dtype)
         block_e = 64
-        blocks = (lead * ceil_div(g.taps * width * g.c, block_e) if need_factors else 0) + (
-            lead * ceil_div(g.o * rank, block_e) if d_up is not None else 0
-        )
-        blocks += ceil_div(g.o, block_e) if need_bias else 0
-        args = {
-            "part_down": part_down, "part_up": part_up, "part_bias": part_bias, "stage": a.stage, "d_down": d_down,
-            "d_up": d_up, "d_bias": d_bias, "chosen": chosen, "N": g.n, "down_splits": down_splits,
-            "up_splits": up_splits, "scale": float(a.scale),
+        blocks = 0
+        down_slot = up_slot = bias_slot = None
+        if need_factors:
+            down_slot = make("d_down", *d_down[0], dtype=d_down[1])
+            blocks += lead * ceil_div(g.taps * width * g.c, block_e)
+            if rank:
+                up_slot = make("d_up", *d_up[0], dtype=d_up[1])
+                blocks += lead * ceil_div(g.o * rank, block_e)
+        if need_bias:
+            bias_slot = make("d_bias", g.o, dtype=s.bias or dtype)
+            blocks += ceil_div(g.o, block_e)
+        args = slots("stage", "chosen", "scale") | {
+            "part_down": part_down, "part_up": part_up, "part_bias": part_bias, "d_down": down_slot, "d_up": up_slot,
+            "d_bias": bias_slot, "N": g.n, "down_splits": down_splits, "up_splits": up_splits,
         }  # fmt: skip
         constants = {
             "C": g.c, "O": g.o, "TAPS": g.taps, "FACTOR": width, "RANK": rank, "DOWN": need_factors,
-            "UP": d_up is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": a.stage is not None, "BJ": 64,
-            "BE": block_e,
+            "UP": up_slot is not None, "BIAS": need_bias, "STAGES": lead, "MIXED": s.mixed, "BJ": 64, "BE": block_e,
         }  # fmt: skip
         launches.append(Launch(reduce_parts, blocks, args, constants, 4, 1))
-    return Plan(launches, dx, d_down, d_up, d_bias)
+    return Plan(launches, new)
 
 
 def backward(
@@ -621,24 +618,19 @@ def backward(
     axis included, zero at stages that took no part. With down = up = None, d down is the gradient of ``weight``, shaped
     like it, and d up is None.
     """
-    a = Operands.of(x, weight, bias, down, up, scale, stage, stride, padding, dilation)
-    g = Geometry.of(x.shape, weight.shape, stride, padding, dilation)
     factors = weight if down is None else down
-    stacked = stage is not None
-    stages = factors.shape[0] if stacked else 1
-    chosen = stage if isinstance(stage, int) else 0
-    if tile is None:
-        arch = configs.architecture(x.device)
-        tile = configs.backward(a.g, x.dtype, arch, a.rank, a.stage is not None, activation)
-    known = a.image(output) if output is not None and activation in SIGN_TELLS else None
-    p = plan(a, a.image(dy), activation, need, chosen, stages, tile, tf32, (factors, up), known)
-    for one in p.launches:
+    d_down, d_up = (None if t is None else (t.shape, t.dtype) for t in (factors, up))
+    values, signature = read(
+        x, weight, bias, down, up, scale, stage, stride, padding, dilation, activation, tf32, tile
+    )  # fmt: skip
+    known = together(output) if output is not None and activation in SIGN_TELLS else None
+    values |= {"dy": together(dy), "y": known, "chosen": stage if isinstance(stage, int) else 0}
+    found = plan(
+        signature, Layout.of(values["dy"]), None if known is None else Layout.of(known), need,
+        1 if stage is None else factors.shape[0], d_down, d_up,
+    )  # fmt: skip
+    for one in found.over(values):
         one.run()
-    dx, d_down, d_up = p.dx, p.d_down, p.d_up
-    if dx is not None:
-        dx = dx.view(g.n, g.h, g.w, g.c).permute(0, 3, 1, 2)
-    if d_down is not None:
-        d_down = d_down.view(factors.shape)
-    if d_up is not None:
-        d_up = d_up.view(up.shape)
-    return dx, d_down, d_up, p.d_bias
+    dx = values.get("dx")
+    dx = None if dx is None else dx.permute(0, 3, 1, 2)
+    return dx, values.get("d_down"), values.get("d_up"), values.get("d_bias")

@@ -29,7 +29,7 @@ def _image(t: Tensor, samples: int) -> Tensor:
 
 
 def _kernel(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t[..., None, None]
+    return None if t is None else t.view(*t.shape, 1, 1)
 
 
 def _samples(x: Tensor, stage) -> int:

@@ -25,14 +25,14 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorun_fast.kernels._launch import COUNTS, Launch, ceil_div
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, ceil_div, slots
 
 BLOCK_M, BLOCK_N, BLOCK_Q = 32, 64, 16
 # One row per layer: addresses, the product's shape, the weight's inner shape, strides of W and of out.
@@ -104,8 +104,7 @@ def lora_merge_one(
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer's tensors. weight: (out, in) or (a, b, kh, kw). down, up: stacked, contiguous. out: (K, ...)."""
 
     weight: Tensor
@@ -114,58 +113,62 @@ class Layer:
     out: Tensor
     scale: float
 
-    def product(self) -> tuple[int, int, int]:
-        """(M, N, q) of up @ down."""
-        q = self.up.shape[-1]
-        m = self.up.shape[-2]
-        return m, self.weight.numel() // m, q
-
-    def row(self, first: int) -> list[int]:
-        m, n, q = self.product()
+    def form(self) -> tuple:
+        """What _numbers() and _direct() depend on."""
         w, y = self.weight, self.out
-        inner, taps = w.shape[1], w.shape[2:].numel()
-        strides = []
-        for t, lead in ((w, 0), (y, 1)):
-            # The taps of one channel are equally spaced in every layout that convolutions use.
-            strides += [t.stride(lead), t.stride(lead + 1), t.stride(-1) if t.ndim - lead == 4 else 1]
-        y_strides = [y.stride(0), *strides[3:]]
-        pointers = [t.data_ptr() for t in (w, self.down, self.up, y)]
-        scale = struct.unpack("<i", struct.pack("<f", self.scale))[0]
-        return [*pointers, first, m, n, q, y.shape[0], inner, taps, *strides[:3], *y_strides, scale]
+        return w.shape, w.stride(), self.up.shape, y.shape, y.stride()
 
-    @property
-    def blocks(self) -> int:
-        m, n, _ = self.product()
-        return self.out.shape[0] * ceil_div(m, BLOCK_M) * ceil_div(n, BLOCK_N)
+    def row(self, first: int, numbers: tuple[int, ...]) -> list[int]:
+        pointers = [t.data_ptr() for t in self[:4]]
+        scale = struct.unpack("<i", struct.pack("<f", self.scale))[0]
+        return [*pointers, first, *numbers, scale]
+
+
+@functools.lru_cache(PLANS)
+def _numbers(weight, w, up, out, y) -> tuple[tuple[int, ...], int]:
+    """(the fields from m to y_t, programs) of a layer whose weight, up and out have these shapes and strides."""
+    m, q = up[-2:]
+    n = weight.numel() // m
+    strides = []
+    for size, stride, lead in ((weight, w, 0), (out, y, 1)):
+        # The taps of one channel are equally spaced in every layout that convolutions use.
+        strides += [*stride[lead : lead + 2], stride[-1] if len(size) - lead == 4 else 1]
+    numbers = m, n, q, out[0], weight[1], weight[2:].numel(), *strides[:3], y[0], *strides[3:]
+    return numbers, out[0] * ceil_div(m, BLOCK_M) * ceil_div(n, BLOCK_N)
 
 
 @functools.lru_cache(maxsize=64)
-def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(rows: tuple[int, ...], programs: tuple[int, ...], device: torch.device) -> Tensor:
     """The table on the device. Equal numbers describe equal memory, so it may be kept."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    owners = [index for index, count in enumerate(programs) for _ in range(count)]
+    return torch.tensor([*rows, *owners], dtype=torch.int64).to(device)
+
+
+_BLOCKS = {"BM": BLOCK_M, "BN": BLOCK_N, "BQ": BLOCK_Q}
 
 
 def launches(layers: Sequence[Layer], recording: bool = False) -> list[Launch]:
     """What merges layers that share device, weight, factor and output dtypes. recording: into a CUDA graph."""
-    blocks = {"BM": BLOCK_M, "BN": BLOCK_N, "BQ": BLOCK_Q}
     if recording or len(layers) == 1:
-        return [_direct(layer, blocks) for layer in layers]
-    first, rows, owners = 0, [], []
-    for index, layer in enumerate(layers):
-        rows += layer.row(first)
-        owners += [index] * layer.blocks
-        first += layer.blocks
+        return [_direct(*layer.form()).over(layer._asdict()) for layer in layers]
+    rows, programs = [], []
+    for layer in layers:
+        numbers, count = _numbers(*layer.form())
+        rows += layer.row(sum(programs), numbers)
+        programs.append(count)
     one = layers[0]
-    args = {"table": _table((*rows, *owners), one.out.device), "owners": len(rows)}
+    args = {"table": _table(tuple(rows), tuple(programs), one.out.device), "owners": len(rows)}
     types = {"WEIGHT": _TYPES[one.weight.dtype], "FACTOR": _TYPES[one.down.dtype], "OUT": _TYPES[one.out.dtype]}
-    return [Launch(lora_merge, first, args, {"FIELDS": len(FIELDS)} | types | blocks, 4, 1)]
+    return [Launch(lora_merge, sum(programs), args, {"FIELDS": len(FIELDS)} | types | _BLOCKS, 4, 1)]
 
 
-def _direct(layer: Layer, blocks: dict[str, int]) -> Launch:
-    numbers = dict(zip(FIELDS, layer.row(0), strict=True))
-    args = {"weight": layer.weight, "down": layer.down, "up": layer.up, "out": layer.out, "scale": layer.scale}
-    args |= {name: numbers[name] for name in lora_merge_one.arg_names if name in numbers and name not in args}
-    return Launch(lora_merge_one, layer.blocks, args, blocks, 4, 1)
+@functools.lru_cache(PLANS)
+def _direct(*form) -> Launch:
+    """The launch for one layer of this form, over a Layer's fields."""
+    numbers, programs = _numbers(*form)
+    args = slots(*Layer._fields) | dict(zip(FIELDS[5:-1], numbers, strict=True))
+    del args["stages"]  # of the table only
+    return Launch(lora_merge_one, programs, args, _BLOCKS, 4, 1)
 
 
 def regular(t: Tensor, lead: int = 0) -> bool:

@@ -327,10 +327,20 @@ def test_layouts_are_read_in_place_or_copied(poisoned):  # noqa: F811
     assert torch.equal(lora_conv2d.forward(padded, *rest, out=into, tile=SMALL, **layer.arguments()), want)
 
 
+def test_pixels_that_are_no_row_are_read_and_written_in_place(poisoned):  # noqa: F811
+    layer = Layer(5, 7, 4, 6, k=1, residual=True, geometry={})
+    want = lora_conv2d.forward(*layer.inputs(), residual=layer.beside, tile=SMALL, **layer.arguments())
+    beside, into = (channels_last(torch.cat([layer.beside] * 2, 3))[..., 3:9].copy_(layer.beside) for _ in range(2))
+    got = lora_conv2d.forward(*layer.inputs(), residual=beside, out=into, tile=SMALL, **layer.arguments())
+    assert got is into and torch.equal(got, want)
+    layer.dy = into
+    layer.backward(back(group=1))
+
+
 def test_padded_storage_admits_descriptors():
     x = torch.empty(1, 28, 4, 4, dtype=HALF)
-    assert not lora_conv2d.can_describe(_geometry.nhwc(channels_last(x)))
-    assert lora_conv2d.can_describe(_geometry.nhwc(_geometry.padded_like(x, x.shape)))
+    assert not _geometry.Layout.of(channels_last(x)).describable
+    assert _geometry.Layout.of(_geometry.padded_like(x, x.shape)).describable
 
 
 def test_bad_input_raises_before_a_launch():
@@ -341,6 +351,8 @@ def test_bad_input_raises_before_a_launch():
         lora_conv2d.forward(*layer.inputs(), stride=2, padding="same")
     with pytest.raises(ValueError, match="channels that lie together"):
         lora_conv2d.forward(*layer.inputs(), padding=1, out=torch.empty(1, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"residual: expected \(1, 4, 5, 5\), got \(1, 4, 5, 4\)"):
+        lora_conv2d.forward(*layer.inputs(), padding=1, residual=torch.empty(1, 4, 5, 4))
 
 
 def _device_layer(problem) -> Layer:

@@ -16,7 +16,16 @@ needs_triton()
 
 import triton  # noqa: E402
 
-from lorun_fast.kernels import _launch, check, configs, tables, tiles, tune  # noqa: E402
+from lorun_fast.kernels import (  # noqa: E402
+    _launch,
+    check,
+    configs,
+    lora_conv2d,
+    lora_conv2d_backward,
+    tables,
+    tiles,
+    tune,
+)
 from lorun_fast.kernels.tuning import candidates, problems, ranking  # noqa: E402
 from lorun_fast.kernels.tuning.problems import Problem  # noqa: E402
 from lorun_fast.kernels.tuning.search import Search  # noqa: E402
@@ -154,21 +163,22 @@ def test_two_passes_go_two_steps():
 def test_every_candidate_can_compute_its_problem(name):
     problem = Problem.parse(name)
     t = problems.tensors(problem, "meta")
-    a = t.operands(problem)
+    _, s = t.read(problem)
+    g = s.arrange()[0]
     for arch in configs.ARCHITECTURES:
         if problem.backward:
-            shipped = configs.shipped_backward(a.g, t.x.dtype, arch, a.rank, problem.activation)
+            shipped = configs.shipped_backward(g, t.x.dtype, arch, s.rank, problem.activation)
         else:
-            shipped = configs.shipped_forward(a.g, t.x.dtype, arch)
-        assert not tiles.fault(shipped, a.g)
+            shipped = configs.shipped_forward(g, t.x.dtype, arch)
+        assert not tiles.fault(shipped, g)
         for part in candidates.PARTS["backward" if problem.backward else "forward"]:
-            found = candidates.variations(shipped, part, a.g, t.x.dtype, arch, a.rank)
+            found = candidates.variations(shipped, part, g, t.x.dtype, arch, s.rank)
             if part == "strip" and shipped.strip is None:
                 assert not found
                 continue
             assert found and shipped not in found and len(set(found)) == len(found)
             for tile in found:
-                assert not tiles.fault(tile, a.g)
+                assert not tiles.fault(tile, g)
                 assert all(one.programs > 0 for one in problems.launches(problem, arch, tile))
                 if part != "tile":
                     assert dataclasses.replace(tile, **{part: getattr(shipped, part)}) == shipped
@@ -228,6 +238,12 @@ def a_table(**changes) -> tables.Table:
     return dataclasses.replace(tune.description("cpu"), **({"rows": rows} | changes))
 
 
+def forget():
+    """Makes this process one that has launched nothing."""
+    for kept in (configs.table, lora_conv2d.plan, lora_conv2d_backward.plan):
+        kept.cache_clear()
+
+
 @pytest.fixture
 def in_force(monkeypatch, tmp_path):
     """Puts a table's file into force, as a new process would find it."""
@@ -236,11 +252,11 @@ def in_force(monkeypatch, tmp_path):
         path = tmp_path / "tiles.json"
         tables.write(table, path)
         monkeypatch.setenv("LORUN_KERNELS_CONFIGS", str(path))
-        configs.table.cache_clear()
+        forget()
         return path
 
     yield force
-    configs.table.cache_clear()
+    forget()
 
 
 def tiles_launched(monkeypatch, trial, count=1) -> list:
@@ -266,7 +282,7 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
 def test_the_kernels_use_the_file_only_when_told_to(in_force, monkeypatch):
     trial, other = Trial(TINY, "cpu"), Trial(dataclasses.replace(TINY, batch=1), "cpu")
     monkeypatch.delenv("LORUN_KERNELS_CONFIGS", raising=False)
-    configs.table.cache_clear()
+    forget()
     before = tiles_launched(monkeypatch, trial)
     assert before == [(trial.shipped(80).warps, trial.shipped(80).stages)]
     path = in_force(a_table())
@@ -278,7 +294,7 @@ def test_the_kernels_use_the_file_only_when_told_to(in_force, monkeypatch):
     assert found == dataclasses.replace(backward.shipped(80), programs=3)
     path.unlink()  # read once: the launches of a process never change
     assert tiles_launched(monkeypatch, trial) == [(8, 5)]
-    configs.table.cache_clear()
+    forget()
     with pytest.raises(tables.TableError, match=r"expected a file that kernels\.tune wrote"):
         trial.run(None)
 

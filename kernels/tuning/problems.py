@@ -150,13 +150,14 @@ class Tensors:
     stage: object
     dy: object  # (N, O, P, Q), as the residual is
 
-    def operands(self, problem: Problem):
-        """The lora_conv2d.Operands of these tensors."""
+    def read(self, problem: Problem):
+        """What lora_conv2d.read() makes of these tensors: (what the kernels read, the signature)."""
         from lorun_fast.kernels import lora_conv2d
 
-        return lora_conv2d.Operands.of(
-            self.x, self.weight, self.bias, self.down, self.up, 1.0, self.stage, problem.stride, problem.k // 2, 1
-        )
+        return lora_conv2d.read(
+            self.x, self.weight, self.bias, self.down, self.up, 1.0, self.stage, problem.stride, problem.k // 2, 1,
+            problem.activation, False, None,
+        )  # fmt: skip
 
 
 def tensors(problem: Problem, device: str) -> Tensors:
@@ -207,6 +208,7 @@ def launches(problem: Problem, arch: int, tile=None) -> list:
     import torch
 
     from lorun_fast.kernels import lora_conv2d, lora_conv2d_backward, lora_merge
+    from lorun_fast.kernels._geometry import Layout
 
     t = tensors(problem, "meta")
     dtype = t.x.dtype
@@ -215,16 +217,18 @@ def launches(problem: Problem, arch: int, tile=None) -> list:
         stacked = (f[None].expand(_STAGES, *f.shape) for f in (t.down, t.up))
         layer = lora_merge.Layer(t.weight, *stacked, merged, 1.0)
         return [one for layers in ([layer], [layer, layer]) for one in lora_merge.launches(layers)]
-    a = t.operands(problem)
-    y = a.image(t.dy)
-    tile = tile or shipped_tile(problem, a.g, dtype, arch, a.rank)
-    if problem.backward:
-        need = (True, True, problem.activation is not None)
-        stages = _STAGES if problem.mixed else 1
-        output = y if problem.knows else None
-        return lora_conv2d_backward.plan(a, y, problem.activation, need, 0, stages, tile, output=output).launches
-    other, kind = (y, "residual") if problem.residual else (None, "none")
-    return [lora_conv2d.launch(a, y, other, kind, problem.activation, tile)]
+    values, s = t.read(problem)
+    s = s._replace(tile=tile or shipped_tile(problem, s.arrange()[0], dtype, arch, s.rank))
+    y = Layout.of(t.dy)
+    if not problem.backward:
+        return lora_conv2d.plan(s, y if problem.residual else None).over(values | {"residual": t.dy})
+    need = (True, True, problem.activation is not None)
+    factors = t.weight if t.down is None else t.down
+    d_down, d_up = (None if f is None else (f.shape, f.dtype) for f in (factors, t.up))
+    plan = lora_conv2d_backward.plan(
+        s, y, y if problem.knows else None, need, _STAGES if problem.mixed else 1, d_down, d_up
+    )  # fmt: skip
+    return plan.over(values | {"dy": t.dy, "y": t.dy, "chosen": 0})
 
 
 def fingerprint(problem: Problem, arch: int, tile) -> tuple:

@@ -38,14 +38,13 @@ def rank(problem: Problem, arch: int, compile: Callable) -> list[Ranked]:
     compile: as in search.py.
     """
     t = tensors(problem, "meta")
-    a, dtype = t.operands(problem), t.x.dtype
-    shipped = shipped_tile(problem, a.g, dtype, arch, a.rank)
+    _, s = t.read(problem)
+    g, dtype = s.arrange()[0], t.x.dtype
+    shipped = shipped_tile(problem, g, dtype, arch, s.rank)
     (beside,) = compile(problem, [shipped], list(range(len(launches(problem, arch)))))
     found, seen = [], {fingerprint(problem, arch, shipped)}
     for part, index in candidates.PARTS["backward" if problem.backward else "forward"].items():
-        marks = {
-            fingerprint(problem, arch, t): t for t in candidates.variations(shipped, part, a.g, dtype, arch, a.rank)
-        }
+        marks = {fingerprint(problem, arch, t): t for t in candidates.variations(shipped, part, g, dtype, arch, s.rank)}
         if not marks:  # a launch that this problem does not have
             continue
         tiles = [tile for mark, tile in marks.items() if mark not in seen]
@@ -57,7 +56,7 @@ def rank(problem: Problem, arch: int, compile: Callable) -> list[Ranked]:
             seconds, limit = None, ""
             if not any(r.wrong for r in reports):
                 each = [
-                    model.estimate(one, a.g.n, r.per_sm, arch)
+                    model.estimate(one, g.n, r.per_sm, arch)
                     for one, r in zip(launches(problem, arch, tile), reports, strict=True)
                 ]
                 seconds, limit = sum(e.seconds for e in each), each[index].limit

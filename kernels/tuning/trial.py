@@ -37,9 +37,9 @@ class Trial:
     def __init__(self, problem: Problem, device: str):
         self.problem = problem
         self._t = t = tensors(problem, device)
-        a = t.operands(problem)
+        _, s = t.read(problem)
         direction = "backward" if problem.backward else "forward"
-        self.key = Key(direction, a.g, str(t.x.dtype), a.rank, a.stage is not None, problem.activation)
+        self.key = Key(direction, s.arrange()[0], str(t.x.dtype), s.rank, s.mixed, problem.activation)
         self.dtype = t.x.dtype
         self._need_bias = problem.activation is not None
         self._output = None
