@@ -105,7 +105,8 @@ FORWARD = BOTH | {
     ),
     "residual": lambda c: c | {"residual": c["dy"]},
     "residual strides": (lambda c: c | {"residual": c["dy"]}, lambda c: c | {"residual": padded(c["dy"])}),
-    "out strides": lambda c: c | {"out": padded(c["dy"])},
+    "out": lambda c: c | {"out": c["dy"]},
+    "out strides": (lambda c: c | {"out": c["dy"]}, lambda c: c | {"out": padded(c["dy"])}),
 }
 BACKWARD = BOTH | {
     "tile": lambda c: c | {"tile": BackwardTile(TILE, TILE, FactorTile(4, 8, 16, 2, 16), 2)},
