@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._device import activate, add_row, derivative, load_patch, stage_of
+from lorun_fast.kernels._device import activate, add_row, load_patch, stage_of
 from lorun_fast.kernels._geometry import Geometry, Layout, tap_major, together
 from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, ceil_div, next_power, slots
 
@@ -99,21 +99,16 @@ def finish(
     acc, bias, other, n, p, q, o, inside, other_n, other_h, OP: tl.constexpr, O: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: act(acc + bias) + residual; or, with OTHER == "gradient", gradient * act'(acc + bias).
+    """The epilogue: act(acc + bias), and OTHER: + residual.
 
-    acc (BM, BO) fp32; p, q (BM,) pixels; o (BO,) channels; other: the residual or the gradient, (N, P, Q, O).
+    acc (BM, BO) fp32; p, q (BM,) pixels; o (BO,) channels; other: the residual, (N, P, Q, O).
     """
     if BIAS:
         acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    if OTHER == "none":
-        acc = activate(acc, ACT)
-    else:
+    acc = activate(acc, ACT)
+    if OTHER:
         at = other + n.to(tl.int64) * other_n + (p * other_h + q * OP)[:, None] + o[None, :]
-        beside = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if OTHER == "residual":
-            acc = activate(acc, ACT) + beside
-        else:
-            acc = beside * derivative(acc, ACT)
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return acc
 
 
@@ -368,7 +363,7 @@ def plan(s: Signature, residual: Layout | None = None, out: Layout | None = None
     constants = {
         "XP": x.strides[2], "OP": beside.strides[2], "YP": y.strides[2], "C": g.c, "O": g.o, "RANK": s.rank,
         "STAGES": s.stages, "PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1],
-        "ACT": s.activation, "BIAS": s.bias is not None, "OTHER": "none" if residual is None else "residual",
+        "ACT": s.activation, "BIAS": s.bias is not None, "OTHER": residual is not None,
         "MIXED": s.mixed, "BW": tile.bw, "BC": tile.bc, "BO": tile.bo, "R": next_power(s.rank or 1),
         "DESC": described, "PRECISION": precision(x.dtype, s.tf32),
     }  # fmt: skip

@@ -352,7 +352,7 @@ def input_side(
                 g, weight, up, up, down, g, dx, n, pid % strips, pid // strips % parts, poison, P, Q, H, W, ROWS,
                 g_n, g_h, g_n, g_h, dx_n, dx_h, scale, GP, GP, DXP, O, C, RANK,
                 taps * C, 1, C, RANK, 1, 0, 1, taps * C, C, True, KH, DH * (KH - 1) - PH, DW * (KW - 1) - PW, DH, DW,
-                None, False, "none", MIXED, BW, BO, BC, R, DESC, PRECISION, MERGE,
+                None, False, False, MIXED, BW, BO, BC, R, DESC, PRECISION, MERGE,
             )  # fmt: skip
         else:
             c0 = pid % cblocks * BC

@@ -129,10 +129,10 @@ def _demands(launch: Launch, n: int) -> tuple[float, float, float, float]:
         pixels = v["BH"] * v["BW"]
         inner = ceil_div(v["C"], v["BC"])
         flops, shared, l2 = _patches(v, size, pixels, launch.programs, inner, True, v["RANK"] > 0)
-        return x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops
+        return x + y * (1 + v["OTHER"]), l2, shared, flops
     if name == "lora_conv2d_rows":
         flops, shared, l2 = _strips(v, size, launch.programs, a["ROWS"], v["K"], v["BC"], v["BO"])
-        return x + y * (1 + (v["OTHER"] != "none")), l2, shared, flops
+        return x + y * (1 + v["OTHER"]), l2, shared, flops
     t = n * a["P"] * a["Q"] * v["R"] * size if v["RANK"] else 0
     if name == "output_side":
         pixels, blocks = v["BH"] * v["BW"], ceil_div(v["O"], v["BO"])
