@@ -35,8 +35,12 @@ class Model:
 
 
 def shipped() -> dict[str, Path]:
-    """The networks that come with the package, by name."""
-    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
+    """The networks that come with the package, by name: in order, cs-4 before cs-10."""
+
+    def order(path: Path) -> list:
+        return [int(word) if word.isdigit() else word for word in path.stem.split("-")]
+
+    return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"), key=order)}
 
 
 def _of_run(name: str) -> Path:
