@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import images, matlab, measurements
+from lorun_fast.apps import images, measurements
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.files import replacing
+from lorun_fast.apps.matrices import ARRAYS, load_variables
 from lorun_fast.apps.progress import note
 from lorun_fast.apps.tasks.cassi import colour, scenes
 
 AXES = ("auto", "lhw", "hwl")
-_ARRAYS = (".mat", ".npy", ".npz")
 _PACKED = ".npy.xz"
 # Cubes that were interpolated to other wavelengths overshoot [0, 1] a little.
 _SLACK = 0.1
@@ -31,7 +31,7 @@ class Cube:
 
 
 def _is_array(path: Path) -> bool:
-    return path.suffix.lower() in _ARRAYS or path.name.lower().endswith(_PACKED)
+    return path.suffix.lower() in ARRAYS or path.name.lower().endswith(_PACKED)
 
 
 def _is_image(path: Path) -> bool:
@@ -63,16 +63,6 @@ def find_cubes(arguments: Sequence[Path]) -> list[Path]:
         for path in cubes:
             found.setdefault(path.resolve(), path)
     return list(found.values())
-
-
-def load_variables(path: Path, what: str) -> dict[str, np.ndarray]:
-    """The arrays of a .mat (any version), .npy or .npz file by name ("" for .npy)."""
-    suffix = path.suffix.lower()
-    if suffix not in _ARRAYS:
-        raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}")
-    if not path.is_file():
-        raise UserError(f"expected {what} (.mat, .npy or .npz), got {path}: no such file")
-    return matlab.load(path) if suffix == ".mat" else measurements.load_arrays(path, what)
 
 
 def pick(
