@@ -3,6 +3,7 @@
 //   #define LORUN_KERNELS "my_op/kernels.inl"
 //   #include "common/for_each_variant.h"
 //   LORUN_PICK(my_kernel<float>)(arguments);        // the best variant that this machine runs
+//   LORUN_PICK_FOR(variant, my_kernel<float>)(arguments);
 //
 // The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width, and
 // common/lanes.inl comes before it, once per variant. It includes nothing: shared declarations come before. (Vector
@@ -43,14 +44,17 @@
 #undef LORUN_TARGET
 #undef LORUN_VECTOR_BYTES
 
-#ifndef LORUN_PICK
-#define LORUN_PICK(...)                                                             \
-  (::lorun::active_variant() == ::lorun::CpuVariant::kAvx512 ? &avx512::__VA_ARGS__ \
-   : ::lorun::active_variant() == ::lorun::CpuVariant::kAvx2 ? &avx2::__VA_ARGS__   \
-                                                             : &baseline::__VA_ARGS__)
+#ifndef LORUN_PICK_FOR
+#define LORUN_PICK_FOR(variant, ...)                                \
+  ((variant) == ::lorun::CpuVariant::kAvx512 ? &avx512::__VA_ARGS__ \
+   : (variant) == ::lorun::CpuVariant::kAvx2 ? &avx2::__VA_ARGS__   \
+                                             : &baseline::__VA_ARGS__)
 #endif
-#elif !defined(LORUN_PICK)
-#define LORUN_PICK(...) (&baseline::__VA_ARGS__)
+#elif !defined(LORUN_PICK_FOR)
+#define LORUN_PICK_FOR(variant, ...) (&baseline::__VA_ARGS__)
+#endif
+#ifndef LORUN_PICK
+#define LORUN_PICK(...) LORUN_PICK_FOR(::lorun::active_variant(), __VA_ARGS__)
 #endif
 
 #undef LORUN_KERNELS

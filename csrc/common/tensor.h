@@ -51,6 +51,13 @@ auto dispatch_storage(ScalarType type, const char* name, const F& f) {
   }
 }
 
+// The same for operators that take float32 and float64 only.
+template <class F>
+auto dispatch_wide(ScalarType type, const char* name, const F& f) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+  return type == ScalarType::Float ? f(TypeTag<float>{}) : f(TypeTag<double>{});
+}
+
 inline std::string shape_of(const Tensor& t) {
   std::string text = "(";
   for (int64_t i = 0; i < t.dim(); ++i) {

@@ -97,30 +97,41 @@ LORUN_TARGET inline void image_points(const Images& images, const T* x, int64_t 
   transform(d.first, d.row, channels, v, pitch);
 }
 
-// m = v u of `Tiles` rows and `Vecs` vectors of columns.
-template <class T, int Tiles, int Vecs>
-LORUN_TARGET inline void product(const T* v, int64_t in, const T* u, int64_t out, T* m) {
-  Vec<T> sum[Tiles][Vecs] = {};
-  for (int64_t k = 0; k < in; ++k) {
-    Vec<T> weights[Vecs];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) {
-      weights[j] = load(u + k * out + j * Lanes<T>::kCount);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < Tiles; ++i) {
-      const T value = v[i * in + k];
+// m (Rows, out) = v (Rows, pitch) u over `length` columns of v, or m += v^T u over as many rows of it (length, pitch);
+// `Vecs` vectors of u's and m's columns.
+template <class T, int Rows, int Vecs, bool Transposed>
+LORUN_TARGET inline void product(const T* v, int64_t pitch, const T* u, int64_t out, int64_t length, T* m) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  Vec<T> sum[Rows][Vecs] = {};
+  if constexpr (Transposed) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vecs; ++j) {
-        sum[i][j] += value * weights[j];
+        sum[i][j] = load(m + i * out + j * kCount);
       }
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < Tiles; ++i) {
+  for (int64_t k = 0; k < length; ++k) {
+    Vec<T> right[Vecs];
 #pragma GCC unroll 2
     for (int j = 0; j < Vecs; ++j) {
-      store(m + i * out + j * Lanes<T>::kCount, sum[i][j]);
+      right[j] = load(u + k * out + j * kCount);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const T value = Transposed ? v[k * pitch + i] : v[i * pitch + k];
+#pragma GCC unroll 2
+      for (int j = 0; j < Vecs; ++j) {
+        sum[i][j] += value * right[j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < Vecs; ++j) {
+      store(m + i * out + j * kCount, sum[i][j]);
     }
   }
 }
@@ -129,10 +140,10 @@ template <class T, int Vecs>
 LORUN_TARGET inline void columns(const T* v, int64_t tiles, int64_t in, const T* u, int64_t out, T* m) {
   int64_t i = 0;
   for (; i + kTogether <= tiles; i += kTogether) {
-    product<T, kTogether, Vecs>(v + i * in, in, u, out, m + i * out);
+    product<T, kTogether, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
   }
   for (; i < tiles; ++i) {
-    product<T, 1, Vecs>(v + i * in, in, u, out, m + i * out);
+    product<T, 1, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
   }
 }
 

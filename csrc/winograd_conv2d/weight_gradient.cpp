@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "common/parallel.h"
-#include "common/scratch.h"
 #include "common/simd.h"
 #include "common/tensor.h"
 #include "winograd_conv2d/winograd_conv2d.h"
@@ -22,38 +21,16 @@
 namespace lorun::winograd_conv2d {
 namespace {
 
-struct Slot;
-
-constexpr int64_t kChannels = 8;           // both channel counts are multiples of it
 constexpr int64_t kWorkBytes = 384 << 10;  // with the sums of one point, in the second-level cache
 // Parts of the tiles: at most so many, of so many tiles at least, and so much memory; a power of two, for equal shares.
 constexpr int64_t kParts = 16, kPartTiles = 36, kPartBytes = 8 << 20;
 
 template <class T>
-struct Kernels {
-  void (*sum_tiles)(const GradientProblem<T>&, const Work<T>&, int64_t, int64_t, T*);
-  void (*to_weight)(const T*, int64_t, int64_t, int64_t, int64_t, T*);
-};
-
-// The widest vectors that both channel counts fill.
-template <class T>
-Kernels<T> kernels_for(const GradientProblem<T>& p) {
-#ifdef LORUN_X86
-  constexpr int64_t kWide = 64 / sizeof(T);
-  if (active_variant() == CpuVariant::kAvx512 && p.in % kWide == 0 && p.out % kWide == 0) {
-    return {&avx512::sum_tiles<T>, &avx512::to_weight<T>};
-  }
-  if (active_variant() != CpuVariant::kBaseline) {
-    return {&avx2::sum_tiles<T>, &avx2::to_weight<T>};
-  }
-#endif
-  return {&baseline::sum_tiles<T>, &baseline::to_weight<T>};
-}
-
-template <class T>
 void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
-  constexpr int64_t kBytes = sizeof(T), kApart = 64 / kBytes;
-  const Kernels<T> kernels = kernels_for(p);
+  constexpr int64_t kBytes = sizeof(T);
+  const CpuVariant variant = variant_for<T>(p.in, p.out);
+  const auto sum = LORUN_PICK_FOR(variant, sum_tiles<T>);
+  const auto finish = LORUN_PICK_FOR(variant, to_weight<T>);
   const int64_t values = p.in * p.out, channels = kPoints * (p.in + p.out);
   const int64_t fit = kPartBytes / std::max<int64_t>(kPoints * values * kBytes, 1);
   const int64_t most = std::clamp<int64_t>(std::min(fit, p.tiles() / kPartTiles), 1, kParts);
@@ -62,25 +39,19 @@ void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
   const Tensor memory = empty_beside(like, {parts, kPoints, p.in, p.out}, like.scalar_type());
   T* sums = memory.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    Work<T> w{};
-    w.v_pitch = together * p.in + kApart;
-    w.m_pitch = together * p.out + kApart;
-    w.v = static_cast<T*>(scratch<Slot>(kPoints * (w.v_pitch + w.m_pitch + std::max(p.in, p.out)) * kBytes));
-    w.m = w.v + kPoints * w.v_pitch;
-    w.padded = w.m + kPoints * w.m_pitch;
+    const Work<T> w(together, p.in, p.out);
     for (int64_t part = first; part < last; ++part) {
       T* to = sums + part * kPoints * values;
       std::fill_n(to, kPoints * values, T(0));
       const int64_t end = (part + 1) * p.tiles() / parts;
       for (int64_t t = part * p.tiles() / parts; t < end; t += together) {
-        kernels.sum_tiles(p, w, t, std::min(t + together, end), to);
+        sum(p, w, t, std::min(t + together, end), to);
       }
     }
   });
   constexpr int64_t kStep = kChannels * kChannels;  // a multiple of the widest vector, and `values` one of it
-  parallel(values / kStep, parts * kPoints * kStep, [&](int64_t begin, int64_t end) {
-    kernels.to_weight(sums, parts, values, begin * kStep, end * kStep, grad);
-  });
+  parallel(values / kStep, parts * kPoints * kStep,
+           [&](int64_t begin, int64_t end) { finish(sums, parts, values, begin * kStep, end * kStep, grad); });
 }
 
 Tensor weight_gradient(Tensor grad, Tensor x) {
@@ -92,20 +63,14 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
                   out);
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x: expected float32 or float64");
-  check_type("grad", grad, type);
+  check_type("grad", grad, wide_type(type));
   const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);
   const Tensor g = empty_beside(x, {3, 3, in, out}, type);
-  const auto call = [&](auto tag) {
+  dispatch_wide(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     run(GradientProblem<T>{images, in, out, pixels.const_data_ptr<T>(), gradients.const_data_ptr<T>()},
         g.mutable_data_ptr<T>(), x);
-  };
-  if (type == ScalarType::Float) {
-    call(TypeTag<float>{});
-  } else {
-    call(TypeTag<double>{});
-  }
+  });
   // (out, in, 3, 3), without a copy
   return torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(g, 0, 3), 1, 2), 2, 3);
 }

@@ -59,48 +59,12 @@ LORUN_TARGET inline void transform_gradient(const Pixels<T>& g, int64_t channels
   }
 }
 
-// sums (in, out) += v^T m over tiles, of `Rows` rows and `Vecs` vectors of columns.
-template <class T, int Rows, int Vecs>
-LORUN_TARGET inline void add_products(const T* v, int64_t in, const T* m, int64_t out, int64_t tiles, T* sums) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  Vec<T> sum[Rows][Vecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) {
-      sum[i][j] = load(sums + i * out + j * kCount);
-    }
-  }
-  for (int64_t t = 0; t < tiles; ++t) {
-    Vec<T> gradients[Vecs];
-#pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) {
-      gradients[j] = load(m + t * out + j * kCount);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const T value = v[t * in + i];
-#pragma GCC unroll 2
-      for (int j = 0; j < Vecs; ++j) {
-        sum[i][j] += value * gradients[j];
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) {
-      store(sums + i * out + j * kCount, sum[i][j]);
-    }
-  }
-}
-
 // Channels are multiples of 8 and of a vector.
 template <class T, int Vecs>
 LORUN_TARGET inline void add_columns(const T* v, int64_t in, const T* m, int64_t out, int64_t tiles, T* sums) {
   constexpr int kRows = std::min<int>(kSums / Vecs, Lanes<T>::kCount > 8 ? Lanes<T>::kCount : 8);
   for (int64_t i = 0; i < in; i += kRows) {
-    add_products<T, kRows, Vecs>(v + i, in, m, out, tiles, sums + i * out);
+    product<T, kRows, Vecs, true>(v + i, in, m, out, tiles, sums + i * out);
   }
 }
 

@@ -13,7 +13,6 @@
 #include <optional>
 
 #include "common/parallel.h"
-#include "common/scratch.h"
 #include "common/simd.h"
 #include "common/tensor.h"
 
@@ -23,42 +22,17 @@
 namespace lorun::winograd_conv2d {
 namespace {
 
-struct Slot;
-
-constexpr int64_t kChannels = 8;           // both channel counts are multiples of it
 constexpr int64_t kMultiple = 12;          // of tiles, as the products want them
 constexpr int64_t kWorkBytes = 128 << 10;  // a part of the second-level cache
 
-// The widest vectors that both channel counts fill.
-template <class T>
-auto kernel_for(const Problem<T>& p) {
-#ifdef LORUN_X86
-  constexpr int64_t kWide = 64 / sizeof(T);
-  if (active_variant() == CpuVariant::kAvx512 && p.in % kWide == 0 && p.out % kWide == 0) {
-    return &avx512::convolve<T>;
-  }
-  if (active_variant() != CpuVariant::kBaseline) {
-    return &avx2::convolve<T>;
-  }
-#endif
-  return &baseline::convolve<T>;
-}
-
 template <class T>
 void run(const Problem<T>& p) {
-  const auto kernel = kernel_for(p);
+  const auto kernel = LORUN_PICK_FOR(variant_for<T>(p.in, p.out), convolve<T>);
   const int64_t channels = kPoints * (p.in + p.out), bytes = channels * static_cast<int64_t>(sizeof(T));
   const int64_t together = std::max(kWorkBytes / bytes / kMultiple, int64_t{1}) * kMultiple;
   const int64_t blocks = (p.tiles() + together - 1) / together;
   parallel(blocks, together * channels, [&](int64_t begin, int64_t end) {
-    // Points a multiple of 4 KB apart would compete for the same places of the first-level cache.
-    constexpr int64_t kApart = 64 / sizeof(T);
-    Work<T> w{};
-    w.v_pitch = together * p.in + kApart;
-    w.m_pitch = together * p.out + kApart;
-    w.v = static_cast<T*>(scratch<Slot>(kPoints * (w.v_pitch + w.m_pitch + p.in) * sizeof(T)));
-    w.m = w.v + kPoints * w.v_pitch;
-    w.padded = w.m + kPoints * w.m_pitch;
+    const Work<T> w(together, p.in, p.out);
     for (int64_t b = begin; b < end; ++b) {
       kernel(p, w, b * together, std::min((b + 1) * together, p.tiles()));
     }
@@ -86,7 +60,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
   const std::optional<Tensor> added = channels_inside(residual);
   const std::optional<Tensor> offset = bias ? std::optional(dense(*bias)) : std::nullopt;
   const Tensor y = empty_beside(x, {n, height, width, out}, type);
-  const auto call = [&](auto tag) {
+  dispatch_wide(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     run(Problem<T>{{n, height, width},
                    in,
@@ -97,13 +71,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
                    added ? added->const_data_ptr<T>() : nullptr,
                    y.mutable_data_ptr<T>(),
                    relu});
-  };
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x: expected float32 or float64");
-  if (type == ScalarType::Float) {
-    call(TypeTag<float>{});
-  } else {
-    call(TypeTag<double>{});
-  }
+  });
   return channels_outside(y);
 }
 
@@ -148,14 +116,13 @@ Tensor weight_points(Tensor weight, bool adjoint) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "weight: expected (out, in, 3, 3), got ", shape_of(weight));
   const ScalarType type = weight.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight: expected float32 or float64");
   // Of the convolution that is asked for: `out` of its channels, each with `in`, and where their taps lie.
   const int64_t out = weight.size(adjoint ? 1 : 0), in = weight.size(adjoint ? 0 : 1);
   const int64_t by_out = weight.stride(adjoint ? 1 : 0), by_in = weight.stride(adjoint ? 0 : 1);
   const int64_t sign = adjoint ? -1 : 1, row = sign * weight.stride(2), column = sign * weight.stride(3);
   const int64_t first = adjoint ? 2 * (weight.stride(2) + weight.stride(3)) : 0;
   const Tensor u = empty_beside(weight, {kPoints, in, out}, type);
-  const auto call = [&](auto tag) {
+  dispatch_wide(type, "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* w = weight.const_data_ptr<T>() + first;
     T* to = u.mutable_data_ptr<T>();
@@ -177,12 +144,7 @@ Tensor weight_points(Tensor weight, bool adjoint) {
         }
       });
     });
-  };
-  if (type == ScalarType::Float) {
-    call(TypeTag<float>{});
-  } else {
-    call(TypeTag<double>{});
-  }
+  });
   return u;
 }
 

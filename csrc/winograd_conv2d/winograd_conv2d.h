@@ -15,11 +15,16 @@
 // Operations a tile, in and out channels C: 36 C^2 multiply-adds, and some 250 C for the transforms, against 144 C^2.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "common/scratch.h"
+#include "common/simd.h"
 
 namespace lorun::winograd_conv2d {
 
 constexpr int64_t kTile = 4, kSpan = 6, kPoints = kSpan * kSpan;
+constexpr int64_t kChannels = 8;  // both channel counts are multiples of it
 
 struct Images {
   int64_t n, height, width;
@@ -63,12 +68,31 @@ struct GradientProblem : Images {
   const T *x, *grad;
 };
 
+// The widest vectors that both channel counts fill.
+template <class T>
+CpuVariant variant_for(int64_t in, int64_t out) {
+  constexpr int64_t kWide = 64 / sizeof(T);
+  const bool fill = in % kWide == 0 && out % kWide == 0;
+  const CpuVariant active = active_variant();
+  return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
+}
+
 // Of one thread: v, a row of channels for each tile and point; m, in the forward pass their products, in the backward
 // pass the same of the gradient; padded, a tile that leaves the image.
 template <class T>
 struct Work {
   int64_t v_pitch, m_pitch;  // from point to point
   T *v, *m, *padded;
+
+  Work(int64_t tiles, int64_t in, int64_t out) {
+    // Points a multiple of 4 KB apart would compete for the same places of the first-level cache.
+    constexpr int64_t kApart = 64 / sizeof(T);
+    v_pitch = tiles * in + kApart;
+    m_pitch = tiles * out + kApart;
+    v = static_cast<T*>(scratch<Work>(kPoints * (v_pitch + m_pitch + std::max(in, out)) * sizeof(T)));
+    m = v + kPoints * v_pitch;
+    padded = m + kPoints * m_pitch;
+  }
 };
 
 }  // namespace lorun::winograd_conv2d
