@@ -9,6 +9,7 @@ from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
+from lorun_fast.adapters import FORMS, factor_shapes, merged_weight
 from lorun_fast.functional import packed_block, packed_conv2d, packed_weight
 from lorun_fast.reference import packed_conv2d as reference
 
@@ -118,18 +119,68 @@ def test_the_packed_weight_is_its_definition(poisoned, adjoint, dtype, out, chan
     weight = torch.randn(out, channels, kernel, kernel).to(dtype)
     for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
         packed = packed_weight(w, adjoint=adjoint)
-        assert torch.equal(packed, reference.packed_weight(weight, adjoint)) and packed.dtype == dtype
+        assert torch.equal(packed, reference.packed_weight(weight, adjoint=adjoint)) and packed.dtype == dtype
     of = (channels, out) if adjoint else (out, channels)
     assert torch.equal(reference.unpacked_weight(packed, *of, kernel, adjoint), weight)
 
 
+def factors(shape, form, rank, dtype=torch.float32):
+    return [torch.randn(s, dtype=torch.float64).to(dtype) for s in factor_shapes(shape, rank, form)]
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "channels", "kernel", "rank"), [(16, 16, 3, 2), (7, 33, 3, 5), (40, 1, 2, 1)])
+def test_the_packed_weight_of_factors_is_the_merged_weights(
+    poisoned, adjoint, form, dtype, out, channels, kernel, rank
+):
+    weight = torch.randn(out, channels, kernel, kernel)
+    down, up = factors(weight.shape, form, rank)
+    wide = torch.float64
+    exact = merged_weight(weight.to(dtype).to(wide), down.to(dtype).to(wide), up.to(dtype).to(wide), 0.5)
+    expected = reference.packed_weight(exact, adjoint=adjoint)
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    layouts = (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT)
+    for w in layouts:
+        for stored in {dtype, torch.promote_types(dtype, torch.float32)}:
+            given = (w.to(dtype).to(stored), down.to(dtype).mT.contiguous().mT, up.to(dtype))
+            packed = packed_weight(*given, scale=0.5, dtype=dtype, adjoint=adjoint)
+            assert packed.dtype == dtype
+            torch.testing.assert_close(packed.to(wide), expected, rtol=tolerance, atol=tolerance / 4)
+
+
+def test_zero_factors_leave_the_packed_weight_to_the_last_bit():
+    weight = torch.randn(24, 24, 3, 3)
+    down, up = factors(weight.shape, "peft", 3)
+    for w in (weight, weight.bfloat16()):
+        packed = packed_weight(w, down, torch.zeros_like(up), dtype=torch.bfloat16)
+        assert torch.equal(packed, packed_weight(weight.bfloat16()))
+        assert torch.equal(packed, packed_weight(w, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("adjoint", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_the_packed_weight_is_an_op(adjoint, kernel):
-    small = torch.randn(2, 3, kernel, kernel, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_the_packed_weight_is_an_op(adjoint, kernel, form):
+    small = torch.randn(2, 3, kernel, kernel, dtype=torch.float64)
+    tensors = [small, *(factors(small.shape, form, 2, torch.float64) if form else (None, None))]
+    given = (*(t if t is None else t.requires_grad_() for t in tensors), 0.7, None, adjoint)
     weight_op = torch.ops.lorun_fast.packed_weight.default
-    assert torch.autograd.gradcheck(weight_op, (small, adjoint))
-    opcheck(weight_op, (small, adjoint))
+    assert torch.autograd.gradcheck(weight_op, given)
+    opcheck(weight_op, given)
+    assert torch.autograd.gradcheck(packed_weight_at(0.7, adjoint), given[:3])
+
+
+def packed_weight_at(scale, adjoint):
+    return lambda *tensors: packed_weight(*tensors, scale=scale, adjoint=adjoint)
+
+
+def test_the_gradients_of_a_narrowed_packed_weight_have_their_tensors_dtypes():
+    weight, down, up = (t.requires_grad_() for t in (torch.randn(8, 8, 3, 3), *factors((8, 8, 3, 3), "peft", 2)))
+    packed = packed_weight(weight, down, up, dtype=torch.bfloat16)
+    packed.backward(torch.ones_like(packed))
+    assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in (weight, down, up))
 
 
 # N, channels, middle, H, W
@@ -402,3 +453,16 @@ def test_weights_of_another_shape():
     for shape in ((8, 8, 3, 5), (8, 8, 9, 9), (8, 3, 3), (0, 8, 3, 3)):
         with pytest.raises(ValueError, match="weight: expected"):
             packed_weight(torch.zeros(shape))
+
+
+def test_factors_that_do_not_fit_the_packed_weight():
+    weight, down, up = torch.zeros(8, 8, 3, 3), torch.zeros(2, 8, 3, 3), torch.zeros(8, 2)
+    for given, error, message in (
+        ((down, None), ValueError, "down, up: expected two tensors"),
+        ((down, up[:7]), ValueError, "down, up: expected .* for weight"),
+        ((down[None], up[None]), ValueError, "down, up: expected no stage axis"),
+        ((down.int(), up), TypeError, "down: expected float32"),
+        ((down.to("meta"), up), ValueError, "down is on meta, but weight is on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            packed_weight(weight, *given)

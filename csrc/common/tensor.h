@@ -98,6 +98,16 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// The tensor itself, or a dense copy in this type.
+inline Tensor dense_in_type(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() == type) {
+    return dense(t);
+  }
+  Tensor copy = torch::stable::new_empty(t, t.sizes(), type);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 // (n, channels, height, width) seen as (n, height, width, channels), dense.
 inline Tensor channels_inside(const Tensor& t) {
   return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));

@@ -18,6 +18,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/tensor.h"
+#include "lora_merge/one.h"
 
 #define LORUN_KERNELS "lora_merge/update.inl"
 #include "common/for_each_variant.h"
@@ -27,18 +28,20 @@ namespace {
 
 struct Slot;
 
-Shape shape_of_layer(const Tensor& weight, const Tensor& down, const Tensor& up, bool transposed) {
+Shape shape_of_layer(const Tensor& weight, const Tensor& down, const Tensor& up, bool transposed, bool stacked) {
   STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight: expected 2 or 4 dimensions, got ", shape_of(weight));
-  STD_TORCH_CHECK(up.dim() == 3 && down.dim() >= 3 && down.size(0) == up.size(0),
-                  "down, up: expected a common leading stage axis, got ", shape_of(down), " and ", shape_of(up));
+  const int64_t lead = stacked ? 1 : 0;
+  STD_TORCH_CHECK(up.dim() == 2 + lead && down.dim() >= 2 + lead && (!stacked || down.size(0) == up.size(0)),
+                  "down, up: expected ", stacked ? "a common leading" : "no", " stage axis, got ", shape_of(down),
+                  " and ", shape_of(up));
   Shape s{};
-  s.stages = up.size(0);
+  s.stages = stacked ? up.size(0) : 1;
   s.lead = weight.size(0);
   s.channels = weight.size(1);
   s.taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
-  s.rows = up.size(1);
-  s.rank = up.size(2);
-  s.batch = transposed && down.dim() == 5 ? s.lead : 1;
+  s.rows = up.size(lead);
+  s.rank = up.size(lead + 1);
+  s.batch = transposed && down.dim() == 4 + lead ? s.lead : 1;
   const int64_t products = s.batch * s.rows;
   s.cols = products > 0 ? s.weight() / products : 0;
   STD_TORCH_CHECK(products * s.cols == s.weight() && down.numel() == s.stages * s.batch * s.rank * s.cols,
@@ -63,20 +66,25 @@ Tensor empty_merged(const Tensor& weight, int64_t stages, ScalarType type, bool 
   return torch::stable::transpose(torch::stable::transpose(inner, 3, 4), 2, 3);
 }
 
-// The tensor itself, or a dense copy in the type that sums are formed in.
-Tensor widened(const Tensor& t, ScalarType wide) {
-  if (t.scalar_type() == wide && t.is_contiguous()) {
-    return t;
+// Values from one channel, and from one tap, of a weight to the next.
+struct Strides {
+  int64_t channel, tap;
+};
+
+// Those of a weight whose rows of taps follow each other.
+std::optional<Strides> strides_of(const Tensor& weight) {
+  if (weight.dim() == 2) {
+    return Strides{weight.stride(1), 1};
   }
-  Tensor copy = torch::stable::new_empty(t, t.sizes(), wide);
-  torch::stable::copy_(copy, t);
-  return copy;
+  const Strides found{weight.stride(1), weight.stride(3)};
+  return weight.stride(2) == weight.size(3) * found.tap ? std::optional(found) : std::nullopt;
 }
 
 struct Layer {
   Shape shape;
   ScalarType wide, target;
-  Tensor weight, down, up, merged;
+  Tensor weight, down, up, merged;  // weight: in the wide type or the target's
+  Strides strides;                  // of weight
   double scale;
   bool channels_last;
   int64_t first;  // of its pieces of work among all layers'
@@ -84,7 +92,21 @@ struct Layer {
   int64_t pieces() const {
     return shape.stages * shape.lead;
   }
+
+  int64_t work() const {
+    return pieces() * shape.slice() * (1 + shape.rank / 4);
+  }
 };
+
+Layer layer_of(const Shape& shape, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& merged,
+               double scale, ScalarType target, bool channels_last, int64_t first) {
+  const ScalarType type = weight.scalar_type(), wide = wide_type(type);
+  const std::optional<Strides> given = strides_of(weight);
+  const Tensor base = given && (type == wide || type == target) ? weight : dense_in_type(weight, wide);
+  const Strides strides = strides_of(base).value_or(Strides{shape.taps, 1});
+  return {shape,   wide,  target,        base, dense_in_type(down, wide), dense_in_type(up, wide), merged,
+          strides, scale, channels_last, first};
+}
 
 template <class T, class W>
 LORUN_INLINE inline T round_to(W v) {
@@ -95,33 +117,37 @@ LORUN_INLINE inline T round_to(W v) {
   }
 }
 
-// Pieces [begin, end) of a layer.
-template <class T, class W>
+// Pieces [begin, end) of a layer whose weight is stored as S.
+template <class T, class W, class S>
 void merge_pieces(const Layer& layer, int64_t begin, int64_t end) {
   const Shape& s = layer.shape;
   const int64_t n = s.slice(), factors = s.batch * s.rank * s.cols;
-  const W* weight = layer.weight.const_data_ptr<W>();
+  const S* weight = layer.weight.const_data_ptr<S>();
   const W* down = layer.down.const_data_ptr<W>();
   const W* up = layer.up.const_data_ptr<W>();
   T* merged = layer.merged.mutable_data_ptr<T>();
   const W scale = static_cast<W>(layer.scale);
+  const Strides from = layer.strides;
+  const Strides to = layer.channels_last ? Strides{1, s.channels} : Strides{s.taps, 1};
+  const int64_t by_lead = layer.weight.stride(0);
   W* sums = static_cast<W*>(scratch<Slot>(n * sizeof(W)));
   const auto kernel = LORUN_PICK(update<W>);
   for (int64_t piece = begin; piece < end; ++piece) {
     const int64_t k = piece / s.lead, a = piece % s.lead;
     kernel(s, down + k * factors, up + k * s.rows * s.rank, a * n, n, sums);
-    const W* base = weight + a * n;
+    const S* base = weight + a * by_lead;
     T* out = merged + piece * n;
     multiversion([&](auto) LORUN_INLINE {
-      if (!layer.channels_last) {
+      if (from.channel == s.taps && to.channel == s.taps && from.tap == 1) {
         for (int64_t v = 0; v < n; ++v) {
-          out[v] = round_to<T>(base[v] + scale * sums[v]);
+          out[v] = round_to<T>(static_cast<W>(base[v]) + scale * sums[v]);
         }
         return;
       }
       for (int64_t tap = 0; tap < s.taps; ++tap) {
         for (int64_t c = 0; c < s.channels; ++c) {
-          out[tap * s.channels + c] = round_to<T>(base[c * s.taps + tap] + scale * sums[c * s.taps + tap]);
+          const W value = static_cast<W>(base[c * from.channel + tap * from.tap]);
+          out[c * to.channel + tap * to.tap] = round_to<T>(value + scale * sums[c * s.taps + tap]);
         }
       }
     });
@@ -132,9 +158,11 @@ void merge_range(const Layer& layer, int64_t begin, int64_t end) {
   dispatch_storage(layer.target, "dtype", [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (layer.wide == ScalarType::Double) {
-      merge_pieces<T, double>(layer, begin, end);
-    } else {
-      merge_pieces<T, float>(layer, begin, end);
+      merge_pieces<T, double, double>(layer, begin, end);
+    } else if (layer.weight.scalar_type() == ScalarType::Float) {
+      merge_pieces<T, float, float>(layer, begin, end);
+    } else if constexpr (!std::is_same_v<T, double>) {
+      merge_pieces<T, float, T>(layer, begin, end);
     }
   });
 }
@@ -151,15 +179,13 @@ std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs
   results.reserve(count);
   int64_t pieces = 0, work = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const Shape shape = shape_of_layer(weights[i], downs[i], ups[i], transposed[i]);
-    const ScalarType wide = wide_type(weights[i].scalar_type());
+    const Shape shape = shape_of_layer(weights[i], downs[i], ups[i], transposed[i], true);
     const ScalarType target = dtype.value_or(weights[i].scalar_type());
     const bool last = weights[i].dim() == 4 && channels_last.value_or(is_channels_last(weights[i]));
     results.push_back(empty_merged(weights[i], shape.stages, target, last));
-    layers.push_back({shape, wide, target, widened(weights[i], wide), widened(downs[i], wide), widened(ups[i], wide),
-                      results.back(), scales[i], last, pieces});
+    layers.push_back(layer_of(shape, weights[i], downs[i], ups[i], results.back(), scales[i], target, last, pieces));
     pieces += layers.back().pieces();
-    work += layers.back().pieces() * shape.slice() * (1 + shape.rank / 4);
+    work += layers.back().work();
   }
   parallel(pieces, pieces ? work / pieces : 0, [&](int64_t begin, int64_t end) {
     for (const Layer& layer : layers) {
@@ -173,6 +199,15 @@ std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs
 }
 
 }  // namespace
+
+Tensor merge_one(const Tensor& weight, const Tensor& down, const Tensor& up, double scale, ScalarType type) {
+  const Shape shape = shape_of_layer(weight, down, up, false, false);
+  const Tensor merged = torch::stable::new_empty(weight, weight.sizes(), type);
+  const Layer layer = layer_of(shape, weight, down, up, merged, scale, type, false, 0);
+  parallel(layer.pieces(), layer.pieces() ? layer.work() / layer.pieces() : 0,
+           [&](int64_t begin, int64_t end) { merge_range(layer, begin, end); });
+  return merged;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("lora_merge", TORCH_BOX(&merge));

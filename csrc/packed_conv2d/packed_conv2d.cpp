@@ -18,6 +18,7 @@
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "common/tensor.h"
+#include "lora_merge/one.h"
 #include "packed_conv2d/tiles.h"
 
 #define LORUN_KERNELS "packed_conv2d/strips.inl"
@@ -342,11 +343,15 @@ Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor se
   });
 }
 
-Tensor pack(Tensor weight, bool adjoint) {
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(2) >= 1 && weight.size(2) <= kMaxKernel,
-      "weight: expected (out, in, k, k) with k from 1 to 7, got ", shape_of(weight));
-  const ScalarType type = weight.scalar_type();
+Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, double scale,
+            std::optional<ScalarType> dtype, bool adjoint) {
+  STD_TORCH_CHECK(base.dim() == 4 && base.size(2) == base.size(3) && base.size(2) >= 1 && base.size(2) <= kMaxKernel,
+                  "weight: expected (out, in, k, k) with k from 1 to 7, got ", shape_of(base));
+  STD_TORCH_CHECK(down.has_value() == up.has_value(), "down, up: expected both or neither");
+  const ScalarType type = dtype.value_or(base.scalar_type());
+  const Tensor weight = down                         ? lora_merge::merge_one(base, *down, *up, scale, type)
+                        : base.scalar_type() == type ? base
+                                                     : dense_in_type(base, type);
   const int64_t out = weight.size(adjoint ? 1 : 0), in = weight.size(adjoint ? 0 : 1), kernel = weight.size(2);
   const int64_t by_out = weight.stride(adjoint ? 1 : 0), by_in = weight.stride(adjoint ? 0 : 1);
   const int64_t sign = adjoint ? -1 : 1, by_row = sign * weight.stride(2), by_column = sign * weight.stride(3);

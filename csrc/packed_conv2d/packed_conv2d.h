@@ -64,13 +64,17 @@ struct Strided {
 template <class T>
 void pack_row(const Filter<T>& f, const Strided<T>& weight, int64_t i, T* tiles) {
   const int64_t block = i / f.kernel, row = i % f.kernel, first = block * kChannels;
-  for (int64_t k = 0; k < f.steps() * kDepth; ++k) {
-    T* pair = tiles + k / 2 * (2 * kChannels) + k % 2;
-    const T* from =
-        weight.w + row * weight.by_row + k / f.in * weight.by_column + k % f.in * weight.by_in + first * weight.by_out;
-    const int64_t count = k < f.kernel * f.in ? std::min(kChannels, f.out - first) : 0;
-    for (int64_t c = 0; c < kChannels; ++c) {
-      pair[2 * c] = c < count ? from[c * weight.by_out] : T{};
+  const int64_t count = std::min(kChannels, f.out - first);
+  const T* from = weight.w + row * weight.by_row + first * weight.by_out;
+  std::fill_n(tiles, f.steps() * kDepth * kChannels, T{});
+  int64_t k = 0;
+  for (int64_t column = 0; column < f.kernel; ++column) {
+    for (int64_t in = 0; in < f.in; ++in, ++k) {
+      T* pair = tiles + k / 2 * (2 * kChannels) + k % 2;
+      const T* values = from + column * weight.by_column + in * weight.by_in;
+      for (int64_t c = 0; c < count; ++c) {
+        pair[2 * c] = values[c * weight.by_out];
+      }
     }
   }
 }

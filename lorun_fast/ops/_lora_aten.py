@@ -90,13 +90,13 @@ def conv2d(
 def conv2d_by(convolve: Callable, x, weight, down, up, stage, residual, scale, activation):
     """The forward pass by an op that adds the bias, and applies ReLU and the residual before it rounds.
 
-    convolve: takes samples and their merged weight, in x's dtype, and where the op is to finish the result activation
-        and residual by name.
+    convolve: takes samples and their layer, (weight, down, up, scale), and where the op is to finish the result
+        activation and residual by name.
     """
 
     def one(samples: Tensor, k: int | None, **finishing) -> Tensor:
-        d, u = (down, up) if k is None else (down[k], up[k])
-        return convolve(samples, merge(weight, d, u, scale, False, x.dtype), **finishing)
+        factors = (down, up) if k is None else (down[k], up[k])
+        return convolve(samples, (weight, *factors, scale), **finishing)
 
     if stage is None and activation in (None, "relu"):
         residual = None if residual is None else residual.to(x.dtype)
@@ -155,8 +155,9 @@ def _weight_gradient_by_products(grad: Tensor, x: Tensor, kernel, padding, dilat
     return found.view(kh, kw, out, channels).flip(0, 1).permute(2, 3, 0, 1)
 
 
-def image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    """The gradient of conv(x, weight) for x."""
+def image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> Tensor:
+    """The gradient of conv(x, W0 + scale * dW) for x. layer: (weight, down, up, scale)."""
+    weight = merge(*layer, geometry[3], x.dtype)
     return aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
 
 
@@ -168,13 +169,14 @@ def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
 class Way:
     """What the backward pass is made of: conv(x, weight), and its gradients for x and for the weight.
 
-    Each takes the geometry of aten.convolution; the gradients get the result's gradient first. factor_gradients: those
-    of down and up in one pass, (grad, x, down, up, geometry) in x's dtype; None, the function or its result: from the
-    other three.
+    Each takes the geometry of aten.convolution; the gradients get the result's gradient first. image_gradient takes
+    the layer, (weight, down, up, scale), and merges it; weight_gradient looks at its weight's shape, dtype and layout
+    alone. factor_gradients: those of down and up in one pass, (grad, x, down, up, geometry) in x's dtype; None, the
+    function or its result: from the other two.
     """
 
     convolution: Callable[[Tensor, Tensor, tuple], Tensor] = _convolution
-    image_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = image_gradient
+    image_gradient: Callable[[Tensor, Tensor, tuple, tuple], Tensor] = image_gradient
     weight_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = weight_gradient
     factor_gradients: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
@@ -220,14 +222,13 @@ def _conv2d_backward_one(
     # The factors first: what they need for a while is gone before x's gradient is there.
     if low_rank:
         found[3:] = _low_rank_gradients(grad, x, down, up, scale, geometry, mask[3:], way)
-    w = merge(weight, down, up, scale, transposed, x.dtype) if mask[0] or whole else None
     if whole:
-        grad_w = way.weight_gradient(grad, x, w, geometry)
+        grad_w = way.weight_gradient(grad, x, torch.empty_like(weight, dtype=x.dtype), geometry)
         if factors:
             found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
         found[1] = grad_w.to(weight.dtype)
     if mask[0]:
-        found[0] = way.image_gradient(grad, x, w, geometry)
+        found[0] = way.image_gradient(grad, x, (weight, down, up, scale), geometry)
     return found
 
 

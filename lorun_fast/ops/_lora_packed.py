@@ -14,7 +14,7 @@ from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
-from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight, weight_op
 from lorun_fast.ops.packed_factor_gradients import MAX_RANK, packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
 
@@ -37,6 +37,11 @@ def supports(
     return None
 
 
+def _tiles(weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float, adjoint: bool = False) -> Tensor:
+    """The merged weight, packed, in one call: a dozen of torch's would take a tenth of a layer's time."""
+    return weight_op(weight, down, up, scale, torch.bfloat16, adjoint)
+
+
 def conv2d(
     x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
     output_padding,
@@ -45,8 +50,8 @@ def conv2d(
     bias = None if bias is None else bias.float()
     geometry = {"out": weight.shape[0], "kernel": weight.shape[2], "stride": stride[0], "padding": padding[0]}
 
-    def convolve(samples: Tensor, merged: Tensor, **finishing) -> Tensor:
-        return packed_conv2d(samples, packed_weight(merged), bias, **geometry, **finishing)
+    def convolve(samples: Tensor, layer: tuple, **finishing) -> Tensor:
+        return packed_conv2d(samples, _tiles(*layer), bias, **geometry, **finishing)
 
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
@@ -71,13 +76,13 @@ def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometr
     return packed_factor_gradients(grad, x, down, up, padding=padding)
 
 
-def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> Tensor:
     stride, padding = geometry[0][0], geometry[1][0]
-    around = weight.shape[2] - 1 - padding
+    _, channels, kernel, _ = layer[0].shape
+    around = kernel - 1 - padding
     if stride != 1 or around < 0:
-        return _lora_aten.image_gradient(grad, x, weight, geometry)
-    tiles = packed_weight(weight, adjoint=True)
-    return packed_conv2d(grad, tiles, out=weight.shape[1], kernel=weight.shape[2], padding=around)
+        return _lora_aten.image_gradient(grad, x, layer, geometry)
+    return packed_conv2d(grad, _tiles(*layer, adjoint=True), out=channels, kernel=kernel, padding=around)
 
 
 def block_supports(*args) -> str | None:
@@ -89,7 +94,8 @@ def block_supports(*args) -> str | None:
 
 def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
-    tiles = [packed_weight(weight) for weight in lora_residual_block.merged(x, first, second, scales)]
+    layers = zip((first, second), scales, strict=True)
+    tiles = [_tiles(weight, down, up, scale) for (weight, _, down, up), scale in layers]
     biases = [None if bias is None else bias.float() for _, bias, *_ in (first, second)]
     return packed_block(
         x, *tiles, first_bias=biases[0], second_bias=biases[1], middle=first[0].shape[0],

@@ -41,14 +41,14 @@ def conv2d(
     x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, transposed,
     output_padding,
 ):  # fmt: skip
-    def convolve(samples: Tensor, merged: Tensor, **finishing) -> Tensor:
-        return _convolve(samples, merged, bias, **finishing)
+    def convolve(samples: Tensor, layer: tuple, **finishing) -> Tensor:
+        return _convolve(samples, _lora_aten.merge(*layer, False, x.dtype), bias, **finishing)
 
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
-def _image_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    return _convolve(grad, weight, adjoint=True)
+def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> Tensor:
+    return _convolve(grad, _lora_aten.merge(*layer, False, x.dtype), adjoint=True)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:

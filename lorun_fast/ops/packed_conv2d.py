@@ -6,11 +6,14 @@ Definition: reference/packed_conv2d.py.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
 from lorun_fast.ops._library import define
+from lorun_fast.ops.lora import check_floating, check_update
 from lorun_fast.reference import packed_conv2d as reference
+from lorun_fast.reference.lora import to_factors
 
 MAX_KERNEL = 7
 _ACTIVATIONS = (None, "relu")
@@ -114,25 +117,40 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight: expected one channel or more, got shape {shape_of(weight)}")
 
 
-def _fake_weight(weight, adjoint):
+def _check_layer(weight: Tensor, down: Tensor | None, up: Tensor | None) -> None:
     _check_weight(weight)
+    check_update(weight, down, up, None, 1)
+    given = [(name, t) for name, t in (("weight", weight), ("down", down), ("up", up)) if t is not None]
+    for name, t in given:
+        check_floating(name, t)
+    check_same_device(*given)
+
+
+def _fake_weight(weight, down, up, scale, dtype, adjoint):
+    _check_layer(weight, down, up)
     out, channels = weight.shape[:2]
-    return weight.new_empty(reference.packed_shape(*((channels, out) if adjoint else (out, channels)), weight.shape[2]))
+    shape = reference.packed_shape(*((channels, out) if adjoint else (out, channels)), weight.shape[2])
+    return weight.new_empty(shape, dtype=dtype)
 
 
 def _setup_weight(ctx, inputs, output):
-    weight, ctx.adjoint = inputs
-    ctx.sizes = weight.shape
+    weight, down, up, ctx.scale, _, ctx.adjoint = inputs
+    ctx.save_for_backward(weight, down, up)
 
 
 def _backward_weight(ctx, grad):
-    out, channels, kernel, _ = ctx.sizes
+    weight, down, up = ctx.saved_tensors
+    out, channels, kernel, _ = weight.shape
     of = (channels, out) if ctx.adjoint else (out, channels)
-    return reference.unpacked_weight(grad, *of, kernel, ctx.adjoint), None
+    whole = reference.unpacked_weight(grad, *of, kernel, ctx.adjoint)
+    factors = (None, None)
+    if any(ctx.needs_input_grad[1:3]):
+        factors = to_factors(whole, weight, down, up, ctx.scale)
+    return (whole.to(weight.dtype), *factors, None, None, None)
 
 
-_weight_op = define(
-    "packed_weight(Tensor weight, bool adjoint) -> Tensor",
+weight_op = define(
+    "packed_weight(Tensor weight, Tensor? down, Tensor? up, float scale, ScalarType? dtype, bool adjoint) -> Tensor",
     reference=reference.packed_weight,
     fake=_fake_weight,
     backward=_backward_weight,
@@ -188,14 +206,25 @@ _block_op = define(
 )
 
 
-def packed_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
+def packed_weight(
+    weight: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    adjoint: bool = False,
+) -> Tensor:
     """The weight (out, in, k, k) as :func:`packed_conv2d` takes it: (ceil(out / 16), k * ceil(k * in / 32), 16, 32).
 
-    k from 1 to 7, any floating-point dtype, which it keeps. adjoint: the weight of the convolution's transpose (stride
-    1), which takes a gradient back to x. Differentiable. Raises ValueError for another shape.
+    k from 1 to 7, any floating-point dtype. down, up: the factors of one stage, in one form of
+        :mod:`lorun_fast.adapters`; then it is that of W0 + scale * dW, formed in fp32 (fp64 for fp64 weights).
+    dtype: of the result; None keeps the weight's. adjoint: the weight of the convolution's transpose (stride 1), which
+        takes a gradient back to x.
+    Differentiable. Raises ValueError or TypeError naming the argument that does not fit.
     """
-    _check_weight(weight)
-    return _weight_op(weight, adjoint)
+    _check_layer(weight, down, up)
+    return weight_op(weight, down, up, scale, dtype, adjoint)
 
 
 def packed_conv2d(

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorun_fast.adapters import merged_weight
+
 DEPTH, CHANNELS = 32, 16
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def packed_shape(out: int, channels: int, kernel: int) -> tuple[int, int, int, int]:
@@ -18,8 +24,22 @@ def packed_shape(out: int, channels: int, kernel: int) -> tuple[int, int, int, i
     return (-(-out // CHANNELS), kernel * -(-kernel * channels // DEPTH), DEPTH // 2, 2 * CHANNELS)
 
 
-def packed_weight(weight: Tensor, adjoint: bool = False) -> Tensor:
-    """(out, in, k, k) packed, zeros where a tile is not full. adjoint: of the convolution's transpose."""
+def packed_weight(
+    weight: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    adjoint: bool = False,
+) -> Tensor:
+    """W0 + scale * dW (out, in, k, k) packed, zeros where a tile is not full. adjoint: of the convolution's transpose.
+
+    Formed in fp32 (fp64 for fp64 weights) and rounded once, to dtype or the weight's.
+    """
+    dtype = dtype or weight.dtype
+    if down is not None:
+        weight = merged_weight(_wide(weight), down, up, scale)
+    weight = weight.to(dtype)
     if adjoint:
         weight = weight.flip(2, 3).transpose(0, 1)
     out, channels, kernel, _ = weight.shape
@@ -37,10 +57,6 @@ def unpacked_weight(packed: Tensor, out: int, channels: int, kernel: int, adjoin
     values = values.reshape(kernel, steps // kernel * DEPTH, blocks * CHANNELS)[:, : kernel * channels, :out]
     weight = values.reshape(kernel, kernel, channels, out).permute(3, 2, 0, 1)
     return weight.transpose(0, 1).flip(2, 3) if adjoint else weight
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def packed_conv2d(
