@@ -41,6 +41,8 @@ class AdaptedLayer:
     form: str
     scale: float
     _transposed = False
+    # No buffer: copies of a network whose buffers are paired in order, one of them merged, would not fit together.
+    _merged: Tensor | None = None
 
     def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
         if stages < 1:
@@ -52,7 +54,6 @@ class AdaptedLayer:
         like = {"dtype": self.weight.dtype, "device": self.weight.device}
         self.down = nn.Parameter(torch.empty(stages, *down, **like))
         self.up = nn.Parameter(torch.empty(stages, *up, **like))
-        self.register_buffer("_merged", None, persistent=False)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -154,6 +155,11 @@ class AdaptedLayer:
     def _load_from_state_dict(self, *args, **kwargs):
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.unmerge()  # the merged weights lie on the device of this layer
+        return replica
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stages={self.stages}, rank={self.rank}, form={self.form!r}"

@@ -122,6 +122,13 @@ def test_what_drops_merged_weights(invalidate):
     assert not layer.merged
 
 
+def test_a_replica_on_another_device_does_not_keep_merged_weights():
+    layer = randomise(lf.LoRAConv2d(4, 4, 3, stages=2, rank=1))
+    layer.merge()
+    assert not layer._replicate_for_data_parallel().merged
+    assert layer.merged
+
+
 @pytest.mark.parametrize("form", adapters.FORMS)
 def test_conversion_to_channels_last_reaches_the_merged_weights(form):
     layer, x = randomise(lf.LoRAConv2d(4, 6, 3, padding=1, stages=2, rank=2, form=form)), torch.randn(2, 4, 7, 9)

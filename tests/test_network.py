@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import lorun_fast as lf
 
@@ -103,6 +104,25 @@ def test_moving_or_loading_in_eval_mode_merges_anew(x):
     net.double()
     assert net.denoiser.merged
     torch.testing.assert_close(net(y.double(), size=SIZE).float(), fresh, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averaged_weights_are_evaluated_between_updates(x, use_buffers):
+    class Normed(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3, padding=1))
+
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), Normed(), stages=3)
+    averaged, y = AveragedModel(net, use_buffers=use_buffers), net.op(x)
+    for std in (0.1, 0.2):
+        for p in net.denoiser.adapter_parameters():
+            nn.init.normal_(p, std=std)
+        averaged.update_parameters(net)
+        got = averaged.eval()(y, size=SIZE)
+        assert averaged.module.denoiser.merged
+        unmerged = copy.deepcopy(averaged)
+        unmerged.module.denoiser.unmerge()
+        torch.testing.assert_close(got, unmerged(y, size=SIZE))
 
 
 def test_checkpointing_changes_no_gradient(x):
