@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+import lorun_fast as lf
 from lorun_fast import functional as F
 from lorun_fast.ops._direct import direct_call
 
@@ -155,3 +157,22 @@ def test_function_transforms():
 
     leaf = up.clone().requires_grad_()
     torch.testing.assert_close(torch.func.grad(layer)(up), torch.autograd.grad(layer(leaf), leaf)[0])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_forward_mode(learned):
+    """Below autograd a tangent would be dropped without an error."""
+    x, y, mask, rho = problem(dtype=torch.float64)
+    mask.requires_grad_(learned)
+    tangent = torch.rand_like(x)
+    with forward_ad.dual_level():
+        moved = F.cassi_step(forward_ad.make_dual(x, tangent), y, mask, rho, step=2)
+        got = forward_ad.unpack_dual(moved).tangent
+    expected = F.cassi_step(x + tangent, y, mask, rho, step=2) - F.cassi_step(x, y, mask, rho, step=2)
+    torch.testing.assert_close(got, expected)
+
+    conv = lf.LoRAConv2d(4, 4, 3, padding=1, stages=1, rank=1, dtype=torch.float64).requires_grad_(learned)
+    z, tangent = torch.rand(2, 1, 4, 6, 6, dtype=torch.float64)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(conv(forward_ad.make_dual(z, tangent))).tangent
+    torch.testing.assert_close(got, conv(z + tangent) - conv(z))

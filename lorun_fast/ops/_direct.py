@@ -5,7 +5,7 @@ C++ for Python and comes back, also when nothing needs a gradient, and building 
 is most of what a small op costs. So a call from here decides in Python: below autograd if nothing needs a gradient,
 else through a torch.autograd.Function with the same formulas. Autocast, too, narrows here what the op says and is
 off below. Tracing takes the registered op as it is; transforms of torch.func, which do not take a gradient that is
-registered in Python, take the definition.
+registered in Python, and forward-mode differentiation take the definition.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-transforms_active = torch._C._are_functorch_transforms_active
+_functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _without_autocast = torch._C._DisableAutocast
+
+
+def transforms_active() -> bool:
+    """Whether a call may be differentiated in another way than by a backward pass."""
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def direct_call(
@@ -31,7 +37,7 @@ def direct_call(
     """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``.
 
     autocast: as for :func:`lorun_fast.ops._library.define`. definition: the same in differentiable PyTorch, for
-        function transforms.
+        function transforms and forward mode.
     """
 
     def forward(ctx, *args):
