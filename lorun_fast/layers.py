@@ -349,6 +349,7 @@ def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer
     return found
 
 
+@torch.inference_mode(False)  # merged under inference_mode, they serve calls outside of it all the same
 @torch.no_grad()
 def merged_weights(
     layers: Sequence[AdaptedLayer], dtype: torch.dtype | None = None, channels_last: bool | None = None

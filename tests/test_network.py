@@ -106,6 +106,15 @@ def test_moving_or_loading_in_eval_mode_merges_anew(x):
     torch.testing.assert_close(net(y.double(), size=SIZE).float(), fresh, atol=1e-4, rtol=1e-4)
 
 
+def test_merged_in_inference_mode_it_serves_calls_outside(x):
+    net = trained()
+    y = net.op(x).requires_grad_()
+    expected = torch.autograd.grad(net(y, size=SIZE).sum(), y)
+    with torch.inference_mode():
+        net.eval()
+    torch.testing.assert_close(torch.autograd.grad(net(y, size=SIZE).sum(), y), expected)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_averaged_weights_are_evaluated_between_updates(x, use_buffers):
     class Normed(nn.Sequential):
