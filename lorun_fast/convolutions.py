@@ -29,7 +29,7 @@ def _form_again(module: StandIn, *_) -> None:
 class StandIn(nn.Module):
     """A convolution whose state is that of the layer it stands for, and whose weight is kept in another form as well.
 
-    forward(x, activation=None, residual=None) is act(conv(x) + bias) + residual; activation: None or "relu".
+    forward(input, activation=None, residual=None) is act(conv(input) + bias) + residual; activation: None or "relu".
     """
 
     method: str
@@ -92,8 +92,8 @@ class WinogradConv2d(StandIn):
     def form_weight(self) -> None:
         self.points = winograd_weight(self.weight)
 
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        return winograd_conv2d(x, self.points, self.bias, activation=activation, residual=residual)
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return winograd_conv2d(input, self.points, self.bias, activation=activation, residual=residual)
 
 
 def _padding(conv: nn.Conv2d) -> int | None:
@@ -156,18 +156,18 @@ class PackedConv2d(StandIn):
         self.offset = None if bias is None else bias.float()
 
     def forward(
-        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None, output_size=None
+        self, input: Tensor, activation: str | None = None, residual: Tensor | None = None, output_size=None
     ) -> Tensor:
         """output_size: as for nn.ConvTranspose2d, also in its place."""
         if isinstance(activation, (tuple, list)):
             activation, output_size = None, activation
         if output_size is not None:
             cell = self.geometry["shuffle"]
-            padding = [size - cell * length for size, length in zip(output_size[-2:], x.shape[-2:], strict=True)]
+            padding = [size - cell * length for size, length in zip(output_size[-2:], input.shape[-2:], strict=True)]
             if padding != [0, 0]:
-                return F.conv_transpose2d(x, self.weight, self.bias, cell, output_padding=padding)
-        x = x.to(self.tiles.dtype)  # as autocast would
-        return packed_conv2d(x, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
+                return F.conv_transpose2d(input, self.weight, self.bias, cell, output_padding=padding)
+        input = input.to(self.tiles.dtype)  # as autocast would
+        return packed_conv2d(input, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
 
     @property
     def keeps_size(self) -> bool:

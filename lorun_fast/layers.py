@@ -231,17 +231,17 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
         )
         return {name: getattr(base, name) for name in names} | {"bias": base.bias is not None}
 
-    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        merged, stage = self.merged_now(stage), self.stage_now(x.shape[0], stage)
+    def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        merged, stage = self.merged_now(stage), self.stage_now(input.shape[0], stage)
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         if self._merged is None:
-            return conv_ops.of_layer(x, self, stage, padding, merged=merged)
-        weight, bias = self._merged_at(stage, x)
+            return conv_ops.of_layer(input, self, stage, padding, merged=merged)
+        weight, bias = self._merged_at(stage, input)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
-        return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
@@ -279,21 +279,23 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
     def _base_arguments(base: nn.ConvTranspose2d) -> dict:
         return LoRAConv2d._base_arguments(base) | {"output_padding": base.output_padding}
 
-    def forward(self, x: Tensor, stage: int | Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, stage: int | Tensor | None = None, output_size: Sequence[int] | None = None
+    ) -> Tensor:
         """output_size: as for nn.ConvTranspose2d, also in its place, as a denoiser that knows no stages passes it."""
         if isinstance(stage, (tuple, list)):
             stage, output_size = None, stage
-        merged, stage = self.merged_now(stage), self.stage_now(x.shape[0], stage)
+        merged, stage = self.merged_now(stage), self.stage_now(input.shape[0], stage)
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
-                x, list(output_size), self.stride, self.padding, self.kernel_size, 2, self.dilation
+                input, list(output_size), self.stride, self.padding, self.kernel_size, 2, self.dilation
             )
         if self._merged is None:
-            return conv_ops.of_layer(x, self, stage, self.padding, output_padding, merged=merged)
-        weight, bias = self._merged_at(stage, x)
+            return conv_ops.of_layer(input, self, stage, self.padding, output_padding, merged=merged)
+        weight, bias = self._merged_at(stage, input)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
-        return conv(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return conv(input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -322,13 +324,13 @@ class LoRALinear(AdaptedLayer, nn.Linear):
     def _base_arguments(base: nn.Linear) -> dict:
         return {"in_features": base.in_features, "out_features": base.out_features, "bias": base.bias is not None}
 
-    def forward(self, x: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        stage = self.stage_now(x.shape[0], stage)
+    def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        stage = self.stage_now(input.shape[0], stage)
         if self._merged is None:
-            return linear_ops.of_layer(x, self, stage)
-        weight, bias = self._merged_at(stage, x)
+            return linear_ops.of_layer(input, self, stage)
+        weight, bias = self._merged_at(stage, input)
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
-        return linear(x, weight, bias)
+        return linear(input, weight, bias)
 
 
 def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:

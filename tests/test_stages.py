@@ -139,6 +139,25 @@ def test_subclasses_of_layers_are_left_alone():
     assert torch.equal(staged(Z, stage=1), denoiser(Z))
 
 
+@pytest.mark.parametrize("convolutions", ["direct", "winograd"])
+def test_layers_called_by_keyword(convolutions):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.last, self.token = nn.ConvTranspose2d(8, 1, 1), nn.Linear(1, 1)
+
+        def forward(self, z):
+            x = self.last(input=self.second(input=self.first(input=z)))
+            return self.token(input=x.movedim(1, -1)).movedim(-1, 1)
+
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), ByKeyword(), stages=2)
+    y = net.op(torch.rand(1, 1, 8, 8))
+    expected = net(y)
+    torch.testing.assert_close(net.eval()(y), expected)
+    torch.testing.assert_close(net.optimize(dtype=torch.float32, convolutions=convolutions)(y), expected)
+
+
 def test_a_staged_denoiser_within_another_keeps_its_own_stage():
     inner = lf.adapt(nn.Conv2d(2, 2, 3, padding=1), stages=3)
     outer = lf.adapt(nn.Sequential(inner[2], nn.Conv2d(2, 2, 3, padding=1)), stages=2)
