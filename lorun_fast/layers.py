@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorun_fast import _scope, adapters
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
+from lorun_fast.ops._checks import whole
 from lorun_fast.ops.lora import check_given_stages, check_stage
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
@@ -45,8 +46,7 @@ class AdaptedLayer:
     _merged: Tensor | None = None
 
     def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
-        if stages < 1:
-            raise ValueError(f"stages: expected at least 1, got {stages}")
+        stages, rank = whole("stages", stages, 1), whole("rank", rank, 1)
         self.stages, self.rank, self.form, self.scale = stages, rank, form, float(scale)
         down, up = adapters.factor_shapes(
             self.weight.shape, rank, form, groups=getattr(self, "groups", 1), transposed=self._transposed

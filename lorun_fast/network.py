@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorun_fast.operators import SensingOperator
-from lorun_fast.ops._checks import parameter_dtype
+from lorun_fast.ops._checks import parameter_dtype, whole
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _DATA_STEPS = ("gradient", "prox")
@@ -79,8 +79,7 @@ class LoRun(nn.Module):
             raise ValueError(f"noise_map: expected one of {', '.join(_NOISE_MAPS)}, got {noise_map!r}")
         if noise_map == "stage" and data_step != "prox":
             raise ValueError(f"noise_map='stage': expected data_step='prox', got {data_step!r}")
-        if stages < 1:
-            raise ValueError(f"stages: expected at least 1, got {stages}")
+        stages = whole("stages", stages, 1)
         try:
             rho = float(step_size)
         except (TypeError, ValueError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
 from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers, stage_weights
+from lorun_fast.ops._checks import whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
 
@@ -92,8 +94,10 @@ class Stages(nn.Module):
 
     def __getitem__(self, stage: int) -> Stage:
         """One stage as a denoiser of its own: staged[3](z) is staged(z, stage=3)."""
-        if not isinstance(stage, int):
-            raise TypeError(f"stage: expected an int, got {type(stage).__name__}")
+        try:
+            stage = operator.index(stage)
+        except TypeError:
+            raise TypeError(f"stage: expected an int, got {type(stage).__name__}") from None
         if not -self.stages <= stage < self.stages:
             raise IndexError(f"stage: expected 0 to {self.stages - 1}, got {stage}")
         return Stage(self, stage % self.stages)
@@ -306,8 +310,7 @@ def adapt(
         raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
     if isinstance(denoiser, Stages):
         raise TypeError("denoiser: expected a plain module, got one that is staged already")
-    if stages < 1:
-        raise ValueError(f"stages: expected at least 1, got {stages}")
+    stages = whole("stages", stages, 1)
     include, exclude = _patterns(include), _patterns(exclude)
     candidates = {name: m for name, m in denoiser.named_modules() if isinstance(m, tuple(LAYERS))}
     for pattern in include + exclude:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -165,6 +166,16 @@ def test_stage_may_be_left_out_only_for_one_stage():
         lf.LoRAConv2d(4, 4, 3, stages=2, rank=1)(x)
     with pytest.raises(ValueError, match="stages: expected at least 1, got 0"):
         lf.LoRAConv2d(4, 4, 3, stages=0, rank=1)
+
+
+def test_stages_and_rank_are_whole_numbers():
+    layer = lf.LoRALinear(4, 4, stages=np.int64(3), rank=np.int64(2))
+    assert type(layer.stages) is int
+    assert type(layer.rank) is int
+    with pytest.raises(TypeError, match=r"stages: expected a whole number, got 3\.0"):
+        lf.LoRALinear(4, 4, stages=3.0)
+    with pytest.raises(TypeError, match="rank: expected a whole number, got '2'"):
+        lf.LoRALinear(4, 4, rank="2")
 
 
 @pytest.mark.parametrize(

@@ -140,11 +140,24 @@ def test_any_array_of_numbers(change):
         (lambda: lf.CASSI(torch.rand(4, 4), 3, -1), ValueError, "step: expected at least 0, got -1"),
         (lambda: lf.CASSI.from_phi(torch.rand(3, 4, 4), 2), ValueError, r"phi: expected more than step\*\(L-1\) = 4"),
         (lambda: lf.BlockCS(torch.rand(4, 16), 4.0), TypeError, "block_size: expected a whole number, got 4.0"),
+        (
+            lambda: lf.BlockCS.gaussian(0.25, 8).initial(torch.rand(1, 16, 2, 2), (16.0, 16.0)),
+            ValueError,
+            r"size: expected two whole numbers \(H, W\), got \(16.0, 16.0\)",
+        ),
         (lambda: lf.BlockCS(torch.rand(4, 16), -4), ValueError, "block_size: expected at least 1, got -4"),
         (lambda: lf.BlockCS.gaussian(0.25, -4), ValueError, "block_size: expected at least 1, got -4"),
-        (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), ValueError, "scale: expected an integer of at least 1"),
+        (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), TypeError, "scale: expected a whole number, got 1.5"),
+        (lambda: lf.BlurDownsample(torch.rand(3, 3), 0), ValueError, "scale: expected at least 1, got 0"),
     ],
 )
 def test_whole_numbers(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_whole_numbers_of_numpy():
+    x = torch.rand(1, 1, 6, 4)
+    op = lf.BlurDownsample(torch.rand(3, 3), np.int64(2))
+    assert op(x).shape == (1, 1, 3, 2)
+    assert type(op.config()["scale"]) is int

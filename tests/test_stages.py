@@ -121,6 +121,14 @@ def test_adapt_errors(kwargs, message):
         lf.adapt(Foreign(), **kwargs)
 
 
+def test_stages_are_whole_numbers():
+    staged = lf.adapt(Foreign(), stages=np.int64(3), exclude="[gu]*")
+    assert type(staged.stages) is int
+    assert staged[np.int64(-1)].stage == 2
+    with pytest.raises(TypeError, match="stages: expected a whole number, got '3'"):
+        lf.adapt(Foreign(), stages="3")
+
+
 def test_weights_computed_by_a_parametrization_are_left_alone():
     denoiser = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3)), nn.Conv2d(2, 2, 3))
     staged = lf.adapt(denoiser, stages=2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -79,19 +77,8 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     return t
 
 
-def whole(name: str, value: int, least: int) -> int:
-    """A user's whole number of at least ``least``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
-    return number
-
-
 def pair(size: tuple[int, int]) -> tuple[int, int]:
     """A user's (H, W)."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise ValueError(f"size: expected (H, W), got {size!r}")
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(isinstance(s, float) for s in size):
+        raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
     return tuple(size)

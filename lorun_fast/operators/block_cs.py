@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair, whole
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import block_cs as ops
-from lorun_fast.ops._checks import as_dtype, parameter_dtype, step_size
+from lorun_fast.ops._checks import as_dtype, parameter_dtype, step_size, whole
 
 
 class BlockCS(SensingOperator):

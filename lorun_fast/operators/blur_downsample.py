@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import blur_downsample as ops
-from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype
+from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype, whole
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -36,9 +36,8 @@ class BlurDownsample(SensingOperator):
     def __init__(self, kernel: Tensor, scale: int = 1, *, learn: bool = False, method: str = "auto"):
         super().__init__()
         kernel = as_matrix("kernel", kernel, (2, 3))
-        ops.check_scale(scale)
         ops.check_method(method)
-        self.scale, self.method = scale, method
+        self.scale, self.method = whole("scale", scale, 1), method
         if learn:
             self.kernel = nn.Parameter(kernel.detach().clone().contiguous())
         else:
@@ -62,12 +61,10 @@ class BlurDownsample(SensingOperator):
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""
-        whole = (y.shape[-2] * self.scale, y.shape[-1] * self.scale)
-        if size is not None and pair(size) != whole:
-            raise ValueError(
-                f"size: expected {whole} for y of shape {tuple(y.shape)} at scale {self.scale}, got {size}"
-            )
-        return whole
+        own = (y.shape[-2] * self.scale, y.shape[-1] * self.scale)
+        if size is not None and pair(size) != own:
+            raise ValueError(f"size: expected {own} for y of shape {tuple(y.shape)} at scale {self.scale}, got {size}")
+        return own
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.blur_downsample(x, self._kernel_for(x), scale=self.scale, method=self.method)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,17 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, without a call where nothing changes."""
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """A user's whole number of at least ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
 
 
 def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
