@@ -223,6 +223,12 @@ def test_functional_errors_name_the_argument(change, message):
         lf.functional.lora_conv2d(**arguments)
 
 
+def test_arrays_are_no_images(case):
+    make, shape = case
+    with pytest.raises(TypeError, match=r"x: expected a tensor, got ndarray|must be Tensor, not numpy"):
+        make(stages=2)(np.zeros(shape, np.float32), 1)
+
+
 def test_from_base_shares_the_base_parameters():
     base = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
     layer = lf.LoRAConv2d.from_base(base, stages=2, rank=1)

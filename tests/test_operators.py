@@ -39,6 +39,8 @@ def test_what_is_no_image(make):
             method(y, size=7)
     with pytest.raises(TypeError, match=r"y: expected .*, got torch.uint8"):
         op.gradient_step(x, y.byte(), 1.0)
+    with pytest.raises(TypeError, match="y: expected a tensor, got ndarray"):
+        op.gradient_step(x, y.numpy(), 1.0)
     with pytest.raises(ValueError, match=r"rho: expected a number, .*, got shape \(1, 1, 1, 1, 1\)"):
         op.gradient_step(x, y, torch.ones(1, 1, 1, 1, 1))
     for rho in (None, "a"):

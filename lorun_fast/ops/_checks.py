@@ -46,6 +46,8 @@ def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
 
 def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
     for name, t in others:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         if t.device != first[1].device:
             raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
 

@@ -79,6 +79,8 @@ def check_update(
 
 
 def check_floating(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if t.dtype not in STORAGE_DTYPES:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
 
