@@ -163,3 +163,13 @@ def test_whole_numbers_of_numpy():
     op = lf.BlurDownsample(torch.rand(3, 3), np.int64(2))
     assert op(x).shape == (1, 1, 3, 2)
     assert type(op.config()["scale"]) is int
+
+
+@every_operator
+def test_shapes_without_values(make):
+    op, x = make()
+    x = x.to("meta")
+    y = op.to("meta")(x)
+    for image in (op.initial(y), op.adjoint(y), op.gradient_step(x, y, 0.5), op.prox(x, y, 0.5)):
+        assert image.is_meta
+        assert image.shape == x.shape

@@ -123,7 +123,7 @@ class BlockCS(SensingOperator):
             mu = mu if mu.ndim == 1 else mu[..., None, None]
         elif not mu > 0:
             raise ValueError(f"mu: expected a positive number, got {mu}")
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.phi.is_meta:
             self._check_orthonormal()
         return self.gradient_step(x, y, 1 / (1 + mu))
 

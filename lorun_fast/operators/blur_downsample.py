@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,8 @@ class BlurDownsample(SensingOperator):
         """
         check_image("y", y, 4, "(N, C, h, w)")
         self.image_size(y, size)
-        with torch.autocast(y.device.type, enabled=False):
+        # The meta device has no autocast to turn off.
+        with nullcontext() if y.is_meta else torch.autocast(y.device.type, enabled=False):
             x = y.to(parameter_dtype(y.dtype))
             for dim in (2, 3):
                 x = _upsample(x, self.scale, dim)
