@@ -174,14 +174,6 @@ class StagedDenoiser(Stages):
         self.base, self.stages = base, stages
         self.adapted, self.skipped = adapted, skipped
 
-    def __deepcopy__(self, memo):
-        base = copy.deepcopy(self.base, memo)
-        modules = dict(base.named_modules())
-        clone = type(self)(base, self.stages, {name: modules[name] for name in self.adapted}, dict(self.skipped))
-        clone._frozen = self._frozen
-        clone.training = self.training
-        return clone
-
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
         stage = self._resolve(z, stage)
         return _scope.call_at(stage, self._merged_at(stage), _call, self.base, z, sigma)

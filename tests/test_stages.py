@@ -312,6 +312,18 @@ def test_deepcopy_and_state_dict_round_trip():
     assert torch.equal(twin(Z, stage=2), staged(Z, stage=2))
 
 
+def test_deepcopy_keeps_hooks_and_attributes():
+    staged, seen = staged_foreign(stages=2), []
+    staged.register_forward_hook(lambda *_: seen.append("called"))
+    staged.note = "of the user"
+    twin = copy.deepcopy(staged)
+    assert twin.note == "of the user"
+    twin(Z, stage=1)
+    assert seen == ["called"]
+    layers = dict(twin.base.named_modules())
+    assert all(layers[name] is layer for name, layer in twin.adapted.items())
+
+
 def test_merge_and_unmerge_of_all_layers():
     staged = staged_foreign(stages=3)
     before = staged(Z, stage=1)
