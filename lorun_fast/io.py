@@ -16,7 +16,7 @@ from torch import nn
 from lorun_fast import denoisers
 from lorun_fast.network import LoRun
 from lorun_fast.operators import OPERATORS
-from lorun_fast.stages import StagedDenoiser, adapt_layers
+from lorun_fast.stages import StagedDenoiser, Stages, adapt_layers
 
 _KEY = "lorun_fast"
 _VERSION = 1
@@ -56,8 +56,8 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
     """
     if not isinstance(net, LoRun):
         raise TypeError(f"net: expected a LoRun, got {type(net).__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point type, got {dtype!r}")
     if OPERATORS.get(type(net.op).__name__) is not type(net.op):
         raise ValueError(f"net: expected an operator among {', '.join(OPERATORS)}, got {type(net.op).__name__}")
     path = Path(path)
@@ -130,6 +130,9 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
                 f"{path}: its base denoiser {spec['type']} is not registered: pass load(path, denoiser=...)"
             )
         denoiser = cls(**spec["config"])
+    elif not isinstance(denoiser, nn.Module) or isinstance(denoiser, Stages):
+        got = type(denoiser).__name__ if isinstance(denoiser, Stages) else repr(denoiser)
+        raise TypeError(f"denoiser: expected the base module, as it was before adapt(), got {got}")
     operator = OPERATORS.get(config["operator"]["type"])
     if operator is None:
         raise ValueError(f"{path}: expected an operator among {', '.join(OPERATORS)}, got {config['operator']['type']}")
@@ -138,7 +141,12 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
     )
     network = config["network"]
     if network["sharing"] == "lora":
-        denoiser = adapt_layers(denoiser, network["stages"], config["adapters"])
+        try:
+            denoiser = adapt_layers(denoiser, network["stages"], config["adapters"])
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: expected the layers of a {spec['type']}, got a {type(denoiser).__name__}: {error}"
+            ) from None
     net = LoRun(op, denoiser, **network)
     net.gamma, net.form = network["gamma"], network["form"]
     try:

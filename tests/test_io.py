@@ -191,6 +191,8 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), lf.ResCNN(channels=8, blocks=1), stages=2)
     with pytest.raises(TypeError, match=r"dtype: expected a floating-point type, got torch.int8"):
         lf.save(net, path, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point type, got 'float16'"):
+        lf.save(net, path, dtype="float16")
     with pytest.raises(FileNotFoundError, match=r"missing/net.safetensors: expected a folder to write into"):
         lf.save(net, tmp_path / "missing" / "net.safetensors")
     net.op = Mine(net.op.phi, 4)
@@ -220,3 +222,14 @@ def test_a_denoiser_of_another_width(tmp_path):
     lf.save(lf.LoRun(lf.BlockCS.gaussian(0.5, 4), lf.ResCNN(channels=8, blocks=1), stages=2), path)
     with pytest.raises(ValueError, match=r"expected the tensors of this ResCNN, got others: size mismatch"):
         lf.load(path, denoiser=lf.ResCNN(channels=16, blocks=1))
+
+
+def test_a_denoiser_of_another_kind(tmp_path):
+    path = tmp_path / "net.safetensors"
+    lf.save(network(denoiser=Own()), path)
+    with pytest.raises(ValueError, match=r"net.safetensors: expected the layers of a Own, got a ResCNN: .*nothing"):
+        lf.load(path, denoiser=lf.ResCNN(channels=8, blocks=1))
+    with pytest.raises(TypeError, match=r"denoiser: expected the base module, as it was before adapt\(\), got <class"):
+        lf.load(path, denoiser=Own)
+    with pytest.raises(TypeError, match=r"denoiser: expected the base module, .* got StagedDenoiser"):
+        lf.load(path, denoiser=lf.adapt(Own(), 3))
