@@ -44,6 +44,7 @@ class AdaptedLayer:
     _transposed = False
     # No buffer: copies of a network whose buffers are paired in order, one of them merged, would not fit together.
     _merged: Tensor | None = None
+    _merged_from: tuple[nn.Parameter | None, ...] = ()
 
     def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
         stages, rank = whole("stages", stages, 1), whole("rank", rank, 1)
@@ -65,8 +66,13 @@ class AdaptedLayer:
 
     @property
     def merged(self) -> bool:
-        """Whether the layer runs on merged weights."""
-        return self._merged is not None
+        """Whether the layer runs on merged weights: not with other parameters in place, as of functional_call."""
+        if self._merged is None or torch.compiler.is_compiling():
+            return self._merged is not None
+        return all(now is then for now, then in zip(self._own_parameters(), self._merged_from, strict=True))
+
+    def _own_parameters(self) -> tuple[nn.Parameter | None, ...]:
+        return tuple(self._parameters.get(name) for name in ("weight", "down", "up"))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -79,11 +85,11 @@ class AdaptedLayer:
 
     def unmerge(self) -> None:
         """Drops the merged weights."""
-        self._merged = None
+        self._merged, self._merged_from = None, ()
 
     def stage_weight(self, stage: int | Tensor) -> Tensor:
         """The weight of one stage, or (N, *weight.shape) for a tensor (N,) of stages."""
-        if self._merged is not None:
+        if self.merged:
             return self._merged[stage]
         return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)
 
@@ -237,7 +243,7 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self._merged is None:
+        if not self.merged:
             return conv_ops.of_layer(input, self, stage, padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
@@ -291,7 +297,7 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
             output_padding = self._output_padding(
                 input, list(output_size), self.stride, self.padding, self.kernel_size, 2, self.dilation
             )
-        if self._merged is None:
+        if not self.merged:
             return conv_ops.of_layer(input, self, stage, self.padding, output_padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
@@ -326,7 +332,7 @@ class LoRALinear(AdaptedLayer, nn.Linear):
 
     def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
         stage = self.stage_now(input.shape[0], stage)
-        if self._merged is None:
+        if not self.merged:
             return linear_ops.of_layer(input, self, stage)
         weight, bias = self._merged_at(stage, input)
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
@@ -369,7 +375,7 @@ def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLay
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
     """merge() of many layers at once."""
     for layer, weights in zip(layers, merged_weights(layers), strict=True):
-        layer._merged = weights
+        layer._merged, layer._merged_from = weights, layer._own_parameters()
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {

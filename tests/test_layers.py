@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +142,30 @@ def test_conversion_to_channels_last_reaches_the_merged_weights(form):
     layer.merge()
     assert layer.stage_weight(1).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(layer(x, 1), expected)
+
+
+def test_other_parameters_in_place_are_used(case):
+    make, shape = case
+    one, other = (randomise(make(stages=2, rank=1)) for _ in range(2))
+    x = torch.randn(shape)
+    expected = other(x, 1)
+    one.merge()
+    torch.testing.assert_close(torch.func.functional_call(one, dict(other.named_parameters()), (x, 1)), expected)
+    assert copy.deepcopy(one).merged
+    assert pickle.loads(pickle.dumps(one)).merged
+
+
+def test_an_ensemble_of_merged_layers(case):
+    make, shape = case
+    layers = [randomise(make(stages=2, rank=1)) for _ in range(2)]
+    for layer in layers:
+        layer.merge()
+    x, state = torch.randn(shape), torch.func.stack_module_state(layers)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x, 1))
+
+    torch.testing.assert_close(torch.func.vmap(call)(*state), torch.stack([layer(x, 1) for layer in layers]))
 
 
 def test_merged_weights_stay_out_of_the_state_dict():
