@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ FORMS = ("loralib", "peft")
 
 def rank(in_features: int, out_features: int, gamma: float) -> int:
     """r = ceil(min(in, out) * gamma / 100), at least 1 (arXiv 2602.18697)."""
-    if not gamma > 0:
-        raise ValueError(f"gamma: expected a positive percentage, got {gamma}")
+    if not isinstance(gamma, Real) or not gamma > 0:
+        raise ValueError(f"gamma: expected a positive percentage, got {gamma!r}")
     # The small slack keeps 250 * 64.4 / 100 = 161.00000000000003 at rank 161.
     return max(1, math.ceil(min(in_features, out_features) * gamma / 100 - 1e-9))
 

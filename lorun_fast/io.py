@@ -52,7 +52,8 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
 
     dtype: storage type of floating-point tensors (torch.float16 halves the file); None keeps each one's own.
     notes: JSON-serialisable facts to keep in the header, such as the data and the budget of a training run.
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete. It does not say how to train: a loaded network checkpoints
+    no stage, and the base of its LoRA stages is frozen (``net.denoiser.freeze_base(False)``).
     """
     if not isinstance(net, LoRun):
         raise TypeError(f"net: expected a LoRun, got {type(net).__name__}")

@@ -96,8 +96,10 @@ class LoRun(nn.Module):
         else:
             staged = _KINDS[sharing](denoiser, stages)
         stages = staged.stages
-        if not 0 <= checkpoint <= stages:
-            raise ValueError(f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint}")
+        if not isinstance(checkpoint, int) or not 0 <= checkpoint <= stages:
+            raise ValueError(
+                f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint!r}"
+            )
         self.op, self.denoiser = op, staged
         self.gamma, self.form, self.sharing = gamma, form, sharing
         self.data_step, self.noise_map = data_step, noise_map

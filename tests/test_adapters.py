@@ -27,7 +27,7 @@ def test_rank_rule(in_, out, gamma, expected):
     assert adapters.rank(in_, out, gamma) == expected
 
 
-@pytest.mark.parametrize("gamma", [0, -1, float("nan")])
+@pytest.mark.parametrize("gamma", [0, -1, float("nan"), "10", None])
 def test_rank_rejects_what_is_not_a_positive_percentage(gamma):
     with pytest.raises(ValueError, match="gamma: expected a positive percentage"):
         adapters.rank(8, 8, gamma)

@@ -239,6 +239,7 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
             ValueError,
             "checkpoint: expected True, False or a number of stages up to 3, got 4",
         ),
+        (lambda: tiny(checkpoint="all"), ValueError, "checkpoint: expected True, False or .* up to 3, got 'all'"),
         (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
         (
