@@ -11,6 +11,7 @@ from torch.library import opcheck
 import lorun_fast as lf
 from lorun_fast import _native, adapters
 from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.reference import lora as reference
 
 op = torch.ops.lorun_fast.lora_conv2d.default
 BACKENDS = [name for name, b in _backends.BACKENDS["lora_conv2d"].items() if "cpu" in b.devices]
@@ -231,6 +232,14 @@ def test_autocast_narrows_the_image_and_rounds_the_merged_weight_once():
     wide = {name: t.double() for name, t in p.items()}
     with torch.autocast("cpu", torch.bfloat16):
         assert lf.functional.lora_conv2d(**wide, stage=1).dtype == torch.float64
+
+
+def test_gradients_of_a_batch_whose_stages_lie_on_the_cpu():
+    """Beside factors on another device, which meta stands for."""
+    weight, down, up = (torch.zeros(shape, device="meta") for shape in ((4, 3, 3, 3), (3, 2, 3, 3, 3), (3, 4, 2)))
+    grad_w = weight.expand(2, *weight.shape)
+    found = reference._weight_gradients(grad_w, weight, down, up, torch.tensor([2, 0]), 1.0, False)
+    assert [found[i].shape for i in (1, 3, 4)] == [weight.shape, down.shape, up.shape]
 
 
 def test_an_empty_batch_stays_empty(backend):
