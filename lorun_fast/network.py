@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorun_fast.operators import SensingOperator
-from lorun_fast.ops._checks import parameter_dtype, whole
+from lorun_fast.ops._checks import number_or_tensor, parameter_dtype, whole
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _DATA_STEPS = ("gradient", "prox")
@@ -27,7 +27,7 @@ def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 2
 
 
 def _noise(sigma: float | Tensor | None, x: Tensor) -> Tensor:
-    return torch.as_tensor(0.0 if sigma is None else sigma, dtype=parameter_dtype(x.dtype), device=x.device)
+    return number_or_tensor(0.0 if sigma is None else sigma, parameter_dtype(x.dtype), x.device)
 
 
 class LoRun(nn.Module):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import lorun_fast as lf
 from lorun_fast import optimize
@@ -449,6 +450,26 @@ def test_what_a_graph_can_replay(x):
     fast(y, size=SIZE, sigma=torch.tensor(0.1))
     fast(y, size=SIZE, sigma=0.1, return_stages=True)
     assert len(replayed) == 1
+
+
+class NoCopiesFromTheHost(TorchFunctionMode):
+    """Fails where numbers become a tensor by way of the host's memory, which a CUDA graph cannot record."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            assert isinstance(args[0], torch.Tensor), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["cs-25", "sr", "cassi"])
+def test_a_call_copies_nothing_from_the_host(name):
+    net = lf.load_pretrained(name).eval()
+    sigma = 0.1 if net.denoiser.base.noise_level else None
+    height, width = getattr(net.op, "mask", torch.empty(24, 36)).shape
+    image = torch.rand(1, {"cs": 1, "sr": 3, "cassi": 28}[net.op.task], height, width)
+    with torch.no_grad(), NoCopiesFromTheHost():
+        y = net.op(image)
+        net(y, size=(height, width), sigma=sigma)
 
 
 def test_a_graph_serves_one_size_and_setting(monkeypatch):

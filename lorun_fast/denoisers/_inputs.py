@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorun_fast.ops._checks import number_or_tensor
+
 
 def check_images(z: Tensor, channels: int) -> None:
     """Raises ValueError unless z is (N, channels, H, W)."""
@@ -22,7 +24,7 @@ def with_noise_map(z: Tensor, sigma: float | Tensor | None, wanted: bool, name: 
     if sigma is None:
         raise ValueError(f"this {name} was built with noise_level=True: pass sigma")
     n, _, h, w = z.shape
-    sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
+    sigma = number_or_tensor(sigma, z.dtype, z.device)
     return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
 
 

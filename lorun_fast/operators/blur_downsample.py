@@ -118,19 +118,18 @@ class BlurDownsample(SensingOperator):
         return power.amax().sqrt().to(self.kernel.dtype)
 
 
-def _keys(t: float) -> float:
-    """Keys' cubic convolution kernel, a = -1/2: third-order accurate, interpolating."""
-    t = abs(t)
-    if t < 1:
-        return (1.5 * t - 2.5) * t * t + 1
-    return ((-0.5 * t + 2.5) * t - 4) * t + 2 if t < 2 else 0.0
+def _keys(t: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel, a = -1/2, of -2 <= t <= 2: third-order accurate, interpolating."""
+    t = t.abs()
+    return torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
 
 
 def _upsample(y: Tensor, scale: int, dim: int) -> Tensor:
     """Reads y along ``dim`` at p/s for p = 0, 1, ...; circular."""
-    weights = [[_keys(f / scale - tap) for tap in (-1, 0, 1, 2)] for f in range(scale)]
     taps = torch.stack([y.roll(-tap, dim) for tap in (-1, 0, 1, 2)], dim + 1)
-    weights = torch.tensor(weights, dtype=y.dtype, device=y.device)
+    # Made on the device: a CUDA graph cannot record a copy from the host.
+    at = torch.arange(scale, dtype=torch.float64, device=y.device) / scale
+    weights = _keys(at[:, None] - torch.arange(-1, 3, device=y.device)).to(y.dtype)
     return torch.tensordot(taps, weights, ([dim + 1], [1])).movedim(-1, dim + 1).flatten(dim, dim + 1)
 
 

@@ -24,6 +24,13 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
+def number_or_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.as_tensor, but a number is written on the device: a CUDA graph cannot record a copy from the host."""
+    if isinstance(value, int | float):
+        return torch.full((), value, dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=dtype, device=device)
+
+
 def whole(name: str, value: int, least: int) -> int:
     """A user's whole number of at least ``least``."""
     try:
