@@ -469,6 +469,13 @@ def test_compiled_variants_take_part_where_the_size_and_the_options_ask_for_them
 
 
 @pytest.mark.parametrize("name", list(CASES))
+def test_what_compiles_is_known_to_compile(name):
+    """As --no-compile leaves it out; a search by Inductor takes longer than all else in a table."""
+    named = [c for c in CASES[name].contenders if re.search("compiled|autotune", c.name)]
+    assert [c.name for c in named if not c.compiled] == []
+
+
+@pytest.mark.parametrize("name", list(CASES))
 def test_every_case_has_an_opponent_and_a_quick_size(name):
     one = CASES[name]
     kinds = [c.kind for c in one.contenders]

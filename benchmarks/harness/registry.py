@@ -190,7 +190,8 @@ class Case:
             if compiled:
                 add(f"{name}, compiled", variants.compiled(build), compiled=True)
             if graphed:
-                add(f"{name}, CUDA graph", variants.graphed(build), modes=(FORWARD,), devices=("cuda",))
+                graph = {"modes": (FORWARD,), "devices": ("cuda",), "compiled": compiles}
+                add(f"{name}, CUDA graph", variants.graphed(build), **graph)
             return build
 
         return register
