@@ -28,6 +28,12 @@ OPS = {
 }
 
 
+def placed(t: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy that lies there as here: .to() closes gaps between rows and moves what is off 16 bytes back onto them."""
+    storage = t.new_empty(0).set_(t.untyped_storage())
+    return storage.to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 class Kernels:
     """Calls an op where its CUDA kernel runs; results come back to the CPU."""
 
@@ -35,8 +41,8 @@ class Kernels:
         self.device, self.namespace = device, namespace
 
     def __call__(self, name: str, *arguments):
-        placed = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
-        out = getattr(self.namespace, name)(*placed)
+        there = [placed(a, self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        out = getattr(self.namespace, name)(*there)
         return [t.cpu() for t in out] if isinstance(out, (tuple, list)) else out.cpu()
 
 
