@@ -254,7 +254,7 @@ def _(p: Problem):
 
 def _optimized(p: Problem, **settings):
     best = _lorun(p).optimize(dtype=DTYPES[p.dtype], **settings)
-    return rivals.autocast(p, lambda: best(p.y))
+    return Run(rivals.autocast(p, lambda: best(p.y)), recorded=best.report["CUDA graph"][0] == "yes")
 
 
 @_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step", "packed_block", "winograd_conv2d"))

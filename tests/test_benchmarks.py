@@ -413,6 +413,15 @@ def test_peak_memory_counts_temporaries_and_the_result():
     assert kept / 2**20 == pytest.approx(32, abs=3)
 
 
+def test_a_recording_has_no_peak_of_its_own(monkeypatch):
+    """A CUDA graph holds its memory before the call as after it."""
+    monkeypatch.setattr(memory, "peak", lambda *_: 2**20)
+    one, options = toy(FakeTimer(), ours=1e-3)
+    one.contender("replayed")(lambda p: Run(lambda: 3 * p.x, recorded=True))
+    rows = rows_of(one, replace(options, measure_memory=True))
+    assert (rows["ours"].peak_mib, rows["replayed"].peak_mib) == (1.0, "")
+
+
 def test_the_allocator_setting_is_named():
     assert "keeping freed memory" in allocator.describe("keep") or "not glibc" in allocator.describe("keep")
     assert allocator.describe("system").startswith("system default")

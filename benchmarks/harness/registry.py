@@ -124,7 +124,8 @@ class Run:
     fn: returns the result. reference: its own definition, for a limit row that computes something else than
     the problem; wrt: the names of the inputs that one differentiates, where not the problem's. parameters:
     the tensors to differentiate for, in the order of the names, where they are not the inputs themselves. backend: of
-    the LoRA ops, forward and backward, as for lorun_fast.use_backend.
+    the LoRA ops, forward and backward, as for lorun_fast.use_backend. recorded: fn replays a CUDA graph, which keeps
+    its memory between calls, so that the peak of a call does not tell what it takes.
     """
 
     fn: Callable[[], Tensor]
@@ -132,6 +133,7 @@ class Run:
     wrt: tuple[str, ...] | None = None
     parameters: tuple[Tensor, ...] | None = None
     backend: str | None = None
+    recorded: bool = False
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,8 @@ def run_size(
     if options.measure_memory:
         progress("measuring memory")
         for entry in admitted:
+            if entry.run.recorded:
+                continue
             peak = memory.peak(entry.call, options.device, options.allocator)
             if peak is not None:
                 entry.row.peak_mib, entry.row.peak_by = peak / 2**20, memory.HOW[options.device.type]

@@ -50,6 +50,6 @@ def graphed(build: Callable[[Problem], Callable | Run]) -> Callable[[Problem], R
     def build_graphed(p: Problem) -> Run:
         run = as_run(build(p))
         with torch.no_grad():
-            return replace(run, fn=capture(run.fn))
+            return replace(run, fn=capture(run.fn), recorded=True)
 
     return build_graphed
