@@ -165,10 +165,11 @@ print(configs.architecture(torch.device("cuda")))') || return 1
 
 tests() {
     use_site
-    # Only the files that have such tests: a package that another one needs may be missing here.
+    # Only the files that have such tests: a package that another one needs may be missing here. Each test is named as it
+    # ends, and where it hangs: a part that is stopped prints no summary.
     # shellcheck disable=SC2046
-    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors --durations=5 \
-        $(grep -lE 'mark\.gpu' tests/test_*.py)
+    "$PYTHON" -m pytest -v -m gpu -o faulthandler_timeout=60 -p no:cacheprovider --durations=5 \
+        --continue-on-collection-errors $(grep -lE 'mark\.gpu' tests/test_*.py)
     local status=$?
     # 5: nothing selected. On a CPU that is as it should be; with a GPU it would mean that nothing was tested.
     [ $status = 5 ] && [ "$device" = cpu ] && return 0

@@ -661,7 +661,7 @@ def test_gpu_script_runs_every_part_and_a_second_run_repeats_none(gpu_sh, tmp_pa
     first = gpu_sh("--device", "cpu")
     assert first.status == 0 and list(first.parts) == PARTS and set(first.parts.values()) == {"ok"}
     assert "-m pip install --no-build-isolation --no-deps -e ." in first.calls
-    assert "-m pytest -q -m gpu" in first.calls
+    assert "-m pytest -v -m gpu" in first.calls
     for name in ("ops", "layers", "network"):
         assert re.search(rf"-m benchmarks {name} --device cpu --out \S+ --limit \d+ --quick", first.calls)
         assert (tmp_path / "out" / f"{name}.log").exists()
