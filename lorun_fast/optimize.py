@@ -66,7 +66,7 @@ class OptimizedLoRun(LoRun):
         replayable = op is None and not return_stages and not isinstance(sigma, Tensor)
         if self._graphs is None or not replayable:
             return call(y)
-        return self._graphs(y, (size, sigma), call)
+        return self._graphs(y, (None if size is None else tuple(size), sigma), call)
 
     def _apply(self, fn, recurse=True):
         conv = next((m for m in self.denoiser.modules() if isinstance(m, WinogradConv2d)), None)

@@ -446,6 +446,8 @@ def test_what_a_graph_can_replay(x):
     y = net.op(x)
     fast(y, size=SIZE, sigma=0.1)
     assert replayed == [(SIZE, 0.1)]
+    fast(y, size=list(SIZE), sigma=0.1)
+    assert replayed.pop() == (SIZE, 0.1)  # what graphs are kept under, which takes no lists
     fast(y, op=copy.deepcopy(net.op), size=SIZE, sigma=0.1)
     fast(y, size=SIZE, sigma=torch.tensor(0.1))
     fast(y, size=SIZE, sigma=0.1, return_stages=True)
