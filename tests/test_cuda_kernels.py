@@ -271,8 +271,9 @@ def check_block_cs(kernels, n, block, m, height, width, dtype, layout=lambda t: 
     rows, cols = -(-height // block), -(-width // block)
     y, rho = layout(draw(n, m, rows, cols, dtype=wide)), torch.rand(n, 1, dtype=wide)
     x64, y64, p64 = x.double(), y.double(), phi.double()
-    # bf16 and fp16 images: factors are kept to 16 bits, well below what the result is rounded to.
-    terms = 8 * (block + m) if dtype in (torch.float32, torch.float64) else 100 * block
+    # bf16 and fp16 images: factors are kept to 16 bits, well below what the result is rounded to, but not below a
+    # result near zero: 2^-16 of each of the m products, or block * block shorter ones, that cancelled.
+    terms = 8 * (block + m) if dtype in (torch.float32, torch.float64) else 100 * (block + m)
     close(kernels("block_cs", x, phi, block), block_reference.block_cs(x64, p64, block), terms)
     low = y.to(dtype)
     want = block_reference.block_cs_adjoint(low.double(), p64, block, height, width)

@@ -13,6 +13,7 @@ from kernels_help import channels_last, needs_triton
 
 import lorun_fast as lf
 from lorun_fast import _native
+from lorun_fast.adapters import factor_shapes
 from lorun_fast.ops import _backends, _lora_triton
 
 OPS = ("lora_conv2d", "lora_linear", "lora_merge")
@@ -124,8 +125,30 @@ def test_what_it_does_not_serve_it_says(changes, reason):
 
 
 def test_show_config_names_the_reason():
-    reasons = [_backends.served(op, "cuda")[1] for op in OPS]
-    assert all("triton: " in reason for reason in reasons), reasons
+    assert _backends.served("lora_conv2d", "cuda")[0] == "triton"
+    reasons = {op: _backends.served(op, "cuda")[1] for op in OPS if op != "lora_conv2d"}
+    assert all("triton: " in reason for reason in reasons.values()), reasons
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "layout", "mixed", "expected"),
+    [
+        ("peft", torch.bfloat16, torch.channels_last, False, "triton"),
+        ("peft", torch.float32, torch.channels_last, False, "aten"),
+        ("peft", torch.bfloat16, torch.contiguous_format, False, "aten"),
+        ("loralib", torch.bfloat16, torch.channels_last, False, "aten"),
+        (None, torch.bfloat16, torch.channels_last, False, "aten"),
+        ("loralib", torch.float32, torch.contiguous_format, True, "triton"),
+    ],
+)
+def test_what_the_table_gives_to_the_kernels(form, dtype, layout, mixed, expected):
+    x, weight = torch.zeros(2, 4, 6, 6, dtype=dtype).contiguous(memory_format=layout), torch.zeros(4, 4, 3, 3)
+    down, up = (torch.zeros(s) for s in factor_shapes(weight.shape, 1, form)) if form else (None, None)
+    stage = torch.tensor([1, 0]) if mixed else None
+    if mixed:
+        down, up = (t.expand(2, *t.shape) for t in (down, up))
+    call = (x, weight, None, down, up, stage, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+    assert _backends.choose("lora_conv2d", "cuda", call).name == expected
 
 
 def test_without_triton_the_library_imports_and_says_so():

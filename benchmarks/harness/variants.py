@@ -26,7 +26,10 @@ def compiled(build: Callable[[Problem], Callable | Run]) -> Callable[[Problem], 
 
 
 def capture(fn: Callable, warm_up: int = 3) -> Callable:
-    """Records fn() once; the result replays the recording and returns its output, the same memory at every call."""
+    """Records fn() once; the result replays the recording and returns its output, the same memory at every call.
+
+    It keeps fn, which may own what the recording reads: weights merged beforehand would be freed, and overwritten.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,7 +40,7 @@ def capture(fn: Callable, warm_up: int = 3) -> Callable:
     with torch.cuda.graph(graph):
         out = fn()
 
-    def replay():
+    def replay(_kept=fn):
         graph.replay()
         return out
 
