@@ -131,20 +131,22 @@ def test_show_config_names_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "layout", "mixed", "expected"),
+    ("form", "size", "dtype", "layout", "mixed", "expected"),
     [
-        ("peft", torch.bfloat16, torch.channels_last, False, "triton"),
-        ("peft", torch.float32, torch.channels_last, False, "aten"),
-        ("peft", torch.bfloat16, torch.contiguous_format, False, "aten"),
-        ("loralib", torch.bfloat16, torch.channels_last, False, "aten"),
-        (None, torch.bfloat16, torch.channels_last, False, "aten"),
-        ("loralib", torch.float32, torch.contiguous_format, True, "triton"),
+        ("peft", 256, torch.bfloat16, torch.channels_last, False, "triton"),
+        ("peft", 128, torch.bfloat16, torch.channels_last, False, "aten"),
+        ("peft", 256, torch.float32, torch.channels_last, False, "aten"),
+        ("peft", 256, torch.bfloat16, torch.contiguous_format, False, "aten"),
+        ("loralib", 256, torch.bfloat16, torch.channels_last, False, "aten"),
+        (None, 256, torch.bfloat16, torch.channels_last, False, "aten"),
+        ("loralib", 16, torch.float32, torch.contiguous_format, True, "triton"),
     ],
 )
-def test_what_the_table_gives_to_the_kernels(form, dtype, layout, mixed, expected):
-    x, weight = torch.zeros(2, 4, 6, 6, dtype=dtype).contiguous(memory_format=layout), torch.zeros(4, 4, 3, 3)
+def test_what_the_table_gives_to_the_kernels(form, size, dtype, layout, mixed, expected):
+    x = torch.empty(16, 32, size, size, dtype=dtype, device="meta", memory_format=layout)
+    weight = torch.zeros(32, 32, 3, 3)
     down, up = (torch.zeros(s) for s in factor_shapes(weight.shape, 1, form)) if form else (None, None)
-    stage = torch.tensor([1, 0]) if mixed else None
+    stage = torch.tensor([1, 0] * 8) if mixed else None
     if mixed:
         down, up = (t.expand(2, *t.shape) for t in (down, up))
     call = (x, weight, None, down, up, stage, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
