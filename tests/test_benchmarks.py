@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import math
@@ -11,14 +12,16 @@ import subprocess
 import sys
 import tarfile
 import types
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import cases  # noqa: F401 registers every case
-from benchmarks.harness import allocator, backend, memory, plot, registry, report, timing
+from benchmarks.harness import allocator, backend, memory, plot, registry, report, timing, variants
 from benchmarks.harness.ceilings import Ceilings, measure
 from benchmarks.harness.check import Verdict, error, output_gradient
 from benchmarks.harness.registry import (
@@ -475,6 +478,25 @@ def test_compiled_variants_take_part_where_the_size_and_the_options_ask_for_them
     assert list(rows_of(one, replace(options, without="lazy"))) == ["ours"]
     one.sizes = (replace(one.sizes[0], compiled=False),)
     assert list(rows_of(one, options)) == ["ours", "lazy"]
+
+
+def test_a_recording_keeps_what_it_reads(monkeypatch):
+    """Weights merged beforehand belong to the contender alone; freed, they would be overwritten under the graph."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    owned = []
+
+    def build(_):
+        weight = torch.ones(3)
+        owned.append(weakref.ref(weight))
+        return lambda: weight.sum()
+
+    run = variants.graphed(build)(None)
+    gc.collect()
+    assert owned[0]() is not None
+    assert run.recorded and run.fn() == 3
 
 
 @pytest.mark.parametrize("name", list(CASES))
