@@ -149,8 +149,7 @@ def test_any_array_of_numbers(change):
         ),
         (lambda: lf.BlockCS(torch.rand(4, 16), -4), ValueError, "block_size: expected at least 1, got -4"),
         (lambda: lf.BlockCS.gaussian(0.25, -4), ValueError, "block_size: expected at least 1, got -4"),
-        (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), TypeError, "scale: expected a whole number, got 1.5"),
-        (lambda: lf.BlurDownsample(torch.rand(3, 3), 0), ValueError, "scale: expected at least 1, got 0"),
+        (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), ValueError, "scale: expected an integer of at least 1"),
     ],
 )
 def test_whole_numbers(make, error, message):

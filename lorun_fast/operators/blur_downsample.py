@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import blur_downsample as ops
-from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype, whole
+from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -37,8 +38,11 @@ class BlurDownsample(SensingOperator):
     def __init__(self, kernel: Tensor, scale: int = 1, *, learn: bool = False, method: str = "auto"):
         super().__init__()
         kernel = as_matrix("kernel", kernel, (2, 3))
+        if hasattr(scale, "__index__"):
+            scale = operator.index(scale)  # NumPy's whole numbers too
+        ops.check_scale(scale)
         ops.check_method(method)
-        self.scale, self.method = whole("scale", scale, 1), method
+        self.scale, self.method = scale, method
         if learn:
             self.kernel = nn.Parameter(kernel.detach().clone().contiguous())
         else:
