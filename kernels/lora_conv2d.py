@@ -416,6 +416,5 @@ def forward(
         values["residual"] = residual = together(residual)
     values["y"] = out
     beside, into = (None if t is None else Layout.of(t) for t in (residual, out))
-    for one in plan(signature, beside, into).over(values):
-        one.run()
+    plan(signature, beside, into).run(values)
     return values["y"].permute(0, 3, 1, 2) if out is None else out

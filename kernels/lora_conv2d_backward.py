@@ -629,8 +629,7 @@ def backward(
         signature, Layout.of(values["dy"]), None if known is None else Layout.of(known), need,
         1 if stage is None else factors.shape[0], d_down, d_up,
     )  # fmt: skip
-    for one in found.over(values):
-        one.run()
+    found.run(values)
     dx = values.get("dx")
     dx = None if dx is None else dx.permute(0, 3, 1, 2)
     return dx, values.get("d_down"), values.get("d_up"), values.get("d_bias")

@@ -195,5 +195,8 @@ def forward(
         groups.setdefault((weight.dtype, down.dtype, out.dtype), []).append(layer)
     recording = any(out.is_cuda for out in outs) and torch.cuda.is_current_stream_capturing()
     for layers in groups.values():
+        if len(layers) == 1:
+            _direct(*layers[0].form()).run_over(layers[0]._asdict())
+            continue
         for one in launches(layers, recording):
             one.run()

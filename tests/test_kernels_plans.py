@@ -243,3 +243,96 @@ def test_what_is_kept_keeps_no_tensor_alive_and_is_bounded(launched):
     del call, layer, results, given
     gc.collect()
     assert not any(ref() is not None for ref in seen)
+
+
+class Compiled:
+    """Stands for what Triton returns from a launch on a GPU; what it is run with is kept."""
+
+    function, packed_metadata = 17, (4, 0)
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, *args):
+        self.runs.append(args)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What Triton's own launcher was given and gave, in order: (launch, Compiled)."""
+    found: list[tuple[_launch.Launch, Compiled]] = []
+
+    def run(self):
+        found.append((self, Compiled()))
+        return found[-1][1]
+
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(_launch.Launch, "run", run)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    forget()
+    yield found
+    forget()
+
+
+def _signature(launch: _launch.Launch) -> list:
+    """The kernel's arguments in order; descriptors as what they are made of."""
+    known = launch.args | launch.constants
+    return [_parts(known[name]) for name in launch.kernel.arg_names]
+
+
+def _parts(value):
+    if isinstance(value, TensorDescriptor):
+        return value.base.data_ptr(), value.shape, value.strides, value.block_shape, value.padding
+    return (value.data_ptr(), value.dtype) if isinstance(value, Tensor) else value
+
+
+def test_later_calls_run_the_compiled_kernels_over_their_own_tensors(compiled):
+    first = with_stages(base(), torch.tensor([2, 0])) | {"bias": draw(8), "tile": None}
+    results = forward(first), *backward(first)
+    # One forward launch, three backward ones; each later call asks Triton for none.
+    assert len(compiled) == 4
+    second = {name: t.clone() if isinstance(t, Tensor) else t for name, t in first.items()}
+    again = forward(second), *backward(second)
+    assert len(compiled) == 4
+    fresh = {t.data_ptr() for t in results if t is not None}
+    assert not fresh & {t.data_ptr() for t in again if t is not None}
+    given = {first[name].data_ptr(): second[name].data_ptr() for name in first if isinstance(first[name], Tensor)}
+    for launch, kernel in compiled:
+        (run,) = kernel.runs
+        assert run[:9] == (launch.programs, 1, 1, 5, 17, (4, 0), None, None, None)
+        then, now = _signature(launch), [_parts(value) for value in run[9:]]
+        assert len(then) == len(now)
+        for before, after in zip(then, now, strict=True):
+            pointer = isinstance(before, tuple) and isinstance(before[0], int) and len(before) in (2, 5)
+            if pointer:
+                # The call's own tensor, else one that the launcher made, of the same dtype and box.
+                assert given.get(before[0], after[0]) == after[0] and before[1:] == after[1:]
+            else:
+                assert before == after
+
+
+OTHERWISE = {
+    "weight dtype": lambda c: c | {"weight": c["weight"].float()},
+    "weight alignment": lambda c: c | {"weight": moved(c["weight"])},
+    "stage dtype": lambda c: c | {"stage": c["stage"].int()},
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_what_is_compiled_anew_is_launched_by_triton(change, compiled):
+    """A plan does not tell these calls apart, but Triton compiles them differently."""
+    first = with_stages(base(), torch.tensor([2, 0])) | {"tile": None}
+    forward(first)
+    forward(OTHERWISE[change](first))
+    assert len(compiled) == 2 and not compiled[0][1].runs
+    forward(first)
+    assert len(compiled) == 2 and len(compiled[0][1].runs) == 1 and not compiled[1][1].runs
+
+
+def test_a_profiler_hears_of_every_launch(compiled, monkeypatch):
+    import triton
+
+    forward(base())
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    forward(base())
+    assert len(compiled) == 2 and not compiled[0][1].runs

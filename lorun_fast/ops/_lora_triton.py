@@ -27,9 +27,12 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(x: Tensor):
-    """Makes x's GPU the current one; the interpreter runs on the CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Makes x's GPU the current one, which it mostly is; the interpreter runs on the CPU."""
+    return _HERE if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def _dtypes_reason(*tensors: Tensor | None) -> str | None:
