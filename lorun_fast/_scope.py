@@ -9,7 +9,7 @@ docs/stages.md holds the comparison with torch.func.functional_call that led her
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -27,6 +27,22 @@ def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable,
         return fn(*args)
     finally:
         _current.stage, _current.weights = previous
+
+
+def call_holding(held: dict[nn.Module, tuple[Tensor, ...]], fn: Callable, *args):
+    """fn(*args) with the merged weights of all stages in scope, which every stage's call then takes its own from."""
+    previous = getattr(_current, "held", None)
+    _current.held = held
+    try:
+        return fn(*args)
+    finally:
+        _current.held = previous
+
+
+def held_weights(layers: Iterable[nn.Module], stage: int) -> dict[nn.Module, Tensor]:
+    """Those in scope of these layers at a stage."""
+    held = getattr(_current, "held", None)
+    return {layer: held[layer][stage] for layer in layers if layer in held} if held else {}
 
 
 def current_stage() -> int | Tensor | None:

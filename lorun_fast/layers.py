@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorun_fast import _scope, adapters
+from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
 from lorun_fast.ops._checks import whole
@@ -184,7 +185,10 @@ class AdaptedConvolution(AdaptedLayer):
     """What the two convolutions share."""
 
     def merges_first(self) -> bool:
-        # The factors of the peft form have gradients of their own, cheaper than the weight's.
+        # On a GPU a call of its own is one product more. The factors of the peft form have gradients of their own,
+        # cheaper than the weight's.
+        if self.weight.device.type in _lora_autograd.DEVICES:
+            return False
         return self.form == "loralib" or self.weight.requires_grad or not torch.is_grad_enabled()
 
 
@@ -370,6 +374,20 @@ def merged_weights(
 def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
     """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
     return _by_op(partial(lora_merge_stage, stage=stage), layers)
+
+
+def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[Tensor, ...]]:
+    """The merged weights of all stages for those layers that can take them, on a GPU; in autocast's dtype if it is on.
+
+    For a pass over all stages: a host takes as long to launch one stage's merge as that of all.
+    """
+    found = {}
+    for layer in layers:
+        if not isinstance(layer, AdaptedConvolution) or layer.weight.device.type not in _lora_autograd.DEVICES:
+            continue
+        stacked = _lora_autograd.merge(layer.weight, layer.down, layer.up, layer.scale, layer._transposed)
+        found[layer] = stacked.to(_lora_autograd.narrowed(layer.weight)).unbind()
+    return found
 
 
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorun_fast._scope import call_holding
 from lorun_fast.operators import SensingOperator
 from lorun_fast.ops._checks import number_or_tensor, parameter_dtype, whole
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
@@ -138,11 +140,14 @@ class LoRun(nn.Module):
         recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)
         if not torch.is_grad_enabled():
             recomputed = 0
+        step, held = self.stage_step, self.denoiser.weights_for_all()
+        if held:
+            step = partial(call_holding, held, step)
         for k in range(self.stages):
             if k < recomputed:
-                x = checkpoint(self.stage_step, k, x, y, op, sigma, use_reentrant=False)
+                x = checkpoint(step, k, x, y, op, sigma, use_reentrant=False)
             else:
-                x = self.stage_step(k, x, y, op, sigma)
+                x = step(k, x, y, op, sigma)
             if return_stages:
                 outputs.append(x)
         return outputs if return_stages else x

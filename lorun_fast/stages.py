@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
-from lorun_fast.layers import LAYERS, AdaptedLayer, merge_layers, stage_weights
+from lorun_fast.layers import LAYERS, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
 from lorun_fast.ops._checks import whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
@@ -105,6 +106,12 @@ class Stages(nn.Module):
     def __iter__(self) -> Iterator[Stage]:
         return (self[k] for k in range(self.stages))
 
+    def weights_for_all(self) -> dict[nn.Module, tuple[Tensor, ...]]:
+        """Of layers whose merged weights a pass over all stages forms once, for _scope.call_holding; gradients reach
+        the factors.
+        """
+        return {}
+
     def merge(self) -> None:
         """Computes the merged weights of every stage, for inference."""
 
@@ -182,8 +189,16 @@ class StagedDenoiser(Stages):
         """What one op merges for a call: the layers that would each merge their weight, unless they are merged."""
         if isinstance(stage, Tensor) or transforms_active():
             return {}
-        layers = [layer for layer in self.adapted.values() if not layer.merged and layer.merges_first()]
-        return stage_weights(layers, stage)
+        layers = self._unmerged()
+        held = _scope.held_weights(layers, stage)
+        return held or stage_weights([layer for layer in layers if layer.merges_first()], stage)
+
+    def _unmerged(self) -> list[AdaptedLayer]:
+        return [layer for layer in self.adapted.values() if not layer.merged]
+
+    def weights_for_all(self) -> dict[AdaptedLayer, tuple[Tensor, ...]]:
+        skip = torch.compiler.is_compiling() or transforms_active()
+        return {} if skip else all_stage_weights(self._unmerged())
 
     def merge(self) -> None:
         merge_layers(list(self.adapted.values()))

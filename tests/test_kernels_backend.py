@@ -130,27 +130,34 @@ def test_show_config_names_the_reason():
     assert all("triton: " in reason for reason in reasons.values()), reasons
 
 
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+
 @pytest.mark.parametrize(
-    ("form", "size", "dtype", "layout", "mixed", "expected"),
+    ("form", "size", "dtype", "layout", "bias", "mixed", "expected"),
     [
-        ("peft", 256, torch.bfloat16, torch.channels_last, False, "triton"),
-        ("peft", 128, torch.bfloat16, torch.channels_last, False, "aten"),
-        ("peft", 256, torch.float32, torch.channels_last, False, "aten"),
-        ("peft", 256, torch.bfloat16, torch.contiguous_format, False, "aten"),
-        ("loralib", 256, torch.bfloat16, torch.channels_last, False, "aten"),
-        (None, 256, torch.bfloat16, torch.channels_last, False, "aten"),
-        ("loralib", 16, torch.float32, torch.contiguous_format, True, "triton"),
+        ("peft", 256, torch.bfloat16, LAST, True, False, "triton"),
+        ("loralib", 256, torch.float16, LAST, True, False, "triton"),
+        (None, 256, torch.bfloat16, LAST, True, False, "triton"),
+        ("peft", 256, torch.bfloat16, LAST, False, False, "aten"),
+        ("peft", 128, torch.bfloat16, LAST, True, False, "aten"),
+        ("peft", 256, torch.float32, LAST, True, False, "aten"),
+        ("peft", 256, torch.bfloat16, FIRST, True, False, "aten"),
+        ("loralib", 16, torch.float32, FIRST, False, True, "triton"),
     ],
 )
-def test_what_the_table_gives_to_the_kernels(form, size, dtype, layout, mixed, expected):
+def test_what_the_table_gives_to_the_kernels(form, size, dtype, layout, bias, mixed, expected):
     x = torch.empty(16, 32, size, size, dtype=dtype, device="meta", memory_format=layout)
     weight = torch.zeros(32, 32, 3, 3)
     down, up = (torch.zeros(s) for s in factor_shapes(weight.shape, 1, form)) if form else (None, None)
     stage = torch.tensor([1, 0] * 8) if mixed else None
     if mixed:
         down, up = (t.expand(2, *t.shape) for t in (down, up))
-    call = (x, weight, None, down, up, stage, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None, False, [0, 0])
+    call = (x, weight, torch.zeros(32) if bias else None, down, up, stage, None, 1.0, [1, 1], [1, 1], [1, 1], 1, None,
+            False, [0, 0])  # fmt: skip
     assert _backends.choose("lora_conv2d", "cuda", call).name == expected
+    gradients = _backends.choose("lora_conv2d", "cuda", call, backward=True).name
+    assert gradients == ("triton" if mixed else "aten")
 
 
 def test_without_triton_the_library_imports_and_says_so():
@@ -184,7 +191,7 @@ def test_everything_is_launched_on_the_tensors_device(form, on_the_cpu, monkeypa
             state["on"] = False
 
     monkeypatch.setattr(_lora_triton, "_on", On)
-    monkeypatch.setattr(Launch, "run", lambda self: ((inside if state["on"] else outside).append(self), run(self)))
+    monkeypatch.setattr(Launch, "run", lambda self: ((inside if state["on"] else outside).append(self), run(self))[1])
     layer = lf.LoRAConv2d(3, 4, 1, stages=2, rank=2, form=form)
     layer.weight.requires_grad_(False)
     x = channels_last(torch.randn(1, 3, 2, 3)).requires_grad_()

@@ -216,7 +216,8 @@ def _conv2d_backward_one(
 ):  # fmt: skip
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     factors = mask[3] or mask[4]
-    low_rank = factors and down.ndim == 4 and not mask[1]
+    # On a GPU convolutions of r channels take longer than those of all of them.
+    low_rank = factors and down.ndim == 4 and not mask[1] and x.device.type == "cpu"
     whole = mask[1] or (factors and not low_rank)
     found: list[Tensor | None] = [None] * 5
     # The factors first: what they need for a while is gone before x's gradient is there.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import shape_of
 from lorun_fast.ops._library import define, once
@@ -97,7 +97,7 @@ def backward(grad, x, weight, bias, down, up, stage, output, *args):
     if not x.shape[0]:
         return [torch.zeros_like(t) for t in like]
     call = (x, weight, bias, down, up, stage, None, *args[:-1])
-    backend = _backends.choose("lora_conv2d", x.device.type, call)
+    backend = _backends.choose("lora_conv2d", x.device.type, call, backward=True)
     return laid_out(backend.backward(grad, x, weight, bias, down, up, stage, output, *args), like)
 
 
@@ -167,16 +167,27 @@ def _a_stage_per_sample(*args) -> bool:
 _LARGE_BATCH = 2**25
 
 
-def _large_peft(x, weight, bias, down, *rest) -> bool:
+def _large_with_bias(x, weight, bias, *rest) -> bool:
     narrow = x.dtype in (torch.bfloat16, torch.float16) and is_channels_last(x)
-    return narrow and down is not None and down.ndim == 4 and x.numel() >= _LARGE_BATCH
+    return narrow and bias is not None and x.numel() >= _LARGE_BATCH
 
 
+_A_STAGE_EACH = Row("triton", "a stage per sample: 0.3 to 0.8 of aten's time, H200", _a_stage_per_sample)
 _backends.TABLE["lora_conv2d", "cuda"] = (
-    Row("triton", "a stage per sample: 0.3 to 0.8 of aten's time, H200", _a_stage_per_sample),
-    Row("triton", "large bf16 batches, channels_last, peft form: 0.6 of aten's time, H200", _large_peft),
-    Row("aten", "loralib form forward and backward: 0.96 of the kernels' time there; no other call is measured"),
-)
+    _A_STAGE_EACH,
+    Row("triton", "large 16-bit batches with a bias, which torch adds in another pass: 0.7 of aten's time, H200",
+        _large_with_bias),
+    Row("aten", "one stage, in torch's differentiable ops: cuDNN on the merged weight"),
+)  # fmt: skip
+# At 64 channels and 256 px the kernels take 710 us for the gradients, cuDNN on the merged weight 350.
+_backends.TABLE["lora_conv2d_backward", "cuda"] = (_A_STAGE_EACH, Row("aten", "0.5 of the kernels' time, H200"))
+
+
+def _call(*args) -> Tensor:
+    """The op, or on a GPU torch's differentiable ops in its place."""
+    if _lora_autograd.serves("lora_conv2d", args):
+        return _lora_autograd.conv2d(*args)
+    return _conv(*args)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -213,7 +224,7 @@ def of_layer(
     weight, down, up, stage = layer.operands(stage, merged)
     if x.ndim != 4 or x.shape[1] != layer.in_channels:
         raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
-    return _conv(
+    return _call(
         x, weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
         (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
         layer.transposed, layer.output_padding if output_padding is None else output_padding,
@@ -268,4 +279,4 @@ def lora_conv2d(
         down, up = down[stage], up[stage]
     tensors = (x, weight, bias, down, up, stage if per_sample else None, residual)
     _check(*tensors, *args)
-    return _conv(*tensors, *args)
+    return _call(*tensors, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import shape_of
 from lorun_fast.ops._library import define, once
@@ -105,6 +105,16 @@ _backends.register("lora_linear", Backend("reference", ("cpu", "cuda"), _referen
 _backends.register("lora_linear", Backend("aten", ("cpu", "cuda"), _lora_aten.linear, _lora_aten.linear_backward))
 _backends.TABLE["lora_linear", "cpu"] = (Row("aten", "at least as fast as the definition on every size"),)
 _backends.TABLE["lora_linear", "cuda"] = (Row("aten", "no other is measured"),)
+# Features up to which a layer is merged in training on a GPU: the whole weight has its gradient soon then, and the host
+# has fewer ops to launch than with a low-rank branch.
+_MERGED = 1024
+
+
+def _call(*args) -> Tensor:
+    """The op, or on a GPU torch's differentiable ops in its place."""
+    if max(args[1].shape) <= _MERGED and _lora_autograd.serves("lora_linear", args):
+        return _lora_autograd.linear(*args)
+    return _linear(*args)
 
 
 def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
@@ -115,7 +125,7 @@ def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
     down, up = layer.down, layer.up
     if not isinstance(stage, Tensor):
         down, up, stage = down[stage], up[stage], None
-    return _linear(x, layer.weight, layer.bias, down, up, stage, None, layer.scale, None)
+    return _call(x, layer.weight, layer.bias, down, up, stage, None, layer.scale, None)
 
 
 def lora_linear(
@@ -142,4 +152,4 @@ def lora_linear(
         down, up = down[stage], up[stage]
     args = (x, weight, bias, down, up, stage if per_sample else None, residual, float(scale), activation)
     _check(*args)
-    return _linear(*args)
+    return _call(*args)
