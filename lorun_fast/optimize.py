@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorun_fast import _native
 from lorun_fast.convolutions import KINDS, WinogradConv2d, replace_convolutions
+from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.ops.winograd_conv2d import DTYPES
@@ -226,9 +227,11 @@ def optimize(
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got one on {device}")
     if convolutions not in (None, "direct", *KINDS):
-        raise ValueError(f"convolutions: expected 'direct', 'winograd', 'packed' or None, got {convolutions!r}")
-    if convolutions in KINDS and device.type != "cpu":
-        raise ValueError(f"convolutions: {convolutions!r} expects a network on a CPU, got one on {device}")
+        known = ", ".join(repr(kind) for kind in ("direct", *KINDS))
+        raise ValueError(f"convolutions: expected {known} or None, got {convolutions!r}")
+    if convolutions in KINDS and device.type != KINDS[convolutions].device:
+        where = {"cpu": "CPU", "cuda": "GPU"}[KINDS[convolutions].device]
+        raise ValueError(f"convolutions: {convolutions!r} expects a network on a {where}, got one on {device}")
     if sigma is not None and isinstance(sigma, Tensor):
         raise TypeError("sigma: expected a number, got a tensor")
     rows = []
@@ -249,7 +252,8 @@ def optimize(
     own = next(net.denoiser.parameters()).dtype
     best, chosen, why = _narrowed(net, built, own, dtype, device, images, sigma)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
-    rows.append(("convolutions", *_convolutions(best, chosen, device, convolutions)))
+    graph = device.type == "cuda" if cuda_graph is None else cuda_graph
+    rows.append(("convolutions", *_convolutions(best, chosen, device, convolutions, launched=not graph or compile)))
 
     if compile:
         _compile(best, device)
@@ -257,7 +261,6 @@ def optimize(
         rows.append(("torch.compile", how, "compiled at the first call of each size"))
     else:
         rows.append(("torch.compile", "no", "not asked for"))
-    graph = device.type == "cuda" if cuda_graph is None else cuda_graph
     if graph:
         best._graphs = _Graphs()
     why = "captured at the first call of each size" if graph else f"{device.type} device" if not cuda_graph else ""
@@ -287,9 +290,14 @@ def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedL
     return built(None), own, f"{what}, but bf16 not chosen: {said}"
 
 
-def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: str | None) -> tuple[str, str]:
-    """(done, why): another method than torch's, where it was measured to be faster, or as asked for."""
-    kind, why = (wish, "asked for") if wish is not None else fastest_convolutions(dtype, device)
+def _convolutions(
+    net: OptimizedLoRun, dtype: torch.dtype, device: torch.device, wish: str | None, launched: bool
+) -> tuple[str, str]:
+    """(done, why): another method than torch's, where it was measured to be faster, or as asked for.
+
+    launched: as in fastest_convolutions.
+    """
+    kind, why = (wish, "asked for") if wish is not None else fastest_convolutions(dtype, device, launched)
     if kind == "direct":
         return kind, why
     replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
@@ -297,14 +305,20 @@ def _convolutions(net: OptimizedLoRun, dtype: torch.dtype, device: torch.device,
         return "direct", {
             "winograd": "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8",
             "packed": "no bfloat16 convolution of square kernels",
+            "fused": "no bfloat16 or float16 convolution of up to 32 channels",
         }[kind]
     return KINDS[kind].method, f"{replaced} of {convolutions} layers a stage; {why}"
 
 
-def fastest_convolutions(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """(a kind of lorun_fast/convolutions.py or "direct", why)."""
+def fastest_convolutions(dtype: torch.dtype, device: torch.device, launched: bool = False) -> tuple[str, str]:
+    """(a kind of lorun_fast/convolutions.py or "direct", why).
+
+    launched: a GPU's host launches or compiles every step, instead of replaying a recording.
+    """
     found = _native.build_info()
     loops = found.get("cpu_active", "none")
+    if device.type == "cuda":
+        return _fastest_on_a_gpu(dtype, launched)
     if device.type != "cpu":
         return "direct", f"{device.type} device"
     if dtype == torch.bfloat16:
@@ -314,6 +328,17 @@ def fastest_convolutions(dtype: torch.dtype, device: torch.device) -> tuple[str,
     if loops in ("avx2", "avx512"):
         return "winograd", f"{loops.upper()}; a quarter of the multiplications"
     return "direct", f"minimal filtering was measured with AVX2 and AVX-512, this CPU's loops are {loops}"
+
+
+def _fastest_on_a_gpu(dtype: torch.dtype, launched: bool) -> tuple[str, str]:
+    reason = unavailable()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "direct", f"the kernel gains in 16 bits, this is {dtype}".replace("torch.", "")
+    if reason:
+        return "direct", reason
+    if launched:
+        return "direct", "without a CUDA graph, or compiled, torch's take less of the host's time"
+    return "fused", "ReLU and sums in the same pass, by size"
 
 
 def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None) -> tuple[float, str]:

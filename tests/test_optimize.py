@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from kernels_help import needs_triton
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import lorun_fast as lf
 from lorun_fast import optimize
-from lorun_fast.convolutions import PackedConv2d, WinogradConv2d, replace_convolutions, residual_block
+from lorun_fast.convolutions import FusedConv2d, PackedConv2d, WinogradConv2d, replace_convolutions, residual_block
+from lorun_fast.ops import _backends
 
 SIZE = (20, 13)
 
@@ -492,6 +495,91 @@ def test_a_graph_serves_one_size_and_setting(monkeypatch):
     assert len(graphs.captured) == 4
 
 
+class TestFusedConv2d:
+    """The stand-in of a GPU, for which the kernels' interpreter stands here."""
+
+    @pytest.fixture(autouse=True)
+    def interpreted(self, monkeypatch):
+        needs_triton()
+        monkeypatch.setattr(FusedConv2d, "device", "cpu")
+
+    @pytest.fixture
+    def served(self, monkeypatch):
+        """The calls that the kernel serves."""
+        found = []
+        kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
+        counted = replace(kernel, forward=lambda *args: (found.append(args), kernel.forward(*args))[1])
+        monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "triton", counted)
+        return found
+
+    @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+    @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": "same", "dilation": 2}, {"stride": 2}], ids=str)
+    @torch.no_grad()
+    def test_is_the_layer_with_what_follows(self, settings, bias, served):
+        conv = nn.Conv2d(3, 5, 3, bias=bias, **settings).half()
+        x = torch.randn(2, 3, 6, 7).half().contiguous(memory_format=torch.channels_last)
+        fused, expected = FusedConv2d(conv), conv.float()(x.float())
+        beside = torch.randn_like(expected).half().contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(fused(x).float(), expected, rtol=2e-3, atol=2e-3)
+        got = fused(x, "relu", beside)
+        assert got.dtype == torch.float16 and got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got.float(), expected.relu() + beside.float(), rtol=2e-3, atol=4e-3)
+        assert len(served) == 2
+
+    def test_where_a_gradient_is_wanted_torch_convolves(self, served):
+        fused = FusedConv2d(nn.Conv2d(3, 5, 3).half())
+        x = torch.randn(2, 3, 6, 7).half().requires_grad_()
+        (grad,) = torch.autograd.grad(fused(x, "relu").float().sum(), x)
+        assert grad.abs().max() > 0 and not served
+        torch.export.export(fused, (x.detach(),))
+        assert not served
+
+    def test_by_size(self, served):
+        fused = FusedConv2d(nn.Conv2d(32, 32, 3).half())
+        assert not fused._pays(torch.empty(1, 32, 256, 256, device="meta"))
+        assert fused._pays(torch.empty(4, 32, 256, 256, device="meta"))
+        assert FusedConv2d(nn.Conv2d(1, 32, 3).half())._pays(torch.empty(1, 1, 16, 16, device="meta"))
+        with torch.no_grad():
+            fused(torch.randn(1, 32, 4, 4).half())
+        assert not served
+
+    @pytest.mark.parametrize(
+        ("conv", "reason"),
+        [
+            (nn.Conv2d(3, 5, 3), "float32"),
+            (nn.Conv2d(4, 4, 3, groups=2).half(), "grouped"),
+            (nn.Conv2d(4, 64, 3).half(), "32 channels"),
+            (nn.Conv2d(4, 4, 2, padding="same").half(), "all sides"),
+            (nn.ConvTranspose2d(4, 4, 2).half(), "ConvTranspose2d"),
+        ],
+    )
+    def test_what_it_does_not_stand_for(self, conv, reason):
+        with pytest.raises(ValueError, match=reason):
+            FusedConv2d(conv)
+
+    @torch.no_grad()
+    def test_a_network(self, served):
+        net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), lf.ResUNet(channels=(4, 8), blocks=1), stages=2)
+        fast, direct = (net.optimize(dtype=torch.float16, convolutions=kind) for kind in ("fused", "direct"))
+        assert fast.report["convolutions"] == ("fused kernel", "9 of 10 layers a stage; asked for")
+        y = net.op(torch.rand(1, 1, 16, 16))
+        torch.testing.assert_close(fast(y), direct(y), rtol=5e-3, atol=5e-3)
+        assert len(served) == 18
+
+
+def test_what_a_gpu_convolves_by():
+    needs_triton()
+    gpu = torch.device("cuda")
+    assert optimize.fastest_convolutions(torch.bfloat16, gpu)[0] == "fused"
+    assert optimize.fastest_convolutions(torch.bfloat16, gpu, launched=True)[0] == "direct"
+    assert optimize.fastest_convolutions(torch.float32, gpu) == (
+        "direct",
+        "the kernel gains in 16 bits, this is float32",
+    )
+    with pytest.raises(ValueError, match="'fused' expects a network on a GPU"):
+        network().optimize(convolutions="fused")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_is_replayed_per_size(monkeypatch):
@@ -503,3 +591,16 @@ def test_a_cuda_graph_is_replayed_per_size(monkeypatch):
         y = net.op(torch.rand(n, 1, *SIZE, device="cuda"))
         torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
     assert len(fast._graphs.captured) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 8])
+def test_fused_convolutions_on_a_gpu(n):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25), lf.ResUNet(channels=(16, 32, 64)), stages=2).cuda()
+    y = net.op(torch.rand(n, 1, 256, 256, device="cuda"))
+    with torch.no_grad():
+        expected = net.eval()(y)
+    fast = net.optimize(dtype=torch.bfloat16)
+    assert fast.report["convolutions"][0] == "fused kernel"
+    for _ in range(2):
+        assert (fast(y) - expected).norm() <= 0.02 * expected.norm()
