@@ -1,7 +1,8 @@
 """Which tile each kernel uses: fixed, per architecture, so that a result never depends on when it was computed.
 
-The shipped numbers come from the compiler (registers, shared memory, no spills: ``make kernels-check``) and the model
-in :mod:`lorun_fast.kernels.model`; no GPU has confirmed them yet. Nothing is ever tuned by itself. Whoever asks for
+The forward tiles of sm_90 in 16 bits were searched for on an H200 (docs/kernels.md), without spills (``make
+kernels-check``); the others come from the compiler and the model in :mod:`lorun_fast.kernels.model`. Nothing is ever
+tuned by itself. Whoever asks for
 tuning (tune.py) gets a file, and LORUN_KERNELS_CONFIGS=FILE puts its tiles before the shipped ones: read once, at the
 first launch, and as fixed from there on.
 """
@@ -55,7 +56,7 @@ def _tuned(arch: int, *key) -> Tile | BackwardTile | None:
 def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool, activation: str | None = None) -> Tile:
     """The tile of lora_conv2d's forward for this problem: the user's (see the module), else the shipped one."""
     tuned = _tuned(arch, "forward", g, str(dtype), rank, mixed, activation)
-    return tuned or shipped_forward(g, dtype, arch)
+    return tuned or shipped_forward(g, dtype, arch, rank == 0 and not mixed and activation in (None, "relu"))
 
 
 def backward(
@@ -66,9 +67,51 @@ def backward(
     return tuned or shipped_backward(g, dtype, arch, rank, activation)
 
 
-def shipped_forward(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
-    """The tile of lora_conv2d's forward that the library comes with."""
-    return rows_tile(g.c, g.o, g.q, g, dtype, arch) or taps_tile(g, dtype, arch)
+def shipped_forward(g: Geometry, dtype: torch.dtype, arch: int, plain: bool = False) -> Tile:
+    """The tile of lora_conv2d's forward that the library comes with. plain: no adapter, and ReLU at most."""
+    strip = rows_tile(g.c, g.o, g.q, g, dtype, arch)
+    if arch != 90 or dtype == torch.float32:
+        return strip or taps_tile(g, dtype, arch)
+    if strip is None or g.q <= 64 or _strip_rows(g, strip) < 8:
+        return _patches_on_hopper(g, plain)
+    if g.kernel == (3, 3) and strip.bc <= 32 and strip.bo <= 32 and g.c % 2 == 0:
+        return replace(strip, warps=8, stages=3, descriptors=max(strip.bc, strip.bo) > 16)
+    return strip
+
+
+def strip_parts(height: int, strips: int, dilation: int, programs: int) -> tuple[int, int]:
+    """(rows of one program, programs per strip): as many programs as the GPU holds at once, of at least 4 rows each.
+
+    Rows of one program lie ``dilation`` apart. ``strips``: those of all samples.
+    """
+    rows = -(-height // dilation)
+    parts = max(1, min(-(-rows // 4), programs // (strips * dilation)))
+    each = -(-rows // parts)
+    return each, -(-rows // each) * dilation
+
+
+def _strip_rows(g: Geometry, strip: Tile) -> int:
+    """Rows that one program stores; it reads k - 1 more."""
+    return strip_parts(g.p, g.n * -(-g.q // strip.bw), g.dilation[0], strip.rows)[0]
+
+
+def _patches_on_hopper(g: Geometry, plain: bool) -> Tile:
+    """The patch tile of sm_90 in 16 bits: smaller patches where larger ones leave multiprocessors idle."""
+    bo = min(128, _power(g.o))
+    if g.p == 1:
+        return Tile(1, 128, min(64, _power(g.c)), bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
+    programs = g.n * -(-g.p // 8) * -(-g.q // 16) * -(-g.o // bo)
+    # Blocks of 64 channels would be a quarter of zeros at 96.
+    bc = 32 if g.c > 64 and g.c % 64 else min(64, _power(g.c))
+    if programs < 100:
+        return Tile(8, 8, bc, min(64, bo), 4, 4)
+    if bo < 128:
+        return Tile(8, 16, bc, bo, 8 if bo == 64 else 4, 4, True)
+    if bc == 32:
+        return Tile(16 if plain else 8, 16, bc, bo, 8, 3)
+    if plain and g.c == 128:
+        return Tile(8, 16, 128, bo, 8, 3)
+    return Tile(8, 16, bc, bo, 8, 3, True)
 
 
 def strip_fits(c: int, o: int, g: Geometry, dtype: torch.dtype) -> bool:

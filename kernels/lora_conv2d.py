@@ -258,17 +258,6 @@ def merge_precision(factors: torch.dtype | None, dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32x3"
 
 
-def strip_parts(height: int, strips: int, dilation: int, programs: int) -> tuple[int, int]:
-    """(rows of one program, programs per strip): as many programs as the GPU holds at once, of at least 4 rows each.
-
-    Rows of one program lie ``dilation`` apart. ``strips``: those of all samples.
-    """
-    rows = ceil_div(height, dilation)
-    parts = max(1, min(ceil_div(rows, 4), programs // (strips * dilation)))
-    each = ceil_div(rows, parts)
-    return each, ceil_div(rows, each) * dilation
-
-
 def image_argument(name: str, image: Layout, block: tuple[int, ...], describe: bool) -> tuple[Slot, bool]:
     """(what the kernel reads an image through, whether that is a descriptor)."""
     if describe and image.describable:
@@ -369,7 +358,7 @@ def plan(s: Signature, residual: Layout | None = None, out: Layout | None = None
     }  # fmt: skip
     if strip:
         strips = ceil_div(g.q, tile.bw)
-        rows, parts = strip_parts(g.p, g.n * strips, g.dilation[0], tile.rows)
+        rows, parts = configs.strip_parts(g.p, g.n * strips, g.dilation[0], tile.rows)
         args |= {"ROWS": rows, "strips": strips, "parts": parts}
         constants |= {"K": g.kernel[0], "MERGE": merge_precision(s.factors, x.dtype)}
         kernel, programs = lora_conv2d_rows, g.n * strips * parts

@@ -45,7 +45,6 @@ from lorun_fast.kernels.lora_conv2d import (
     merge_precision,
     precision,
     read,
-    strip_parts,
 )
 
 
@@ -472,7 +471,7 @@ def plan(
         one = tile.strip if strips_serve else tile.output
         across = ceil_div(g.q, one.bw)
         if strips_serve:
-            rows, parts = strip_parts(g.p, g.n * across, g.dilation[0], one.rows)
+            rows, parts = configs.strip_parts(g.p, g.n * across, g.dilation[0], one.rows)
             up_splits = across * parts
             split = {"ROWS": rows, "strips": across, "parts": parts}
         else:
@@ -517,7 +516,7 @@ def plan(
         rows = strips = parts = across = patches = 1
         if strip:
             strips = ceil_div(g.w, image.bw)
-            rows, parts = strip_parts(g.h, g.n * strips, g.dilation[0], image.rows)
+            rows, parts = configs.strip_parts(g.h, g.n * strips, g.dilation[0], image.rows)
             image_programs = g.n * strips * parts
         else:
             across = ceil_div(ceil_div(g.w, g.stride[1]), image.bw)

@@ -179,6 +179,9 @@ class PackedConv2d(StandIn):
         }  # fmt: skip
 
 
+_MOST_CHANNELS = 128
+
+
 class FusedConv2d(StandIn):
     """An nn.Conv2d for inference in bf16 or fp16 on a GPU: bias, ReLU and residual in one pass with the convolution.
 
@@ -187,15 +190,12 @@ class FusedConv2d(StandIn):
     """
 
     method = "fused kernel"
-    expected = "a bf16 or fp16 convolution of few channels"
+    expected = "a 3 x 3 convolution in bf16 or fp16 with stride 1"
     device = "cuda"
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
-        padding = conv.padding
-        if isinstance(padding, str):
-            padding = tuple(k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-            padding = (0, 0) if conv.padding == "valid" else padding
+        padding = {"same": conv.dilation, "valid": (0, 0)}.get(conv.padding, conv.padding)
         self.geometry = (conv.stride, padding, conv.dilation)
 
     @staticmethod
@@ -205,10 +205,10 @@ class FusedConv2d(StandIn):
             return f"a {type(conv).__name__}"
         if conv.groups != 1 or conv.padding_mode != "zeros":
             return "it is grouped or does not pad with zeros"
-        if conv.padding == "same" and not all(k % 2 for k in conv.kernel_size):
-            return "its padding is not the same on all sides"
-        if max(conv.in_channels, conv.out_channels) > 32:
-            return "it has more than 32 channels, for which cuDNN is faster"
+        if conv.kernel_size != (3, 3) or conv.stride != (1, 1):
+            return "its kernel is not 3 x 3 or its stride not 1, where no gain was measured"
+        if max(conv.in_channels, conv.out_channels) > _MOST_CHANNELS:
+            return f"it has more than {_MOST_CHANNELS} channels, where no gain was measured"
         return None if conv.weight.dtype in (torch.bfloat16, torch.float16) else f"its weight is {conv.weight.dtype}"
 
     def form_weight(self) -> None:

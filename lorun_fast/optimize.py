@@ -305,7 +305,7 @@ def _convolutions(
         return "direct", {
             "winograd": "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8",
             "packed": "no bfloat16 convolution of square kernels",
-            "fused": "no bfloat16 or float16 convolution of up to 32 channels",
+            "fused": "no bfloat16 or float16 convolution of 3 x 3 with stride 1 and up to 128 channels",
         }[kind]
     return KINDS[kind].method, f"{replaced} of {convolutions} layers a stage; {why}"
 

@@ -6,9 +6,11 @@ Nothing in them asks for a GPU, so a CPU stands for one here.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from kernels_help import needs_triton
 from lora_help import problem
 from torch import nn
 from torch.nn import functional as F
@@ -201,6 +203,59 @@ def test_compiled_there_is_no_op_of_ours(as_on_a_gpu):
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, 1), F.conv2d(x, layer.stage_weight(1), layer.bias, padding=1))
     assert seen and not any("lorun" in target for target in seen)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_large_batches_take_the_kernels_forward_pass(activation, bias, as_on_a_gpu, monkeypatch):
+    """With the interpreter; large is what the test says."""
+    needs_triton()
+    monkeypatch.setattr(_lora_autograd, "_LARGE_BATCH", 1)
+    p = problem(n=1, in_=16, out=16, size=(4, 5), dtype=torch.float16)
+    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
+    p["bias"] = p["bias"] if bias else None
+    leaves = [t.requires_grad_() for t in p.values() if t is not None]
+    residual = torch.randn(1, 16, 4, 5).half()
+
+    def results(p):
+        y = lf.functional.lora_conv2d(**p, padding=1, activation=activation, residual=residual.to(p["x"].dtype))
+        wanted = [t for t in p.values() if t is not None]
+        return [y, *torch.autograd.grad(y.float().square().mean(), wanted)]
+
+    used = []
+    kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
+    counted = replace(kernel, forward=lambda *args: (used.append(args), kernel.forward(*args))[1])
+    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "triton", counted)
+    got = results(p)
+    assert len(used) == (activation != "silu")
+    monkeypatch.setattr(_native, "WISH", "reference")
+    wide = {name: None if t is None else t.detach().double().requires_grad_() for name, t in p.items()}
+    for mine, theirs, leaf in zip(got, results(wide), [None, *leaves], strict=True):
+        assert leaf is None or (mine.dtype == leaf.dtype and mine.shape == leaf.shape)
+        assert (mine.double() - theirs).norm() <= 5e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("channels", "bias", "activation", "dtype", "last", "pays"),
+    [
+        (64, True, None, torch.bfloat16, True, True),
+        (64, False, "relu", torch.bfloat16, True, True),
+        (64, False, None, torch.bfloat16, True, False),
+        (32, False, None, torch.float16, True, True),
+        (32, True, "gelu", torch.bfloat16, True, False),
+        (64, True, None, torch.float32, True, False),
+        (64, True, None, torch.bfloat16, False, False),
+    ],
+)
+def test_where_the_kernel_pays(channels, bias, activation, dtype, last, pays):
+    needs_triton()
+    layout = torch.channels_last if last else torch.contiguous_format
+    weight, bias = torch.zeros(channels, channels, 3, 3), torch.zeros(channels) if bias else None
+    large, small = (
+        torch.empty(n, channels, 256, 256, dtype=dtype, device="meta", memory_format=layout) for n in (16, 2)
+    )
+    assert _lora_autograd._ByKernel.pays(large, weight, bias, 1, activation) == pays
+    assert not _lora_autograd._ByKernel.pays(small, weight, bias, 1, activation)
 
 
 @pytest.mark.gpu

@@ -513,7 +513,7 @@ class TestFusedConv2d:
         return found
 
     @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-    @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": "same", "dilation": 2}, {"stride": 2}], ids=str)
+    @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": "same", "dilation": 2}, {"padding": "valid"}], ids=str)
     @torch.no_grad()
     def test_is_the_layer_with_what_follows(self, settings, bias, served):
         conv = nn.Conv2d(3, 5, 3, bias=bias, **settings).half()
@@ -548,8 +548,9 @@ class TestFusedConv2d:
         [
             (nn.Conv2d(3, 5, 3), "float32"),
             (nn.Conv2d(4, 4, 3, groups=2).half(), "grouped"),
-            (nn.Conv2d(4, 64, 3).half(), "32 channels"),
-            (nn.Conv2d(4, 4, 2, padding="same").half(), "all sides"),
+            (nn.Conv2d(4, 256, 3).half(), "128 channels"),
+            (nn.Conv2d(4, 4, 2).half(), "3 x 3"),
+            (nn.Conv2d(4, 4, 3, stride=2).half(), "stride"),
             (nn.ConvTranspose2d(4, 4, 2).half(), "ConvTranspose2d"),
         ],
     )
@@ -561,10 +562,10 @@ class TestFusedConv2d:
     def test_a_network(self, served):
         net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), lf.ResUNet(channels=(4, 8), blocks=1), stages=2)
         fast, direct = (net.optimize(dtype=torch.float16, convolutions=kind) for kind in ("fused", "direct"))
-        assert fast.report["convolutions"] == ("fused kernel", "9 of 10 layers a stage; asked for")
+        assert fast.report["convolutions"] == ("fused kernel", "8 of 10 layers a stage; asked for")
         y = net.op(torch.rand(1, 1, 16, 16))
         torch.testing.assert_close(fast(y), direct(y), rtol=5e-3, atol=5e-3)
-        assert len(served) == 18
+        assert len(served) == 16
 
 
 def test_what_a_gpu_convolves_by():

@@ -117,6 +117,15 @@ def problems() -> Iterator[Problem]:
     for channels in (32, 64, 128):
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu")
         yield Problem(channels, px=64, form="merged", mixed=True, activation="relu", backward=True)
+    # What inference on merged weights is made of, and one image of it.
+    for channels in (16, 96, 128):
+        yield Problem(channels, px=256 if channels == 16 else 64, form="merged", activation="relu")
+    for channels in (96, 128):
+        yield Problem(channels, px=64, form="merged", residual=True)
+    for channels in (32, 96, 128):
+        yield Problem(channels, px=64, batch=1, form="merged", activation="relu", residual=True)
+    yield Problem(1, 32, form="merged")
+    yield Problem(32, 1, form="merged")
     # ReLU from the saved output; in fp32 also an activation whose convolution is computed again.
     yield Problem(28, activation="relu", backward=True)
     yield Problem(64, activation="relu", backward=True)
@@ -134,8 +143,9 @@ def problems() -> Iterator[Problem]:
 
 
 def small(problem: Problem) -> Problem:
-    """The same tiles on an image that the tests on a GPU can compare in float64; compiling it fills Triton's cache."""
-    return replace(problem, px=80 if problem.px > 64 else 48, batch=3)
+    """The same tiles on images that the tests on a GPU can compare in float64; compiling it fills Triton's cache."""
+    batch = 1 if problem.batch == 1 else 16 if problem.channels <= 64 else 3
+    return replace(problem, px=80 if problem.px > 64 else 48, batch=batch)
 
 
 @dataclass
@@ -200,7 +210,8 @@ def shipped_tile(problem: Problem, g, dtype, arch: int, rank: int):
 
     if problem.backward:
         return configs.shipped_backward(g, dtype, arch, rank, problem.activation)
-    return configs.shipped_forward(g, dtype, arch)
+    plain = rank == 0 and not problem.mixed and problem.activation in (None, "relu")
+    return configs.shipped_forward(g, dtype, arch, plain)
 
 
 def launches(problem: Problem, arch: int, tile=None) -> list:

@@ -82,20 +82,16 @@ def named(op: str, device: str) -> Backend | None:
     return backend
 
 
-def choose(op: str, device: str, args: tuple, *, backward: bool = False) -> Backend:
+def choose(op: str, device: str, args: tuple) -> Backend:
     """The backend for this call: the one that LORUN_BACKEND names, else the first row of the table that applies.
 
-    A call that the named one does not support goes by the table. backward: for the gradients, by the table of
-    "<op>_backward" where there is one. Raises as :func:`named`.
+    A call that the named one does not support goes by the table. Raises as :func:`named`.
     """
     known = BACKENDS[op]
     wished = named(op, device)
     if wished is not None and wished.supports(*args) is None:
         return wished
-    rows = TABLE.get((op, device), ())
-    if backward:
-        rows = TABLE.get((f"{op}_backward", device), rows)
-    for row in rows:
+    for row in TABLE.get((op, device), ()):
         backend = known.get(row.backend)
         if backend is None or device not in backend.devices or not row.when(*args):
             continue

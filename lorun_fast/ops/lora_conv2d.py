@@ -26,7 +26,6 @@ from lorun_fast.ops.lora import (
     check_tensors,
     check_update,
     in_place,
-    is_channels_last,
     laid_out,
     layout_of,
     under_autocast,
@@ -97,7 +96,7 @@ def backward(grad, x, weight, bias, down, up, stage, output, *args):
     if not x.shape[0]:
         return [torch.zeros_like(t) for t in like]
     call = (x, weight, bias, down, up, stage, None, *args[:-1])
-    backend = _backends.choose("lora_conv2d", x.device.type, call, backward=True)
+    backend = _backends.choose("lora_conv2d", x.device.type, call)
     return laid_out(backend.backward(grad, x, weight, bias, down, up, stage, output, *args), like)
 
 
@@ -163,24 +162,13 @@ def _a_stage_per_sample(*args) -> bool:
     return args[5] is not None
 
 
-# Values of a batch from which the GPU's time counts; below it the host's launches do, of which aten has cheaper ones.
-_LARGE_BATCH = 2**25
-
-
-def _large_with_bias(x, weight, bias, *rest) -> bool:
-    narrow = x.dtype in (torch.bfloat16, torch.float16) and is_channels_last(x)
-    return narrow and bias is not None and x.numel() >= _LARGE_BATCH
-
-
 _A_STAGE_EACH = Row("triton", "a stage per sample: 0.3 to 0.8 of aten's time, H200", _a_stage_per_sample)
 _backends.TABLE["lora_conv2d", "cuda"] = (
     _A_STAGE_EACH,
-    Row("triton", "large 16-bit batches with a bias, which torch adds in another pass: 0.7 of aten's time, H200",
-        _large_with_bias),
-    Row("aten", "one stage, in torch's differentiable ops: cuDNN on the merged weight"),
-)  # fmt: skip
-# At 64 channels and 256 px the kernels take 710 us for the gradients, cuDNN on the merged weight 350.
-_backends.TABLE["lora_conv2d_backward", "cuda"] = (_A_STAGE_EACH, Row("aten", "0.5 of the kernels' time, H200"))
+    Row(
+        "aten", "one stage: torch's differentiable ops on the merged weight; in large batches the kernel's forward pass"
+    ),
+)
 
 
 def _call(*args) -> Tensor:
