@@ -1,3 +1,12 @@
 """Imports every file that registers cases; the order is the order of the tables."""
 
-from benchmarks import block_cs, blur_downsample, cassi, lora_conv2d, network, packed_conv2d, winograd_conv2d  # noqa: F401
+from benchmarks import (  # noqa: F401
+    block_cs,
+    blur_downsample,
+    cassi,
+    fused_conv2d,
+    lora_conv2d,
+    network,
+    packed_conv2d,
+    winograd_conv2d,
+)

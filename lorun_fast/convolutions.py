@@ -192,6 +192,8 @@ class FusedConv2d(StandIn):
     method = "fused kernel"
     expected = "a 3 x 3 convolution in bf16 or fp16 with stride 1"
     device = "cuda"
+    everywhere = False
+    """The kernel also at sizes where torch was measured to be faster."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
@@ -226,7 +228,12 @@ class FusedConv2d(StandIn):
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         input = input.to(self.weight.dtype)  # as autocast would
         learns = torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad))
-        if input.device.type == self.device and not learns and not torch.compiler.is_compiling() and self._pays(input):
+        if (
+            input.device.type == self.device
+            and not learns
+            and not torch.compiler.is_compiling()
+            and (self.everywhere or self._pays(input))
+        ):
             kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
             call = (
                 input,

@@ -513,7 +513,7 @@ class TestFusedConv2d:
         return found
 
     @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-    @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": "same", "dilation": 2}, {"padding": "valid"}], ids=str)
+    @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": "same", "dilation": 2}, {}], ids=str)
     @torch.no_grad()
     def test_is_the_layer_with_what_follows(self, settings, bias, served):
         conv = nn.Conv2d(3, 5, 3, bias=bias, **settings).half()
