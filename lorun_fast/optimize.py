@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class OptimizedLoRun(LoRun):
             )
         # A graph reads the memory it was recorded with, which a move or a conversion frees.
         if self._graphs is not None:
-            self._graphs = _Graphs()
+            self._graphs = _Graphs(self._graphs.after)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> OptimizedLoRun:
@@ -91,14 +92,22 @@ class OptimizedLoRun(LoRun):
 
 
 class _Graphs:
-    """CUDA graphs of one function of y, one per shape, dtype and setting; replaying costs one launch."""
+    """CUDA graphs of one function of y, one per shape, dtype and setting; replaying costs one launch.
 
-    def __init__(self) -> None:
+    after: how many calls of a key go by before it is recorded, which takes as long as some.
+    """
+
+    def __init__(self, after: int = 0) -> None:
+        self.after = after
+        self.seen: Counter[tuple] = Counter()
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def __call__(self, y: Tensor, settings: tuple, call: Callable[[Tensor], Tensor]) -> Tensor:
         key = (tuple(y.shape), y.dtype, y.device, settings)
         if key not in self.captured:
+            self.seen[key] += 1
+            if self.seen[key] <= self.after:
+                return call(y)
             self.captured[key] = self._capture(y, call)
         graph, static_y, static_x = self.captured[key]
         static_y.copy_(y)
@@ -219,8 +228,9 @@ def optimize(
     cuda_graph: bool | None = None,
     images: Tensor | None = None,
     sigma: float | None = None,
+    record_after: int = 0,
 ) -> OptimizedLoRun:
-    """See :meth:`LoRun.optimize`."""
+    """See :meth:`LoRun.optimize`. record_after: calls of a size before a CUDA graph of it is captured."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
     device = net.step_size.device
@@ -262,8 +272,9 @@ def optimize(
     else:
         rows.append(("torch.compile", "no", "not asked for"))
     if graph:
-        best._graphs = _Graphs()
-    why = "captured at the first call of each size" if graph else f"{device.type} device" if not cuda_graph else ""
+        best._graphs = _Graphs(record_after)
+    when = f"after {record_after} calls" if record_after else "at the first call"
+    why = f"captured {when} of each size" if graph else f"{device.type} device" if not cuda_graph else ""
     if cuda_graph is False:
         why = "not asked for"
     rows.append(("CUDA graph", "yes" if graph else "no", why))

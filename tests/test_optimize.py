@@ -495,6 +495,21 @@ def test_a_graph_serves_one_size_and_setting(monkeypatch):
     assert len(graphs.captured) == 4
 
 
+def test_a_size_is_recorded_when_it_comes_again(monkeypatch):
+    recorded = []
+    graphs = optimize._Graphs(after=1)
+    monkeypatch.setattr(graphs, "_capture", lambda y, call: recorded.append(len(y)) or (Replay(), y.clone(), y.clone()))
+
+    class Replay:
+        def replay(self):
+            pass
+
+    for n in (1, 2, 1, 1):
+        graphs(torch.ones(n), (), lambda y: y)
+        recorded.append("called")
+    assert recorded == ["called", "called", 1, "called", "called"]
+
+
 class TestFusedConv2d:
     """The stand-in of a GPU, for which the kernels' interpreter stands here."""
 

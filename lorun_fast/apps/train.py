@@ -92,7 +92,12 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=runtime.fastest_dtype(),
         help="of the denoiser (autocast); default: bf16 where the machine multiplies in it, fp32 elsewhere",
     )
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one, else cpu",
+    )
     add("--seed", type=seed, default=0)
     add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
     _add_free_arguments(parser)
