@@ -88,6 +88,7 @@ def readable(names: list[str], cuda_home: Path) -> dict[str, str]:
         plain = [line.removeprefix("void ").replace("(anonymous namespace)::", "") for line in done.stdout.splitlines()]
         ours = "|".join(folder.name for folder in recipe.CSRC.iterdir() if folder.is_dir())
         plain = [re.sub(rf"(lorun|{ours}|<unnamed>|torch|headeronly|c10)::", "", line) for line in plain]
+        plain = [re.sub(r"\(\w+\)(?=\d)", "", line) for line in plain]  # an enumerator prints as (Type)1
         return {name: line.split("(")[0] for name, line in zip(names, plain, strict=True)}
     return {name: name for name in names}
 
