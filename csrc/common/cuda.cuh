@@ -40,12 +40,18 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
-// `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory, at most 48
-// KiB.
+// Shared memory that a block may ask for on every device since sm_80, static and dynamic.
+constexpr int64_t kMostShared = 99 << 10;
+
+// `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
 void launch(const OnDeviceOf& device, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared,
             const Arguments&... arguments) {
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "expected at most 2^31 - 1 thread blocks, got ", blocks);
+  if (shared > 48 << 10) {
+    const void* entry = reinterpret_cast<const void*>(kernel);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, device.stream()>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -72,8 +78,29 @@ __device__ void store16(void* at, const V& value) {
                : "memory");
 }
 
+// kBytes (4, 8 or 16, to which both are aligned) from global to shared memory, zeros unless `inside`. Ends with
+// __pipeline_commit() and __pipeline_wait_prior(). In PTX, because CUDA's own function knows `inside` at compile time.
+template <int kBytes>
+__device__ void copy_async(void* to, const void* from, bool inside) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const size_t source = __cvta_generic_to_global(from);
+  const int bytes = inside ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(source), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(source), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+}
+
+// Takes the pointer for given: otherwise nvcc multiplies again, wherever it is used, what it was made of.
+template <class V>
+__device__ void keep(const V*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 __device__ inline unsigned char* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char lorun_dynamic_shared[];
+  extern __shared__ __align__(128) unsigned char lorun_dynamic_shared[];
   return lorun_dynamic_shared;
 }
 

@@ -47,16 +47,25 @@ namespace cuda_on_cpu {
 inline uint3 thread_index, block_index, block_size, grid_size;
 
 constexpr std::size_t kStack = 128 << 10;
-constexpr std::size_t kMostShared = 48 << 10;  // of a kernel that asked for no more
+constexpr std::size_t kMostShared = 99 << 10;  // what a launch may ask for on every device since sm_80
 
 enum class State { kReady, kAtBlock, kAtWarp, kDone };
+
+// An asynchronous copy, from null of zeros: it happens when its thread waits for it, the latest that it may.
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kDone;
   int line = 0;  // of the barrier it waits at
-  uint64_t exchanged = 0;
+  unsigned char exchanged[32];
+  std::vector<Copy> open;                 // since the last commit
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for
 };
 
 struct Machine {
@@ -133,6 +142,8 @@ inline void run_block(unsigned threads, unsigned seed) {
     f.context.uc_link = &m.scheduler;
     makecontext(&f.context, &run_fiber, 0);
     f.state = State::kReady;
+    f.open.clear();
+    f.groups.clear();
   }
   for (unsigned round = seed;; ++round) {
     const unsigned start = round * 2654435761u % threads;
@@ -182,17 +193,56 @@ inline void run_grid(unsigned blocks, unsigned threads, std::size_t shared, std:
   }
 }
 
+// Shows every thread of the warp each one's value: use(of), where of(lane) is that lane's.
+template <class V, class F>
+void exchange_all(const V& value, const F& use, int line) {
+  static_assert(sizeof(V) <= sizeof(Fiber::exchanged));
+  Machine& m = machine();
+  const unsigned self = m.current, warp = self / 32 * 32;
+  std::memcpy(m.fibers[self].exchanged, &value, sizeof(V));
+  wait(State::kAtWarp, line);
+  use([&](unsigned lane) {
+    V out;
+    std::memcpy(&out, m.fibers[warp + lane].exchanged, sizeof(V));
+    return out;
+  });
+  wait(State::kAtWarp, line);
+}
+
 template <class V>
 V exchange(V value, unsigned from, int line) {
-  static_assert(sizeof(V) <= sizeof(uint64_t));
-  Machine& m = machine();
-  const unsigned self = m.current, source = self / 32 * 32 + from % 32;
-  std::memcpy(&m.fibers[self].exchanged, &value, sizeof(V));
-  wait(State::kAtWarp, line);
   V out;
-  std::memcpy(&out, &m.fibers[source].exchanged, sizeof(V));
-  wait(State::kAtWarp, line);
+  exchange_all(value, [&](const auto& of) { out = of(from % 32); }, line);
   return out;
+}
+
+inline void copy_later(void* to, const void* from, std::size_t bytes) {
+  if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % bytes != 0) {
+    throw std::logic_error("an asynchronous copy that is not aligned to its size");
+  }
+  Machine& m = machine();
+  m.fibers[m.current].open.push_back({to, from, bytes});
+}
+
+inline void commit_copies() {
+  Machine& m = machine();
+  Fiber& f = m.fibers[m.current];
+  f.groups.push_back(std::exchange(f.open, {}));
+}
+
+inline void wait_for_copies(std::size_t but_the_last) {
+  Machine& m = machine();
+  auto& groups = m.fibers[m.current].groups;
+  while (groups.size() > but_the_last) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from != nullptr) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace cuda_on_cpu
@@ -216,12 +266,13 @@ V __ldg(const V* at) {
 }
 
 inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t bytes) {
-  if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % bytes != 0) {
-    throw std::logic_error("an asynchronous copy that is not aligned to its size");
-  }
-  std::memcpy(to, from, bytes);
+  ::cuda_on_cpu::copy_later(to, from, bytes);
 }
 
-inline void __pipeline_commit() {}
+inline void __pipeline_commit() {
+  ::cuda_on_cpu::commit_copies();
+}
 
-inline void __pipeline_wait_prior(int) {}
+inline void __pipeline_wait_prior(int but_the_last) {
+  ::cuda_on_cpu::wait_for_copies(but_the_last);
+}

@@ -19,6 +19,8 @@
 
 namespace lorun {
 
+constexpr int64_t kMostShared = cuda_on_cpu::kMostShared;
+
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor&) {}
@@ -61,6 +63,15 @@ void store16(void* at, const V& value) {
   }
   std::memcpy(at, &value, 16);
 }
+
+template <int kBytes>
+void copy_async(void* to, const void* from, bool inside) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  cuda_on_cpu::copy_later(to, inside ? from : nullptr, kBytes);
+}
+
+template <class V>
+void keep(const V*&) {}
 
 inline unsigned char* dynamic_shared() {
   return cuda_on_cpu::shared_memory();
