@@ -295,6 +295,11 @@ BLOCK_SHAPES = [
     (1, 17, 10, 17, 18),
     (3, 1, 2, 2, 5),
     (1, 4, 3, 1, 1),
+    (1, 32, 36, 64, 128),  # whole chunks of 16 bytes everywhere, more steps than the ring has places
+    (10, 16, 64, 64, 64),  # fp32: large tiles
+    (2, 16, 21, 40, 56),  # whole chunks, blocks that end outside
+    (1, 24, 9, 48, 50),  # Phi in whole chunks, the image not
+    (1, 1, 2, 24, 24),  # the gradient for Phi in parts
 ]
 
 
@@ -308,6 +313,52 @@ def test_block_cs(kernels, shape, dtype):
 def test_block_cs_layouts(kernels, layout):
     check_block_cs(kernels, 2, 4, 5, 9, 10, torch.float32, layout)
     check_block_cs(kernels, 2, 4, 5, 9, 10, torch.bfloat16, layout)
+    check_block_cs(kernels, 2, 16, 5, 32, 64, torch.float16, layout)
+
+
+def block_cs_results(kernels, x, y, phi, rho, block):
+    """Forward, adjoint, step and residual."""
+    height, width = x.shape[2:]
+    return [
+        kernels("block_cs", x, phi, block),
+        kernels("block_cs_adjoint", y.to(x.dtype), phi, block, height, width),
+        *kernels("block_cs_step_residual", x, y, phi, rho, block),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_cs_does_not_depend_on_batch_mates(kernels, dtype):
+    n, wide = 400 if kernels.device == "cuda" else 10, wide_of(dtype)  # enough for fp32 to take its large tiles
+    x, phi = draw(n, 1, 64, 64, dtype=dtype), draw(64, 256, dtype=wide)
+    y, rho = draw(n, 64, 4, 4, dtype=wide), torch.rand(n, 1, dtype=wide)
+    alone = block_cs_results(kernels, x[:1], y[:1], phi, rho[:1], 16)
+    for one, all_ in zip(alone, block_cs_results(kernels, x, y, phi, rho, 16), strict=True):
+        assert torch.equal(one, all_[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_cs_does_not_depend_on_where_memory_lies(kernels, dtype):
+    """Whole chunks of 16 bytes, or value by value: the same sums."""
+    wide = wide_of(dtype)
+    x, phi = draw(2, 1, 40, 48, dtype=dtype), draw(21, 256, dtype=wide)
+    y, rho = draw(2, 21, 3, 3, dtype=wide), torch.rand(1, dtype=wide)
+    off = phi.new_empty(phi.numel() + 1)[1:].view(phi.shape).copy_(phi)  # dense, one element off 16 bytes
+    want = [*block_cs_results(kernels, x, y, phi, rho, 16), kernels("block_cs_grad_phi", x, y, 16)]
+    got = [*block_cs_results(kernels, sliced(x), y, off, rho, 16), kernels("block_cs_grad_phi", sliced(x), y, 16)]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_block_cs_of_nothing(kernels):
+    phi, rho = draw(3, 16, dtype=torch.float32), torch.ones(1)
+    assert kernels("block_cs", torch.empty(2, 1, 0, 8), phi, 4).shape == (2, 3, 0, 2)
+    assert kernels("block_cs_step", torch.empty(0, 1, 8, 8), torch.empty(0, 3, 2, 2), phi, rho, 4).shape == (0, 1, 8, 8)
+    assert torch.equal(
+        kernels("block_cs_grad_phi", torch.empty(0, 1, 8, 8), torch.empty(0, 3, 2, 2), 4), torch.zeros(3, 16)
+    )
+    nothing, x = torch.empty(0, 16), draw(1, 1, 6, 8, dtype=torch.float32)  # no measurements
+    assert torch.equal(kernels("block_cs_adjoint", torch.empty(1, 0, 2, 2), nothing, 4, 6, 8), torch.zeros(1, 1, 6, 8))
+    assert torch.equal(kernels("block_cs_step", x, torch.empty(1, 0, 2, 2), nothing, rho, 4), x)
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,0 +1,47 @@
+// Takes the place of csrc/common/mma.cuh: the lanes of a warp show each other what they hold, and each computes its
+// sums.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace lorun {
+
+inline float float_of_bf16(uint32_t bits) {
+  return std::bit_cast<float>(bits << 16);
+}
+
+inline uint32_t pack_bf16(float first, float second) {
+  const auto round = [](float v) {
+    const uint32_t bits = std::bit_cast<uint32_t>(v);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  };
+  return round(first) | round(second) << 16;
+}
+
+inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Held {
+    uint32_t a[4], b[2];
+  } held;
+  std::memcpy(held.a, a, sizeof(a));
+  std::memcpy(held.b, b, sizeof(b));
+  cuda_on_cpu::exchange_all(
+      held,
+      [&](const auto& of) {
+        const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        for (unsigned pair = 0; pair < 8; ++pair) {  // of depths
+          const Held rows = of(4 * g + pair % 4);
+          for (unsigned column = 0; column < 2; ++column) {
+            const uint32_t right = of(4 * (2 * t + column) + pair % 4).b[pair / 4];
+            for (unsigned half = 0; half < 2; ++half) {
+              const uint32_t left = rows.a[pair / 4 * 2 + half];
+              float& sum = sums[2 * half + column];
+              sum += float_of_bf16(left) * float_of_bf16(right);
+              sum += float_of_bf16(left >> 16) * float_of_bf16(right >> 16);
+            }
+          }
+        }
+      },
+      __LINE__);
+}
+
+}  // namespace lorun
