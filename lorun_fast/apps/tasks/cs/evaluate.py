@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
             ]
             y = np.concatenate(ys)
             if not warm:
-                restoring.restore(net, y, size, how)
+                for _ in range(1 if how.device.type == "cpu" else 2):  # a GPU records a size when it comes again
+                    restoring.restore(net, y, size, how)
                 warm = True
             x, seconds = restoring.restore(net, y, size, how)
             x0 = restoring.start(model.net, y, size, how)
