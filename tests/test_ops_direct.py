@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorun_fast as lf
 from lorun_fast import functional as F
@@ -176,3 +177,59 @@ def test_forward_mode(learned):
     with forward_ad.dual_level():
         got = forward_ad.unpack_dual(conv(forward_ad.make_dual(z, tangent))).tangent
     torch.testing.assert_close(got, conv(z + tangent) - conv(z))
+
+
+class TestOpsInPython:
+    """They are called as functions, unless somebody wants to see the op."""
+
+    @staticmethod
+    def call():
+        x, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 3, 3, 3)
+        down, up = torch.randn(2, 1, 3, 3, 3), torch.randn(2, 6, 1)
+        return lambda x=x, down=down: F.lora_conv2d(x, weight, None, down, up, stage=torch.tensor([1, 0]), padding=1)
+
+    @pytest.fixture
+    def ops(self):
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        seen = []
+        self.mode = Seen()
+        return seen
+
+    def test_a_dispatch_mode_sees_them(self, ops):
+        call = self.call()
+        want = call()
+        with self.mode:
+            got = call()
+        assert any("lorun_fast.lora_conv2d" in name for name in ops)
+        assert torch.equal(got, want)
+
+    def test_so_does_a_subclass(self):
+        class Sub(torch.Tensor):
+            @staticmethod
+            def __new__(cls, inner):
+                made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+                made.inner = inner
+                return made
+
+            @classmethod
+            def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return func(*[a.inner if isinstance(a, Sub) else a for a in args], **(kwargs or {}))
+
+        seen = []
+        call, x = self.call(), torch.randn(2, 3, 4, 5)
+        assert torch.equal(call(Sub(x)), call(x))
+        assert seen == ["lorun_fast.lora_conv2d.default"]
+
+    def test_else_the_dispatcher_does_not(self):
+        call = self.call()
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        down = torch.randn(2, 1, 3, 3, 3, requires_grad=True)
+        with torch.profiler.profile(activities=activities) as seen:
+            torch.autograd.grad(call(down=down).sum(), down)
+        names = {event.key for event in seen.key_averages()}
+        assert "aten::convolution" in names and not any("lorun_fast::" in name for name in names)

@@ -5,7 +5,8 @@ C++ for Python and comes back, also when nothing needs a gradient, and building 
 is most of what a small op costs. So a call from here decides in Python: below autograd if nothing needs a gradient,
 else through a torch.autograd.Function with the same formulas. Autocast, too, narrows here what the op says and is
 off below. Tracing takes the registered op as it is; transforms of torch.func, which do not take a gradient that is
-registered in Python, and forward-mode differentiation take the definition.
+registered in Python, and forward-mode differentiation take the definition. An op that is written in Python for every
+device is called as the function it is, unless a dispatch mode or a tensor subclass wants to see it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _without_autocast = torch._C._DisableAutocast
@@ -33,16 +36,22 @@ def direct_call(
     setup_context: Callable,
     autocast: Callable | None = None,
     definition: Callable | None = None,
+    python: bool = False,
 ) -> Callable:
     """A callable with ``op``'s arguments and results, whose graph nodes run ``setup_context`` and ``backward``.
 
     autocast: as for :func:`lorun_fast.ops._library.define`. definition: the same in differentiable PyTorch, for
-        function transforms and forward mode.
+        function transforms and forward mode. python: it is what every device computes, by whatever means.
     """
 
-    def forward(ctx, *args):
+    def compute(args):
         with below_autograd():
-            output = op(*args)
+            if python and not _dispatch_modes() and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)):
+                return definition(*args)
+            return op(*args)
+
+    def forward(ctx, *args):
+        output = compute(args)
         setup_context(ctx, args, output)
         return tuple(output) if isinstance(output, list) else output
 
@@ -55,8 +64,7 @@ def direct_call(
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return apply(*args)
-        with below_autograd():
-            return op(*args)
+        return compute(args)
 
     def call(*args):
         if torch.compiler.is_compiling():

@@ -27,6 +27,7 @@ def define(
     setup_context: Callable | None = None,
     autocast: Callable | None = None,
     direct: bool = False,
+    python: bool = False,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -38,6 +39,7 @@ def define(
     autocast: autocast(dtype, *args) -> args, how autocast to that dtype changes the arguments; unchanged without it.
     direct: return a callable instead that reaches the same implementations sooner in eager mode (see ops/_direct.py).
         For ops that return a tensor, or a tuple or list of them.
+    python: ``reference`` is what every device computes, so that such a call need not look for another.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,7 +52,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
-    return direct_call(op, backward, setup_context, autocast, reference) if direct else op
+    return direct_call(op, backward, setup_context, autocast, reference, python) if direct else op
 
 
 def _outside_autocast(op: Callable, device: str, autocast: Callable | None) -> Callable:

@@ -129,6 +129,7 @@ _conv = define(
     setup_context=_setup,
     autocast=under_autocast,
     direct=True,
+    python=True,
 )
 _conv_backward = define(
     "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? stage, "
@@ -137,6 +138,7 @@ _conv_backward = define(
     fake=_fake_backward,
     **once("lora_conv2d"),
     direct=True,
+    python=True,
 )
 
 

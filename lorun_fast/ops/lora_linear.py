@@ -84,6 +84,7 @@ _linear = define(
     setup_context=_setup,
     autocast=under_autocast,
     direct=True,
+    python=True,
 )
 _linear_backward = define(
     "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
@@ -92,6 +93,7 @@ _linear_backward = define(
     fake=_fake_backward,
     **once("lora_linear"),
     direct=True,
+    python=True,
 )
 
 

@@ -200,6 +200,7 @@ _block = define(
     setup_context=_setup,
     autocast=under_autocast,
     direct=True,
+    python=True,
 )
 _block_backward = define(
     f"lora_residual_block_backward(Tensor grad, {_TENSORS}, float first_scale, float second_scale, bool[] mask) "
@@ -208,6 +209,7 @@ _block_backward = define(
     fake=_fake_backward,
     **once("lora_residual_block"),
     direct=True,
+    python=True,
 )
 
 
