@@ -131,16 +131,25 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
 
 CASSI_SHAPES = [
     # n, bands, height, width, step
-    (2, 28, 2, 256, 2),  # whole rows at once
+    (2, 28, 2, 256, 2),  # warps that all bands have values under, and warps at the borders
     (1, 28, 1, 640, 2),  # rows cut into tiles
     (1, 28, 2, 660, 3),
+    (2, 20, 2, 200, 2),  # band counts between those that kernels are made for
+    (1, 31, 2, 130, 4),
+    (1, 32, 2, 256, 2),  # as many bands as are kept
+    (1, 33, 2, 256, 2),  # more
+    (1, 40, 2, 300, 2),
+    (1, 28, 2, 255, 1),  # no pairs
+    (1, 12, 2, 101, 2),
     (1, 5, 2, 64, 1),
     (1, 4, 1, 2048, 5),
     (1, 3, 1, 16, 0),
+    (1, 28, 1, 256, 0),
     (1, 1, 1, 1, 2),
     (2, 7, 3, 1, 1),  # narrower than the shift
+    (1, 28, 2, 40, 2),
     (1, 2, 1, 8, 1000),  # a gap between the bands
-    (1, 600, 1, 8, 1),  # more bands than shared memory keeps
+    (1, 600, 1, 8, 1),
     (1, 400, 1, 72, 0),
 ]
 
@@ -157,6 +166,7 @@ def test_cassi(kernels, shape, dtype):
 def test_cassi_layouts(kernels, layout):
     check_cassi(kernels, 2, 6, 3, 32, 2, True, torch.float32, layout)
     check_cassi(kernels, 2, 6, 3, 32, 2, False, torch.bfloat16, layout)
+    check_cassi(kernels, 1, 28, 2, 130, 2, False, torch.float32, layout)
 
 
 def test_cassi_without_columns(kernels):
@@ -178,10 +188,38 @@ def test_cassi_reads_a_view_of_a_mask(kernels):
     close(kernels("cassi_adjoint", low, flat, 6, 2), want, 1)
 
 
+def off_by_one(t: torch.Tensor) -> torch.Tensor:
+    """The same values, dense, one element off 16 bytes."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("which", ["y", "weight", "mask", "x"])
+def test_cassi_step_with_an_argument_between_pairs(kernels, which):
+    x, y, weight = draw(2, 5, 2, 84, dtype=torch.float32), draw(2, 2, 92, dtype=torch.float32), torch.rand(2, 2, 92)
+    arguments = {"x": x, "y": y, "mask": torch.rand(2, 84), "rho": torch.rand(2, 5), "weight": weight}
+    arguments[which] = off_by_one(arguments[which])
+    want = cassi_reference.cassi_step(*(a.double() for a in arguments.values()), 2, True)
+    for a, b in zip(kernels("cassi_step", *arguments.values(), 2, True), want, strict=True):
+        close(a, b, 40)
+
+
+def test_cassi_does_not_depend_on_batch_mates(kernels):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y, rho = draw(9, 28, 2, 96, dtype=dtype), draw(9, 2, 150, dtype=torch.float32), torch.rand(9, 28)
+        mask, weight = torch.rand(28, 2, 96), torch.rand(9, 2, 150)
+        calls = [("cassi", x, mask, 2), ("cassi_step", x, y, mask, rho, weight, 2, True)]
+        calls += [("cassi_adjoint", y.to(dtype), mask, 28, 2)]
+        for name, *arguments in calls:
+            one = [a[-1:] if isinstance(a, torch.Tensor) and a.shape[0] == 9 else a for a in arguments]
+            alone, together = kernels(name, *one), kernels(name, *arguments)
+            pairs = zip(alone, together, strict=True) if isinstance(alone, list) else [(alone, together)]
+            assert all(torch.equal(a, b[-1:]) for a, b in pairs), name
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(0, 2),
-    bands=st.integers(1, 9),
+    bands=st.one_of(st.integers(1, 9), st.integers(10, 40)),
     height=st.integers(1, 3),
     width=st.one_of(st.integers(1, 80), st.sampled_from([16, 24, 32, 64, 400])),
     step=st.integers(0, 9),

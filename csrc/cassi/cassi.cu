@@ -1,22 +1,28 @@
 // Single-disperser CASSI on CUDA (formulas in cassi.h).
 //
-// Memory traffic is all that counts: 2 operations a byte. A step is one launch, which reads x once and writes z once.
-// A block of threads takes one row of a measurement, or as many of its columns as fit, and what lies under them in all
-// bands; nothing else reaches those columns. It works in three phases:
-//   load    the rows of x into shared memory, 16 bytes at a time, asynchronously; a warp takes a band;
-//   gather  a thread takes a column of the measurement: r = w (sum over bands - y), into shared memory;
-//   spread  a warp takes a band: z = x - k m r, 16 bytes of z at a time.
-// The dispersion moves r against z by any number of columns, the same for a whole band: spread reads whole 16 bytes of
-// r around the ones it needs. Phi x is load and gather, Phi^T y is spread. Every sum has one order: no atomics.
+// A step reads x once and writes z once, two operations a byte: the time of a copy is the limit, and what stands in its
+// way is the number of instructions and how many loads are under way. A thread owns V neighbouring columns of one row
+// of a measurement and all that lies under them, at the same offset from column to column in every band; no two threads
+// meet. It asks for x and the mask of all bands at once, into registers, sums r = w (sum over bands - y), and writes
+// z = x - k m r: no shared memory, no barrier, every value read once. Phi x is the first half, Phi^T y the second.
+// Every sum has one order: no atomics.
 //
-// Rows that are not aligned to 16 bytes go element by element. More bands than shared memory holds at 32 columns are
-// not kept: x is then read twice, the second time from the caches.
+// V = 2 where step, width, strides and addresses let all pairs be read and written at once, which halves the accesses
+// and the arithmetic of addresses. Not 4: at step 2 every other band would split a quadruple in two accesses again, for
+// twice the registers. bf16 and fp16 wait in pairs of 16 bits, and a thread widens them twice.
+//
+// Loads are ordinary ones. Warps begin anywhere within 32 bytes, and neighbours share those that they split through the
+// first-level cache; z is what the next layer reads.
+//
+// Bands are unrolled up to a count known when compiled. With more of them than kMostBandsKept, and where x is not
+// needed again, a thread takes kBandsAtOnce after another; a step then reads x and the mask twice, the second time from
+// the caches.
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "cassi/cassi.h"
 #include "cassi/checks.h"
@@ -26,267 +32,253 @@
 namespace lorun::cassi {
 namespace {
 
-constexpr int kMostThreads = 384;
-constexpr int64_t kSharedBytes = 46 << 10;
-constexpr int64_t kFewestColumns = 32;
+// Registers hold ten warps or more of a multiprocessor: two blocks of this size fit, and so one image of 256 rows,
+// whose 310 columns at 28 bands and step 2 are 155 pairs, is one wave of 132 multiprocessors.
+constexpr int kMostThreads = 160;
+constexpr int kMostBandsKept = 32;
+constexpr int kBandsAtOnce = 8;  // where they are not kept
 
 enum class Part { kForward, kAdjoint, kStep };
 
-// 16 bytes of values.
-template <class V>
-struct Pack {
-  static constexpr int kCount = 16 / sizeof(V);
-  V at[kCount];
+// V neighbours of a row.
+template <class T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T at[V];
 };
 
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
+template <int V, class T>
+__device__ auto pack_at(T* first) {
+  using Values = Pack<std::remove_const_t<T>, V>;
+  return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const Values, Values>*>(first);
 }
 
-// A block's part: `columns` of a row that is cut into `tiles`. Shared memory holds r, then x, if that is kept, with
-// bands `pitch` apart. All are whole packs; spread reads up to 16 bytes of r beyond the columns.
-struct Tiling {
-  int columns, tiles, pitch, r_bytes;
-
-  static Tiling of(const Geometry& g, int64_t tiles, int64_t bytes_of_x, int64_t bytes_of_r) {
-    const int64_t pack = 16 / bytes_of_x, columns = round_up((g.measured() + tiles - 1) / tiles, pack);
-    return {static_cast<int>(columns), static_cast<int>(tiles), static_cast<int>(columns + pack),
-            static_cast<int>(round_up(columns * bytes_of_r, 16) + 16)};
+// A pair of bf16 by hand: CUDA's conversion takes two instructions for the upper one.
+template <class T, int V>
+__device__ Pack<Wide<T>, V> widened(const WordsOf<Pack<T, V>>& words) {
+  Pack<Wide<T>, V> out;
+  if constexpr (std::is_same_v<T, BFloat16> && V == 2) {
+    const unsigned bits[] = {words << 16, words & 0xffff0000u};
+    memcpy(&out, bits, sizeof(out));
+  } else {
+    const auto values = from_words<Pack<T, V>>(words);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      out.at[v] = static_cast<Wide<T>>(values.at[v]);
+    }
   }
+  return out;
+}
+
+template <class T, int V>
+__device__ Pack<T, V> narrowed(const Pack<Wide<T>, V>& values) {
+  Pack<T, V> out;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    out.at[v] = static_cast<T>(values.at[v]);
+  }
+  return out;
+}
+
+// Bytes from one sample, row and band to the next. To the next band: one band on and one shift back, which stays under
+// the same column of the measurement.
+struct Strides {
+  int64_t sample, row, band;
+};
+
+// V neighbours in one band, then in the next. By additions of bytes: a 64-bit product for each band was most of what a
+// thread did.
+template <class T, int V>
+class Walk {
+ public:
+  __device__ Walk(T* tensor, const Strides& by, unsigned sample, unsigned row, int column)
+      : at_(reinterpret_cast<Byte*>(tensor + column) + sample * by.sample + row * by.row), band_(by.band) {}
+
+  __device__ auto pack() const {
+    return pack_at<V>(reinterpret_cast<T*>(at_));
+  }
+
+  __device__ void next() {
+    at_ += band_;
+  }
+
+ private:
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  Byte* at_;
+  int64_t band_;
 };
 
 template <class T>
 struct Task {
   using W = Wide<T>;
-  Geometry g;
-  ImageStrides strides;
   const T* x;
   const W* mask;
-  int64_t m_band;
-  StepArguments<W> with;
+  T* z;
+  Strides of_x, of_mask, of_z;
   const T* measured;  // of the adjoint
   T* y;               // of the forward op
-  T* z;
+  StepArguments<W> with;
   W* residual;
-  int bands, width, step, columns;  // 32-bit, for the loops; columns: of a measurement
-  Tiling tiling;
+  unsigned height;
+  int bands, width, step, columns, tiles;  // columns: of a measurement, of which a block takes one of `tiles` parts
 };
 
-// The columns of one band that a block handles. z and m are at [column], r at [column + to_r], and x, where it is kept
-// in shared memory, at [column - kept_from]: so the value of band c that adds to column j of the measurement is
-// (-c step) % kCount places from j. 32-bit: 64-bit arithmetic here was most of what a block did.
-struct Band {
-  int begin, end, to_r, kept_from;
+// What a thread holds of B bands under its V columns. Bit c of `under`: band c has values there. Whole: all have.
+template <class T, Part P, int V, int B>
+struct Bands {
+  using W = Wide<T>;
+  WordsOf<Pack<T, V>> x[B];
+  Pack<W, V> m[B];
+
+  template <bool Whole>
+  __device__ void read(Walk<const T, V>& image, Walk<const W, V>& mask, unsigned under) {
+    if constexpr (P != Part::kAdjoint) {
+#pragma unroll
+      for (int c = 0; c < B; ++c) {
+        x[c] = Whole || (under >> c & 1) ? load_words(image.pack()) : WordsOf<Pack<T, V>>{};
+        image.next();
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < B; ++c) {
+      m[c] = Whole || (under >> c & 1) ? load(mask.pack()) : Pack<W, V>{};
+      mask.next();
+    }
+  }
+
+  __device__ void add_to(Pack<W, V>& sum) const {
+#pragma unroll
+    for (int c = 0; c < B; ++c) {
+      const Pack<W, V> values = widened<T, V>(x[c]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum.at[v] += values.at[v] * m[c].at[v];
+      }
+    }
+  }
+
+  template <bool Whole, bool PerBand>
+  __device__ void spread(Walk<T, V>& z, const Pack<W, V>& r, const W* rho, unsigned under) const {
+#pragma unroll
+    for (int c = 0; c < B; ++c) {
+      const bool here = Whole || (under >> c & 1);
+      const W k = !PerBand ? 1 : here ? rho[c] : 0;
+      Pack<W, V> out;
+      if constexpr (P == Part::kStep) {
+        WordsOf<Pack<T, V>> words = x[c];
+        recompute(words);
+        out = widened<T, V>(words);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const W kr = PerBand ? k * r.at[v] : r.at[v];
+        out.at[v] = P == Part::kStep ? out.at[v] - kr * m[c].at[v] : kr * m[c].at[v];
+      }
+      store(z.pack(), narrowed<T, V>(out), here);
+      z.next();
+    }
+  }
 };
 
-// first is a multiple of Count.
-template <int Count, class T>
-__device__ Band band_of(const Task<T>& t, int c, int first, int last) {
-  const int shift = c * t.step;
-  return {min(max(first - shift, 0), t.width), min(max(last - shift, 0), t.width), shift - first,
-          first - (shift + Count - 1) / Count * Count};
+// The lowest `count` bits, of 32.
+__device__ inline unsigned low_bits(int count) {
+  return static_cast<unsigned>((uint64_t{1} << min(max(count, 0), 32)) - 1);
 }
 
-// z = x - k m r for 16 bytes of z from column j, whose r begins Off values after 16-byte boundaries.
-template <class T, Part P, int Off>
-__device__ void spread_pack(T* z, const T* x, const Wide<T>* m, const Wide<T>* r, Wide<T> k) {
+// Kept: all bands are among these B, and stay in registers.
+template <class T, Part P, int V, int B, bool Kept>
+__global__ void __launch_bounds__(kMostThreads, 2) columns_of_measurements(const Task<T> t) {
   using W = Wide<T>;
-  constexpr int kCount = Pack<T>::kCount, kQuad = Pack<W>::kCount, kPacks = kCount / kQuad;
-  W around[kCount + kQuad];
-  W masks[kCount];
-#pragma unroll
-  for (int q = 0; q < kPacks + (Off > 0); ++q) {
-    const Pack<W> part = load16<Pack<W>>(r - Off + q * kQuad);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      around[q * kQuad + i] = part.at[i];
-    }
+  const unsigned row = blockIdx.x / static_cast<unsigned>(t.tiles), tile = blockIdx.x - row * t.tiles;
+  const unsigned sample = row / t.height, i = row - sample * t.height;
+  const int j = static_cast<int>(tile * blockDim.x + threadIdx.x) * V;
+  if (j >= t.columns) {
+    return;
   }
-#pragma unroll
-  for (int q = 0; q < kPacks; ++q) {
-    const Pack<W> part = load16<Pack<W>>(m + q * kQuad);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      masks[q * kQuad + i] = part.at[i];
-    }
+  // A warp with values of all bands under all of its columns needs no tests.
+  const int first = j - static_cast<int>(threadIdx.x % 32) * V;
+  const bool inside = first >= t.columns - t.width && first + 32 * V <= t.width;
+  int begin = 0, end = t.bands;  // of the bands with values under this thread's
+  if (!inside && t.step > 0) {
+    const unsigned step = t.step;
+    begin = j < t.width ? 0 : (j - t.width) / step + 1;
+    end = min(end, static_cast<int>(j / step) + 1);
   }
-  Pack<T> in, out;
-  if constexpr (P == Part::kStep) {
-    in = load16<Pack<T>>(x);
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    W value = k * around[Off + i] * masks[i];
-    if constexpr (P == Part::kStep) {
-      value = static_cast<W>(in.at[i]) - value;
-    }
-    out.at[i] = static_cast<T>(value);
-  }
-  store16(z, out);
-}
-
-template <class T, Part P>
-__device__ void spread_one(T* z, const T* x, const Wide<T>* m, const Wide<T>* r, Wide<T> k) {
-  Wide<T> value = k * *r * __ldg(m);
-  if constexpr (P == Part::kStep) {
-    value = static_cast<Wide<T>>(*x) - value;
-  }
-  *z = static_cast<T>(value);
-}
-
-// One band of one row by one warp; pointers are to column 0 (r's to the value under it).
-template <class T, Part P, int Off>
-__device__ void spread_packs(const Band& b, T* z, const T* x, const Wide<T>* m, const Wide<T>* r, Wide<T> k, int lane) {
-  constexpr int kCount = Pack<T>::kCount;
-  for (int j = b.begin / kCount * kCount + lane * kCount; j < b.end; j += 32 * kCount) {
-    if (j >= b.begin && j + kCount <= b.end) {
-      spread_pack<T, P, Off>(z + j, x + j, m + j, r + j, k);
-    } else {
-      for (int i = max(j, b.begin); i < min(j + kCount, b.end); ++i) {
-        spread_one<T, P>(z + i, x + i, m + i, r + i, k);
-      }
-    }
-  }
-}
-
-template <class T, Part P>
-__device__ void spread(const Band& b, T* z, const T* x, const Wide<T>* m, const Wide<T>* r, Wide<T> k, int lane) {
-  constexpr int kQuad = Pack<Wide<T>>::kCount;
-  switch ((b.to_r % kQuad + kQuad) % kQuad) {
-    case 0:
-      return spread_packs<T, P, 0>(b, z, x, m, r, k, lane);
-    case 1:
-      return spread_packs<T, P, 1>(b, z, x, m, r, k, lane);
-    case 2:
-      if constexpr (kQuad > 2) {
-        return spread_packs<T, P, 2>(b, z, x, m, r, k, lane);
-      }
-      break;
-    case 3:
-      if constexpr (kQuad > 2) {
-        return spread_packs<T, P, 3>(b, z, x, m, r, k, lane);
-      }
-      break;
-  }
-}
-
-// Packed: all rows are aligned to 16 bytes, and hold whole packs. Staged: x waits in shared memory.
-template <class T, Part P, bool Packed, bool Staged>
-__global__ void __launch_bounds__(kMostThreads, sizeof(Wide<T>) == 8 ? 2 : 3) row_of_measurements(const Task<T> t) {
-  using W = Wide<T>;
-  constexpr int kCount = Packed ? Pack<T>::kCount : 1;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const unsigned tile_row = blockIdx.x / static_cast<unsigned>(t.tiling.tiles);
-  const unsigned image = tile_row / static_cast<unsigned>(t.g.height);
-  const int64_t row = tile_row, sample = image, i = tile_row - image * static_cast<unsigned>(t.g.height);
-  const int64_t measured = t.columns;
-  const int first = static_cast<int>(blockIdx.x - tile_row * t.tiling.tiles) * t.tiling.columns;
-  const int last = min(first + t.tiling.columns, t.columns);
-  W* const r = reinterpret_cast<W*>(dynamic_shared());
-  T* const staged = reinterpret_cast<T*>(dynamic_shared() + t.tiling.r_bytes);
-  const T* const x = t.x + sample * t.strides.sample + i * t.strides.row;
-  const W* const mask = t.mask + i * t.g.width;
-  const int64_t plane = t.g.height * t.g.width, corner = (sample * t.g.bands * t.g.height + i) * t.g.width;
-
-  if constexpr (Staged) {
-    for (int c = warp; c < t.bands; c += warps) {
-      const Band b = band_of<kCount>(t, c, first, last);
-      const T* const in = x + c * t.strides.band;
-      T* const to = staged + c * t.tiling.pitch - b.kept_from;
-#pragma unroll 1
-      for (int j = b.begin / kCount * kCount + lane * kCount; j < b.end; j += 32 * kCount) {
-        if constexpr (Packed) {
-          __pipeline_memcpy_async(to + j, in + j, 16);
-        } else {
-          to[j] = in[j];
-        }
-      }
-    }
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    __syncthreads();
-  }
-
-  for (int j = first + static_cast<int>(threadIdx.x); j < last; j += static_cast<int>(blockDim.x)) {
-    if constexpr (P == Part::kAdjoint) {
-      r[j - first] = static_cast<W>(t.measured[row * measured + j]);
-    } else {
-      W sum = 0;
-      int shift = 0;
-      const T* in = Staged ? staged + (j - first) : x + j;
-      const W* m = mask + j;
-      const auto add = [&] {
-        const bool inside = static_cast<unsigned>(j - shift) < static_cast<unsigned>(t.width);
-        const T* const at = in + (Staged ? -shift & (kCount - 1) : 0);
-        sum += (inside ? static_cast<W>(*at) : W(0)) * (inside ? __ldg(m) : W(0));
-        shift += t.step;
-        in += Staged ? t.tiling.pitch : t.strides.band - t.step;
-        m += t.m_band - t.step;
-      };
-      int c = 0;
-      if constexpr (Staged) {
-        // As many bands as repeat the alignment; most groups have the column in all of their windows.
-        constexpr int kGroup = kCount > 4 ? kCount : 4;
-        int offsets[kGroup];
-#pragma unroll
-        for (int u = 0; u < kGroup; ++u) {
-          offsets[u] = u * t.tiling.pitch + static_cast<int>((0u - u * static_cast<unsigned>(t.step)) % kCount);
-        }
-        const int64_t next_mask = t.m_band - t.step;
-        for (; c + kGroup <= t.bands; c += kGroup) {
-          if (j - shift < t.width && j - shift >= (kGroup - 1) * t.step) {
-#pragma unroll
-            for (int u = 0; u < kGroup; ++u) {
-              sum += static_cast<W>(in[offsets[u]]) * __ldg(m + u * next_mask);
-            }
-            shift += kGroup * t.step;
-            in += kGroup * t.tiling.pitch;
-            m += kGroup * next_mask;
-          } else {
-#pragma unroll
-            for (int u = 0; u < kGroup; ++u) {
-              add();
-            }
-          }
-        }
-      }
-#pragma unroll 1
-      for (; c < t.bands; ++c) {
-        add();
-      }
-      if constexpr (P == Part::kForward) {
-        t.y[row * measured + j] = static_cast<T>(sum);
+  const auto for_all_bands = [&](const auto& work) {
+    for (int c = 0; c < (Kept ? 1 : t.bands); c += B) {
+      if (inside && c + B <= t.bands) {
+        work(std::true_type{}, c, 0u);
       } else {
+        work(std::false_type{}, c, low_bits(end - c) & ~low_bits(begin - c));
+      }
+    }
+  };
+
+  Walk<const T, V> x(t.x, t.of_x, sample, i, j);
+  Walk<const W, V> mask(t.mask, t.of_mask, sample, i, j);
+  const int64_t at = static_cast<int64_t>(row) * t.columns + j;
+  const W* const rho = P == Part::kStep ? t.with.rho + sample * t.with.rho_sample : nullptr;
+  const bool per_band = P == Part::kStep && t.with.rho_band != 0;
+  Bands<T, P, V, B> bands;
+  Pack<W, V> r{};
+  if constexpr (P == Part::kAdjoint) {
+    r = widened<T, V>(load_words(pack_at<V>(t.measured + at)));
+  } else {
+    Pack<W, V> y{}, weight;
+    W k = 1;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      weight.at[v] = 1;
+    }
+    for_all_bands([&](auto whole, int c, unsigned under) {
+      bands.template read<whole.value>(x, mask, under);
+      if (P == Part::kStep && c == 0) {
         if (t.with.y != nullptr) {
-          sum -= t.with.y[row * measured + j];
-        }
-        if (t.residual != nullptr) {
-          t.residual[row * measured + j] = sum;
+          y = load(pack_at<V>(t.with.y + at));
         }
         if (t.with.weight != nullptr) {
-          sum *= t.with.weight[tile_row % static_cast<unsigned>(t.with.weight_rows) * measured + j];
+          const int64_t weight_row = t.with.weight_rows == t.height ? i : row;
+          weight = load(pack_at<V>(t.with.weight + weight_row * t.columns + j));
         }
-        r[j - first] = sum;
+        if (!per_band) {
+          k = *rho;
+        }
+      }
+      __syncwarp();  // for the compiler, which would wait for the first values before it asks for the last
+      bands.add_to(r);
+    });
+    if constexpr (P == Part::kForward) {
+      store(pack_at<V>(t.y + at), narrowed<T, V>(r));
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        r.at[v] -= y.at[v];
+      }
+      if (t.residual != nullptr) {
+        store(pack_at<V>(t.residual + at), r);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        r.at[v] *= k * weight.at[v];
       }
     }
   }
 
   if constexpr (P != Part::kForward) {
-    __syncthreads();
-    for (int c = warp; c < t.bands; c += warps) {
-      const Band b = band_of<kCount>(t, c, first, last);
-      const W k = P == Part::kStep ? t.with.rho[sample * t.with.rho_sample + c * t.with.rho_band] : W(1);
-      const T* const in = Staged ? staged + c * t.tiling.pitch - b.kept_from : x + c * t.strides.band;
-      T* const z = t.z + (corner + c * plane);
-      const W *const m = mask + c * t.m_band, *const under = r + b.to_r;
-      if constexpr (Packed) {
-        spread<T, P>(b, z, in, m, under, k, lane);
-      } else {
-        for (int j = b.begin + lane; j < b.end; j += 32) {
-          spread_one<T, P>(z + j, in + j, m + j, under + j, k);
-        }
-      }
+    Walk<T, V> z(t.z, t.of_z, sample, i, j);
+    if constexpr (!Kept) {
+      x = Walk<const T, V>(t.x, t.of_x, sample, i, j);
+      mask = Walk<const W, V>(t.mask, t.of_mask, sample, i, j);
     }
+    for_all_bands([&](auto whole, int c, unsigned under) {
+      if constexpr (!Kept) {
+        bands.template read<whole.value>(x, mask, under);
+      }
+      if (per_band) {
+        bands.template spread<whole.value, true>(z, r, rho + c, under);
+      } else {
+        bands.template spread<whole.value, false>(z, r, rho, under);
+      }
+    });
   }
 }
 
@@ -310,56 +302,65 @@ __global__ void __launch_bounds__(256)
   out[index] = sum;
 }
 
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+// Whether rows that begin here and have this many elements between them can be read and written by pairs.
+template <class T>
+bool paired(const T* first, int64_t between = 0) {
+  return reinterpret_cast<uintptr_t>(first) % (2 * sizeof(T)) == 0 && between % 2 == 0;
 }
 
 template <class T, Part P>
-void run(const OnDeviceOf& device, Task<T> t) {
-  using W = Wide<T>;
-  constexpr int64_t kCount = Pack<T>::kCount;
-  const Geometry& g = t.g;
+void run(const OnDeviceOf& device, const Geometry& g, const ImageStrides& s, int64_t m_band, Task<T> t) {
   if (g.rows() * g.measured() == 0) {
     return;
   }
   STD_TORCH_CHECK(g.measured() <= 0x3fffffff, "expected at most 2^30 - 1 columns, got ", g.measured());
-  t.bands = static_cast<int>(g.bands), t.width = static_cast<int>(g.width);
+  const int64_t step = g.bands > 1 ? g.step : 0;
+  t.height = static_cast<unsigned>(g.height);
+  t.bands = static_cast<int>(g.bands), t.width = static_cast<int>(g.width), t.step = static_cast<int>(step);
   t.columns = static_cast<int>(g.measured());
-  t.step = g.bands > 1 ? static_cast<int>(g.step) : 0;
-  // As few tiles of a row as shared memory allows.
-  constexpr bool kKeeps = P != Part::kAdjoint;
-  const auto bytes = [&](bool keep) { return t.tiling.r_bytes + (keep ? g.bands * t.tiling.pitch * sizeof(T) : 0); };
-  const auto tile = [&](bool keep, int64_t fewest) {
-    int64_t tiles = 0;
-    do {
-      t.tiling = Tiling::of(g, ++tiles, sizeof(T), sizeof(W));
-    } while (static_cast<int64_t>(bytes(keep)) > kSharedBytes && t.tiling.columns > fewest);
-    return static_cast<int64_t>(bytes(keep)) <= kSharedBytes;
+  const auto bytes = [](auto* of, int64_t sample, int64_t row, int64_t band) {
+    const int64_t each = sizeof(*of);
+    return Strides{sample * each, row * each, band * each};
   };
-  const bool staged = kKeeps && tile(true, kFewestColumns);
-  if (!staged) {
-    tile(false, 1);
-  }
-  const bool packed = g.width % kCount == 0 && aligned(t.mask) && t.m_band % Pack<W>::kCount == 0 &&
-                      (!kKeeps || (aligned(t.x) && t.strides.sample % kCount == 0 && t.strides.band % kCount == 0 &&
-                                   t.strides.row % kCount == 0)) &&
-                      (P == Part::kForward || aligned(t.z));
-  const int64_t threads = std::clamp<int64_t>(round_up(t.tiling.columns, 32), 64, kMostThreads);
-  const auto start = [&](auto kernel) { launch(device, kernel, g.rows() * t.tiling.tiles, threads, bytes(staged), t); };
-  if constexpr (kKeeps) {
-    if (staged) {
-      return packed ? start(&row_of_measurements<T, P, true, true>) : start(&row_of_measurements<T, P, false, true>);
+  const int64_t plane = g.height * g.width;
+  t.of_x = bytes(t.x, s.sample, s.row, s.band - step);
+  t.of_mask = bytes(t.mask, 0, g.width, m_band - step);
+  t.of_z = bytes(t.z, g.bands * plane, g.width, plane - step);
+  const auto start = [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    const int64_t groups = g.measured() / V;
+    t.tiles = static_cast<int>((groups + kMostThreads - 1) / kMostThreads);
+    const int64_t threads = ((groups + t.tiles - 1) / t.tiles + 31) / 32 * 32;
+    const auto with = [&](auto kernel) { launch(device, kernel, g.rows() * t.tiles, threads, 0, t); };
+    if constexpr (P == Part::kStep) {
+      if (t.bands <= 8) {
+        return with(&columns_of_measurements<T, P, V, 8, true>);
+      }
+      if (t.bands <= 16) {
+        return with(&columns_of_measurements<T, P, V, 16, true>);
+      }
+      if (t.bands <= 28) {
+        return with(&columns_of_measurements<T, P, V, 28, true>);
+      }
+      if (t.bands <= kMostBandsKept) {
+        return with(&columns_of_measurements<T, P, V, kMostBandsKept, true>);
+      }
+    }
+    with(&columns_of_measurements<T, P, V, kBandsAtOnce, false>);
+  };
+  if constexpr (sizeof(T) <= 4) {
+    if (step % 2 == 0 && paired(t.x, s.sample | s.band | s.row) && paired(t.mask, g.width | m_band) && paired(t.z) &&
+        paired(t.y) && paired(t.measured) && paired(t.with.y) && paired(t.with.weight) && paired(t.residual)) {
+      return start(std::integral_constant<int, 2>{});
     }
   }
-  return packed ? start(&row_of_measurements<T, P, true, false>) : start(&row_of_measurements<T, P, false, false>);
+  start(std::integral_constant<int, 1>{});
 }
 
 template <class T>
 Task<T> task_of(const OperatorTensors& op) {
   Task<T> t{};
-  t.g = op.g;
   t.mask = op.mask.const_data_ptr<Wide<T>>();
-  t.m_band = op.m_band;
   return t;
 }
 
@@ -372,8 +373,8 @@ Tensor forward(Tensor x, Tensor mask, int64_t step) {
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     Task<T> t = task_of<T>(op);
-    t.x = in.const_data_ptr<T>(), t.strides = strides_of(in), t.y = y.mutable_data_ptr<T>();
-    run<T, Part::kForward>(device, t);
+    t.x = in.const_data_ptr<T>(), t.y = y.mutable_data_ptr<T>();
+    run<T, Part::kForward>(device, g, strides_of(in), op.m_band, t);
   });
   return y;
 }
@@ -388,7 +389,7 @@ Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
     using T = typename decltype(tag)::type;
     Task<T> t = task_of<T>(op);
     t.measured = in.const_data_ptr<T>(), t.z = x.mutable_data_ptr<T>();
-    run<T, Part::kAdjoint>(device, t);
+    run<T, Part::kAdjoint>(device, g, {}, op.m_band, t);
   });
   return x;
 }
@@ -408,10 +409,10 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
     Task<T> t = task_of<T>(op);
-    t.x = in.const_data_ptr<T>(), t.strides = strides_of(in), t.z = z.mutable_data_ptr<T>();
+    t.x = in.const_data_ptr<T>(), t.z = z.mutable_data_ptr<T>();
     t.with = tensors.arguments<W>(g);
     t.residual = keep_residual ? residual.mutable_data_ptr<W>() : nullptr;
-    run<T, Part::kStep>(device, t);
+    run<T, Part::kStep>(device, g, strides_of(in), op.m_band, t);
   });
   return {z, residual};
 }

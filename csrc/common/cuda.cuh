@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/tensor.h"
 
@@ -66,16 +67,56 @@ __device__ V load16(const void* at) {
   return out;
 }
 
-// To global memory. In PTX, because nvcc makes single stores of each value of an assignment, several times the
-// requests.
+// 2, 4 or 8 bytes of values, aligned to their size, as they wait in registers: bf16 and fp16 in pairs.
 template <class V>
-__device__ void store16(void* at, const V& value) {
-  static_assert(sizeof(V) == 16);
-  unsigned bits[4];
-  memcpy(bits, &value, 16);
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(bits[0]),
-               "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
-               : "memory");
+using WordsOf = std::conditional_t<sizeof(V) == 8, uint2, std::conditional_t<sizeof(V) == 4, unsigned, unsigned short>>;
+
+// For what no kernel writes meanwhile.
+template <class V>
+__device__ WordsOf<V> load_words(const V* at) {
+  static_assert(sizeof(V) == sizeof(WordsOf<V>));
+  return __ldg(reinterpret_cast<const WordsOf<V>*>(at));
+}
+
+template <class V>
+__device__ V from_words(const WordsOf<V>& words) {
+  V out;
+  memcpy(&out, &words, sizeof(V));
+  return out;
+}
+
+template <class V>
+__device__ V load(const V* at) {
+  return from_words<V>(load_words(at));
+}
+
+// To global memory, in one access, or not at all. Pairs of words in PTX: nvcc makes their assignment two stores, and a
+// branch of the condition.
+template <class V>
+__device__ void store(V* at, const V& value, bool really = true) {
+  WordsOf<V> words;
+  memcpy(&words, &value, sizeof(V));
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("{ .reg .pred really; setp.ne.u32 really, %3, 0; @really st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(
+                     __cvta_generic_to_global(at)),
+                 "r"(words.x), "r"(words.y), "r"(unsigned{really})
+                 : "memory");
+  } else if (really) {
+    *reinterpret_cast<WordsOf<V>*>(at) = words;
+  }
+}
+
+// Hides where the words came from: what was computed from them before is computed again, not kept in registers.
+__device__ inline void recompute(unsigned short& words) {
+  asm volatile("" : "+h"(words));
+}
+
+__device__ inline void recompute(unsigned& words) {
+  asm volatile("" : "+r"(words));
+}
+
+__device__ inline void recompute(uint2& words) {
+  asm volatile("" : "+r"(words.x), "+r"(words.y));
 }
 
 // kBytes (4, 8 or 16, to which both are aligned) from global to shared memory, zeros unless `inside`. Ends with

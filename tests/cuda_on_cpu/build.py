@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,8 +46,8 @@ def _compile(library: Path, torch_dir: Path) -> None:
     if compiler is None:
         raise RuntimeError(f"the CUDA kernels run on the CPU only where a C++20 compiler is: {detail}")
     library.parent.mkdir(parents=True, exist_ok=True)
-    for old in library.parent.glob("*.so"):
-        old.unlink()
+    for old in set(library.parent.glob("*.so")) - {library}:
+        old.unlink(missing_ok=True)
     include = [part for path in recipe.torch_include_dirs(torch_dir) for part in ("-isystem", path)]
     define = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={recipe.target_macro()}"]
     command = [*compiler.split(), *FLAGS, *define, f"-I{HERE}", f"-I{recipe.CSRC}", *include]
@@ -56,7 +57,9 @@ def _compile(library: Path, torch_dir: Path) -> None:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command + arguments)}\n{done.stderr}")
 
-    objects = [library.with_suffix(f".{i}.o") for i in range(len(SOURCES))]
+    # Several processes of one test run may build at once.
+    own = os.getpid()
+    objects = [library.with_suffix(f".{own}.{i}.o") for i in range(len(SOURCES))]
     with ThreadPoolExecutor() as pool:
         jobs = [
             pool.submit(run, ["-x", "c++", "-c", str(ROOT / source), "-o", str(out)])
@@ -64,7 +67,7 @@ def _compile(library: Path, torch_dir: Path) -> None:
         ]
         for job in jobs:
             job.result()
-    fresh = library.with_suffix(".new")
+    fresh = library.with_suffix(f".{own}.new")
     run(["-shared", *map(str, objects), "-o", str(fresh), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"])
     fresh.replace(library)
     for out in objects:

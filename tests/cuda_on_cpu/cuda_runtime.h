@@ -33,6 +33,10 @@ struct uint3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -263,10 +267,6 @@ V __ldg(const V* at) {
     throw std::logic_error("a load that is not aligned to its size");
   }
   return *at;
-}
-
-inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t bytes) {
-  ::cuda_on_cpu::copy_later(to, from, bytes);
 }
 
 inline void __pipeline_commit() {

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <mutex>
+#include <type_traits>
 
 #include "common/tensor.h"
 
@@ -56,12 +57,12 @@ V load16(const void* at) {
 }
 
 template <class V>
-void store16(void* at, const V& value) {
-  static_assert(sizeof(V) == 16);
-  if (reinterpret_cast<std::uintptr_t>(at) % 16 != 0) {
-    throw std::logic_error("a 16-byte store that is not aligned");
-  }
-  std::memcpy(at, &value, 16);
+using WordsOf = std::conditional_t<sizeof(V) == 8, uint2, std::conditional_t<sizeof(V) == 4, unsigned, unsigned short>>;
+
+template <class V>
+WordsOf<V> load_words(const V* at) {
+  static_assert(sizeof(V) == sizeof(WordsOf<V>));
+  return __ldg(reinterpret_cast<const WordsOf<V>*>(at));
 }
 
 template <int kBytes>
@@ -72,6 +73,32 @@ void copy_async(void* to, const void* from, bool inside) {
 
 template <class V>
 void keep(const V*&) {}
+
+template <class V>
+V from_words(const WordsOf<V>& words) {
+  V out;
+  std::memcpy(&out, &words, sizeof(V));
+  return out;
+}
+
+template <class V>
+V load(const V* at) {
+  return from_words<V>(load_words(at));
+}
+
+template <class V>
+void store(V* at, const V& value, bool really = true) {
+  if (!really) {
+    return;
+  }
+  if (reinterpret_cast<std::uintptr_t>(at) % sizeof(V) != 0) {
+    throw std::logic_error("a store that is not aligned to its size");
+  }
+  std::memcpy(at, &value, sizeof(V));
+}
+
+template <class Words>
+void recompute(Words&) {}
 
 inline unsigned char* dynamic_shared() {
   return cuda_on_cpu::shared_memory();
