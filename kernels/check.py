@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from lorun_fast.kernels.tuning.problems import Problem, launches, problems, small
+from lorun_fast.kernels.tuning.problems import Problem, launches, problems, small, tile_of
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -164,29 +164,33 @@ class Compiler:
         return [[one.result() for one in row] for row in wanted]
 
 
-def _inspect(task: tuple[Problem, int, int]) -> Report:
+def _inspect(task: tuple) -> Report:
     return inspect(*task)
 
 
-def tasks(archs, pattern: str | None = None, sized=lambda problem: problem) -> list[tuple[Problem, int, int]]:
-    """Every (problem, launch, architecture) to compile; identical kernels appear once."""
+def tasks(archs, pattern: str | None = None, sized=lambda problem: problem) -> list[tuple]:
+    """Every (problem, launch, architecture, tile) to compile; identical kernels appear once.
+
+    sized: makes the problem another size, with the tile it has.
+    """
     from triton.backends.compiler import GPUTarget
 
     found, seen = [], set()
     for arch in archs:
-        for problem in map(sized, problems()):
+        for whole in problems():
+            problem, tile = sized(whole), tile_of(whole, arch)
             if pattern and not (pattern in problem.name or fnmatch.fnmatchcase(problem.name, pattern)):
                 continue
-            for index, one in enumerate(launches(problem, arch)):
+            for index, one in enumerate(launches(problem, arch, tile)):
                 source, options = one.source(GPUTarget("cuda", arch, 32))
                 key = (arch, one.kernel.fn.__name__, source.hash(), str(options))
                 if key not in seen:
                     seen.add(key)
-                    found.append((problem, index, arch))
+                    found.append((problem, index, arch, tile))
     return found
 
 
-def run(selected: list[tuple[Problem, int, int]], jobs: int) -> Iterator[Report]:
+def run(selected: list[tuple], jobs: int) -> Iterator[Report]:
     if jobs == 1:
         yield from map(_inspect, selected)
         return

@@ -356,7 +356,7 @@ def test_bad_input_raises_before_a_launch():
 
 
 def _device_layer(problem) -> Layer:
-    """A problem of kernels/check.py with the same tile, on a smaller image, which no tile divides."""
+    """A problem of kernels/check.py on a smaller image, which no tile divides."""
     k = problem.k
     return Layer(
         problem.channels,
@@ -381,21 +381,25 @@ def _device_layer(problem) -> Layer:
 def _shipped():
     from lorun_fast.kernels import check
 
-    return [check.small(p) for p in check.problems() if p.form != "merge"]
+    return [p for p in check.problems() if p.form != "merge"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("problem", _shipped(), ids=lambda p: p.name)
 def test_every_shipped_configuration_on_the_device(problem, poisoned, monkeypatch):  # noqa: F811
+    from lorun_fast.kernels import check
+
+    tile = check.tile_of(problem, configs.architecture(torch.device("cuda")))
+    problem = check.small(problem)
     # PyTorch's own error is what a kernel may have twice: in fp32 not that of tf32.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     layer = _device_layer(problem)
     if problem.backward:
         with torch.no_grad():
             output = layer.define(*layer.inputs()) if problem.knows else None
-        layer.backward(None, output, learns_bias=problem.activation is not None)
+        layer.backward(tile, output, learns_bias=problem.activation is not None)
     else:
-        layer.forward(None)
+        layer.forward(tile)
 
 
 @pytest.mark.gpu

@@ -549,14 +549,31 @@ class TestFusedConv2d:
         torch.export.export(fused, (x.detach(),))
         assert not served
 
-    def test_by_size(self, served):
-        fused = FusedConv2d(nn.Conv2d(32, 32, 3).half())
-        assert not fused._pays(torch.empty(1, 32, 256, 256, device="meta"))
-        assert fused._pays(torch.empty(4, 32, 256, 256, device="meta"))
-        assert FusedConv2d(nn.Conv2d(1, 32, 3).half())._pays(torch.empty(1, 1, 16, 16, device="meta"))
-        with torch.no_grad():
-            fused(torch.randn(1, 32, 4, 4).half())
+    @pytest.mark.parametrize(
+        ("channels", "n", "size", "pays"),
+        [
+            ((16, 16), 16, 256, True),
+            ((32, 32), 16, 256, True),
+            ((64, 64), 1, 256, True),
+            ((64, 64), 16, 128, False),
+            ((96, 96), 1, 64, True),
+            ((96, 96), 16, 64, False),
+            ((1, 64), 16, 256, True),
+        ],
+    )
+    def test_by_size(self, channels, n, size, pays):
+        fused = FusedConv2d(nn.Conv2d(*channels, 3).half())
+        assert fused._pays(torch.empty(n, channels[0], size, size, device="meta")) == pays
+
+    @torch.no_grad()
+    def test_where_it_does_not_pay_torch_convolves(self, served, monkeypatch):
+        fused, x = FusedConv2d(nn.Conv2d(16, 16, 3).half()), torch.randn(1, 16, 4, 4).half()
+        monkeypatch.setattr(FusedConv2d, "_pays", lambda self, x: False)
+        want = fused(x, "relu")
         assert not served
+        fused.everywhere = True
+        torch.testing.assert_close(fused(x, "relu"), want, rtol=2e-3, atol=2e-3)
+        assert len(served) == 1
 
     @pytest.mark.parametrize(
         ("conv", "reason"),

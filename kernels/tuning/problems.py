@@ -143,9 +143,8 @@ def problems() -> Iterator[Problem]:
 
 
 def small(problem: Problem) -> Problem:
-    """The same tiles on images that the tests on a GPU can compare in float64; compiling it fills Triton's cache."""
-    batch = 1 if problem.batch == 1 else 16 if problem.channels <= 64 else 3
-    return replace(problem, px=80 if problem.px > 64 else 48, batch=batch)
+    """The same layer on images that the tests on a GPU can compare in float64; its own tiles may be others."""
+    return replace(problem, px=80 if problem.px > 64 else 48, batch=min(problem.batch, 3))
 
 
 @dataclass
@@ -212,6 +211,15 @@ def shipped_tile(problem: Problem, g, dtype, arch: int, rank: int):
         return configs.shipped_backward(g, dtype, arch, rank, problem.activation)
     plain = rank == 0 and not problem.mixed and problem.activation in (None, "relu")
     return configs.shipped_forward(g, dtype, arch, plain)
+
+
+def tile_of(problem: Problem, arch: int):
+    """The tile, or the backward's tiles, that the library comes with; None for a merge, which has none."""
+    if problem.form == "merge":
+        return None
+    t = tensors(problem, "meta")
+    _, s = t.read(problem)
+    return shipped_tile(problem, s.arrange()[0], t.x.dtype, arch, s.rank)
 
 
 def launches(problem: Problem, arch: int, tile=None) -> list:
