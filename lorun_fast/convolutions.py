@@ -232,28 +232,11 @@ class FusedConv2d(StandIn):
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         input = input.to(self.weight.dtype)  # as autocast would
         learns = torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad))
-        if (
-            input.device.type == self.device
-            and not learns
-            and not torch.compiler.is_compiling()
-            and (self.everywhere or self._pays(input))
-        ):
+        eager = input.device.type == self.device and not learns and not torch.compiler.is_compiling()
+        if eager and (self.everywhere or self._pays(input)):
             kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
-            call = (
-                input,
-                self.weight,
-                self.bias,
-                None,
-                None,
-                None,
-                residual,
-                1.0,
-                *self.geometry,
-                1,
-                activation,
-                False,
-                None,
-            )
+            unmerged = (None, None, None)  # down, up, stage
+            call = (input, self.weight, self.bias, *unmerged, residual, 1.0, *self.geometry, 1, activation, False, None)
             if kernel.supports(*call) is None:
                 return kernel.forward(*call)
         y = F.conv2d(input, self.weight, self.bias, *self.geometry)

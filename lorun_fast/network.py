@@ -235,8 +235,8 @@ class LoRun(nn.Module):
         AVX512-bf16, a GPU of compute capability 8.0) and the score moves by at most 0.02 dB, in its own dtype
         elsewhere; on a CPU computes convolutions in fp32 by minimal filtering (3 x 3, AVX2 or AVX-512; rounding errors
         some 1e-5 of the values' size), in bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
-        size, and in 16 bits computes convolutions of up to 32 channels by the fused kernel, at sizes where that is
-        faster. The operator and the iterate stay as they are. The result is called as this network is, shares nothing
+        size, and in 16 bits computes 3 x 3 convolutions of up to 128 channels by the fused kernel, at sizes where that
+        is faster. The operator and the iterate stay as they are. The result is called as this network is, shares nothing
         with it, and does not train.
 
         dtype, channels_last, convolutions, cuda_graph: instead of what would be chosen; convolutions: "direct"

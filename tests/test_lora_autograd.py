@@ -256,6 +256,8 @@ def test_where_the_kernel_pays(channels, bias, activation, dtype, last, pays):
     )
     assert _lora_autograd._ByKernel.pays(large, weight, bias, 1, activation) == pays
     assert not _lora_autograd._ByKernel.pays(small, weight, bias, 1, activation)
+    with torch.autograd.forward_ad.dual_level():  # which a function with a backward pass alone does not serve
+        assert not _lora_autograd._ByKernel.pays(large, weight, bias, 1, activation)
 
 
 @pytest.mark.gpu

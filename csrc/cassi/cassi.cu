@@ -2,10 +2,10 @@
 //
 // A step reads x once and writes z once, two operations a byte: the time of a copy is the limit, and what stands in its
 // way is the number of instructions and how many loads are under way. A thread owns V neighbouring columns of one row
-// of a measurement and all that lies under them, at the same offset from column to column in every band; no two threads
-// meet. It asks for x and the mask of all bands at once, into registers, sums r = w (sum over bands - y), and writes
-// z = x - k m r: no shared memory, no barrier, every value read once. Phi x is the first half, Phi^T y the second.
-// Every sum has one order: no atomics.
+// of a measurement, and with them what lies under them in all bands: no two threads meet. It asks for x and the mask of
+// all bands at once, into registers, sums r = w (sum over bands - y), and writes z = x - k m r: no shared memory, no
+// warp waits for another, every value is read once. Phi x is the first half, Phi^T y the second. Every sum has
+// one order: no atomics. On an H200 the step of 16 images takes 65 us in fp32, a copy of x 58; in bf16 38 and 31.
 //
 // V = 2 where step, width, strides and addresses let all pairs be read and written at once, which halves the accesses
 // and the arithmetic of addresses. Not 4: at step 2 every other band would split a quadruple in two accesses again, for

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorun_fast import _native
 from lorun_fast.adapters import merged_weight
 from lorun_fast.ops import _backends
+from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.reference.lora import epilogue
 
@@ -85,9 +86,9 @@ def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool)
 class _ByKernel(torch.autograd.Function):
     """act(conv(x, weight) + bias) in one pass by the Triton kernel, activation None or "relu"; gradients by torch.
 
-    On an H200, 16 x 256 x 256 px in bf16, 64 channels: 230 us where cuDNN and a pass for the bias take 340, 230 where
-    cuDNN and ReLU take 236; 32 channels 64 us where cuDNN alone takes 98; but for the gradients
-    at 64 channels the kernels take 710 us where cuDNN takes 350.
+    On an H200, 16 x 256 x 256 px in bf16, 64 channels: 240 us where cuDNN and a pass for the bias take 340, 230 where
+    cuDNN and ReLU take 236; 32 channels 64 us where cuDNN alone takes 98. But the kernels' gradients of 64 channels
+    take 710 us, cuDNN's 350.
     """
 
     @staticmethod
@@ -112,9 +113,12 @@ class _ByKernel(torch.autograd.Function):
         narrow = x.dtype in (torch.bfloat16, torch.float16) and is_channels_last(x)
         if x.numel() < _LARGE_BATCH or not narrow or groups != 1 or activation not in (None, "relu"):
             return False
-        one_pass = bias is not None or activation is not None or max(weight.shape[:2]) <= 32
-        kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
-        return one_pass and _native.WISH == "auto" and kernel.missing() is None and x[0].numel() < 2**31
+        if bias is None and activation is None and max(weight.shape[:2]) > 32:
+            return False
+        if torch.compiler.is_compiling() or transforms_active() or _native.WISH != "auto":
+            return False
+        indexed = max(weight.shape[:2]) * x.shape[2] * x.shape[3] < 2**31
+        return indexed and _backends.BACKENDS["lora_conv2d"]["triton"].missing() is None
 
 
 def conv2d(
@@ -124,10 +128,9 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Arguments of the op lora_conv2d."""
     x, weight, bias = _operands(x, weight, bias, down, up, scale, transposed)
-    compiling = torch.compiler.is_compiling()
     if transposed:
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    elif not compiling and _ByKernel.pays(x, weight, bias, groups, activation):
+    elif _ByKernel.pays(x, weight, bias, groups, activation):
         y, activation = _ByKernel.apply(x, weight, bias, stride, padding, dilation, activation), None
     else:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
