@@ -257,7 +257,7 @@ def _optimized(p: Problem, **settings):
     return Run(rivals.autocast(p, lambda: best(p.y)), recorded=best.report["CUDA graph"][0] == "yes")
 
 
-@_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step", "packed_block", "winograd_conv2d"))
+@_contender(EVERY, "lorun_fast, optimize()", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     """Whatever the library does on its own for this device in the problem's dtype."""
     return _optimized(p)

@@ -236,8 +236,8 @@ class LoRun(nn.Module):
         elsewhere; on a CPU computes convolutions in fp32 by minimal filtering (3 x 3, AVX2 or AVX-512; rounding errors
         some 1e-5 of the values' size), in bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
         size, and in 16 bits computes 3 x 3 convolutions of up to 128 channels by the fused kernel, at sizes where that
-        is faster. The operator and the iterate stay as they are. The result is called as this network is, shares nothing
-        with it, and does not train.
+        is faster. The operator and the iterate stay as they are. The result is called as this network is, shares
+        nothing with it, and does not train.
 
         dtype, channels_last, convolutions, cuda_graph: instead of what would be chosen; convolutions: "direct"
         (torch's), "winograd" or "packed" (CPU), "fused" (GPU). compile: torch.compile every stage, on a CPU with
