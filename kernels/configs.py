@@ -56,7 +56,7 @@ def _tuned(arch: int, *key) -> Tile | BackwardTile | None:
 def forward(g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool, activation: str | None = None) -> Tile:
     """The tile of lora_conv2d's forward for this problem: the user's (see the module), else the shipped one."""
     tuned = _tuned(arch, "forward", g, str(dtype), rank, mixed, activation)
-    return tuned or shipped_forward(g, dtype, arch, rank == 0 and not mixed and activation in (None, "relu"))
+    return tuned or shipped_forward(g, dtype, arch, rank, mixed, activation)
 
 
 def backward(
@@ -67,13 +67,17 @@ def backward(
     return tuned or shipped_backward(g, dtype, arch, rank, activation)
 
 
-def shipped_forward(g: Geometry, dtype: torch.dtype, arch: int, plain: bool = False) -> Tile:
-    """The tile of lora_conv2d's forward that the library comes with. plain: no adapter, and ReLU at most."""
+def shipped_forward(
+    g: Geometry, dtype: torch.dtype, arch: int, rank: int, mixed: bool, activation: str | None
+) -> Tile:  # fmt: skip
+    """The tile of lora_conv2d's forward that the library comes with."""
     strip = rows_tile(g.c, g.o, g.q, g, dtype, arch)
+    if arch == 80 and mixed and activation in ("gelu", "silu") and strip is not None and max(strip.bc, strip.bo) == 64:
+        strip = None  # spills 24 bytes with a residual
     if arch != 90 or dtype == torch.float32:
         return strip or taps_tile(g, dtype, arch)
     if strip is None or g.q <= 64 or _strip_rows(g, strip) < 8:
-        return _patches_on_hopper(g, plain)
+        return _patches_on_hopper(g, plain=rank == 0 and not mixed and activation in (None, "relu"))
     if g.kernel == (3, 3) and strip.bc <= 32 and strip.bo <= 32 and g.c % 2 == 0:
         return replace(strip, warps=8, stages=3, descriptors=max(strip.bc, strip.bo) > 16)
     return strip
@@ -96,7 +100,10 @@ def _strip_rows(g: Geometry, strip: Tile) -> int:
 
 
 def _patches_on_hopper(g: Geometry, plain: bool) -> Tile:
-    """The patch tile of sm_90 in 16 bits: smaller patches where larger ones leave multiprocessors idle."""
+    """The patch tile of sm_90 in 16 bits: smaller patches where larger ones leave multiprocessors idle.
+
+    plain: no adapter, and ReLU at most.
+    """
     bo = min(128, _power(g.o))
     if g.p == 1:
         return Tile(1, 128, min(64, _power(g.c)), bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)

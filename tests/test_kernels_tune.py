@@ -159,6 +159,23 @@ def test_two_passes_go_two_steps():
     assert search.row().tile == shipped
 
 
+@pytest.mark.parametrize(
+    ("channels", "batch", "px", "kind"),
+    [
+        (32, 16, 256, "strip 128 c32 o32 8 warps 3 stages"),
+        (32, 1, 256, "8x16"),  # strips would store 4 rows a program and read 6
+        (64, 16, 64, "8x16"),  # rows too short for strips
+        (64, 1, 64, "8x8"),  # patches twice as large would leave multiprocessors idle
+        (96, 16, 64, "16x16 c32"),
+        (128, 16, 64, "8x16 c128"),
+        (128, 1, 64, "8x8 c64 o64"),
+    ],
+)
+def test_tiles_follow_the_size_of_the_call(channels, batch, px, kind):
+    tile = problems.tile_of(Problem(channels, batch=batch, px=px, form="merged", activation="relu"), 90)
+    assert str(tile).startswith(kind)
+
+
 @pytest.mark.parametrize("name", [p.name for p in problems.problems() if p.form != "merge"])
 def test_every_candidate_can_compute_its_problem(name):
     problem = Problem.parse(name)
@@ -166,10 +183,7 @@ def test_every_candidate_can_compute_its_problem(name):
     _, s = t.read(problem)
     g = s.arrange()[0]
     for arch in configs.ARCHITECTURES:
-        if problem.backward:
-            shipped = configs.shipped_backward(g, t.x.dtype, arch, s.rank, problem.activation)
-        else:
-            shipped = configs.shipped_forward(g, t.x.dtype, arch)
+        shipped = problems.shipped_tile(problem, g, t.x.dtype, arch, s.rank)
         assert not tiles.fault(shipped, g)
         for part in candidates.PARTS["backward" if problem.backward else "forward"]:
             found = candidates.variations(shipped, part, g, t.x.dtype, arch, s.rank)

@@ -209,8 +209,7 @@ def shipped_tile(problem: Problem, g, dtype, arch: int, rank: int):
 
     if problem.backward:
         return configs.shipped_backward(g, dtype, arch, rank, problem.activation)
-    plain = rank == 0 and not problem.mixed and problem.activation in (None, "relu")
-    return configs.shipped_forward(g, dtype, arch, plain)
+    return configs.shipped_forward(g, dtype, arch, rank, problem.mixed, problem.activation)
 
 
 def tile_of(problem: Problem, arch: int):
