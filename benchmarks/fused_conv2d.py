@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Problem, Run, Unavailable, Work, case, size
-from benchmarks.winograd_conv2d import block_inputs, block_of
+from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Problem, Unavailable, Work, case, size
+from benchmarks.winograd_conv2d import bare_convolutions, block_inputs, block_of
 from lorun_fast import kernels
 from lorun_fast.convolutions import FusedConv2d
 
@@ -87,16 +87,4 @@ def _(p: Problem):
     return run
 
 
-@block.contender("two bare convolutions", kind=LIMIT, graphed=True)
-def _(p: Problem):
-    """Without activation and residual: what torch's convolutions cannot go below."""
-    x, first, second = _last(p)
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
-
-    def reference(x, first, second) -> Tensor:
-        return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
-
-    return Run(run, reference=reference)
+block.contender("two bare convolutions", kind=LIMIT, graphed=True)(bare_convolutions)

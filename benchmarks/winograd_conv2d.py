@@ -73,19 +73,21 @@ def plain_contenders(block: Case) -> None:
         """The same on contiguous ones."""
         return _direct(p, torch.contiguous_format)
 
-    @block.contender("two bare convolutions", kind=LIMIT)
-    def _(p: Problem):
-        """Without activation and residual: what torch's convolutions cannot go below."""
-        x, first, second = (t.contiguous(memory_format=torch.channels_last) for t in (p.x, p.first, p.second))
+    block.contender("two bare convolutions", kind=LIMIT)(bare_convolutions)
 
-        def run() -> Tensor:
-            with torch.no_grad():
-                return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
 
-        def reference(x, first, second) -> Tensor:
-            return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
+def bare_convolutions(p: Problem) -> Run:
+    """Without activation and residual: what torch's convolutions cannot go below."""
+    x, first, second = (t.contiguous(memory_format=torch.channels_last) for t in (p.x, p.first, p.second))
 
-        return Run(run, reference=reference)
+    def reference(x, first, second) -> Tensor:
+        return F.conv2d(F.conv2d(x, first, padding=1), second, padding=1)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return reference(x, first, second)
+
+    return Run(run, reference=reference)
 
 
 def _direct(p: Problem, layout: torch.memory_format):
