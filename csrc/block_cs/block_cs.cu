@@ -18,11 +18,14 @@
 //   Second product.
 //     bf16: two of 256 tiles of 64 x 64 at once. 256 KB, 2.2 us. Instructions 3.4 us. 3072 mma, 1.7 us or more.
 //     fp32: 128 tiles of 64 x 128. 192 KB, 1.7 us. Multiply-adds 8.9 us.
-// To each comes a launch, a first wait for memory and the ending, some 3 us. Measured, both together: fp32 40 us, as long
-// as cuBLAS's two products on blocks that lie ready; bf16 27, where cuBLAS takes 9, and 21 with the copies around it.
+// To each comes a launch, a first wait for memory and the ending, some 3 us. Measured, both together: fp32 40 us, as
+// long as cuBLAS's two products on blocks that lie ready; bf16 27, where cuBLAS takes 9, and 21 with the copies around
+// it.
+//
 // fp32: a thread has 8 x 8 sums, 64 multiply-adds for 16 values from shared memory. Where that makes too few tiles (one
 // 512 x 512 image: 32) it has 4 x 4. Only a gradient for Phi, whose depth is the batch, shares it out among blocks as
 // well; one more launch adds their parts.
+//
 // Every value is one sum in one order, whatever the batch: no atomics, bitwise repeatable.
 
 #include <torch/csrc/stable/library.h>
