@@ -115,6 +115,8 @@ class _Graphs:
         return static_x.clone()
 
     @staticmethod
+    @torch.inference_mode(False)  # recorded under inference_mode, it serves calls outside of it all the same
+    @torch.no_grad()
     def _capture(y: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         static_y = y.clone()
         stream = torch.cuda.Stream(y.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from dataclasses import replace
@@ -493,6 +494,23 @@ def test_a_graph_serves_one_size_and_setting(monkeypatch):
         results.append(graphs(y, (None, factor), lambda y, factor=factor: factor * y))
     assert [t.tolist() for t in results] == [[2, 2], [6, 6], [5, 5], [2, 2, 2], [2, 2]]
     assert len(graphs.captured) == 4
+
+
+def test_what_is_recorded_in_inference_mode_serves_outside_of_it(monkeypatch):
+    class Any:
+        def __getattr__(self, name):
+            return lambda *args: None
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: Any())
+    for name in ("stream", "graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **settings: contextlib.nullcontext())
+    graphs, weight = optimize._Graphs(), torch.ones(3, requires_grad=True)
+    with torch.inference_mode():
+        graphs(torch.ones(3), (), lambda y: y * weight)
+    with torch.no_grad():
+        got = graphs(torch.ones(3), (), lambda y: y * weight)
+    assert len(graphs.captured) == 1 and not got.requires_grad
 
 
 def test_a_size_is_recorded_when_it_comes_again(monkeypatch):
