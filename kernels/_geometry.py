@@ -11,6 +11,15 @@ from torch import Tensor
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
 
 
+def next_power(value: int, least: int = 16) -> int:
+    """The smallest power of two that is at least ``value`` and at least ``least`` (a tensor-core dimension)."""
+    return max(least, 1 << (value - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 

@@ -177,12 +177,3 @@ class Plan:
 def register_options(dtype: torch.dtype) -> dict:
     """Launch options for a dtype. On fp32's ordinary cores ptxas spills to raise occupancy unless given a bound."""
     return {"maxnreg": 255} if dtype == torch.float32 else {}
-
-
-def next_power(value: int, least: int = 16) -> int:
-    """The smallest power of two that is at least ``value`` and at least ``least`` (a tensor-core dimension)."""
-    return max(least, 1 << (value - 1).bit_length())
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from lorun_fast.kernels import tables
-from lorun_fast.kernels._geometry import Geometry
+from lorun_fast.kernels._geometry import Geometry, ceil_div, next_power
 from lorun_fast.kernels.tiles import BackwardTile, FactorTile, Tile
 
 ARCHITECTURES = (80, 90, 100)
@@ -28,10 +28,6 @@ def architecture(device: torch.device) -> int:
         return int(os.environ.get("LORUN_KERNELS_ARCH", "80"))
     major, minor = torch.cuda.get_device_capability(device)
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
-
-
-def _power(value: int, least: int = 16) -> int:
-    return max(least, 1 << (value - 1).bit_length())
 
 
 @functools.cache
@@ -88,15 +84,15 @@ def strip_parts(height: int, strips: int, dilation: int, programs: int) -> tuple
 
     Rows of one program lie ``dilation`` apart. ``strips``: those of all samples.
     """
-    rows = -(-height // dilation)
-    parts = max(1, min(-(-rows // 4), programs // (strips * dilation)))
-    each = -(-rows // parts)
-    return each, -(-rows // each) * dilation
+    rows = ceil_div(height, dilation)
+    parts = max(1, min(ceil_div(rows, 4), programs // (strips * dilation)))
+    each = ceil_div(rows, parts)
+    return each, ceil_div(rows, each) * dilation
 
 
 def _strip_rows(g: Geometry, strip: Tile) -> int:
     """Rows that one program stores; it reads k - 1 more."""
-    return strip_parts(g.p, g.n * -(-g.q // strip.bw), g.dilation[0], strip.rows)[0]
+    return strip_parts(g.p, g.n * ceil_div(g.q, strip.bw), g.dilation[0], strip.rows)[0]
 
 
 def _patches_on_hopper(g: Geometry, plain: bool) -> Tile:
@@ -104,12 +100,12 @@ def _patches_on_hopper(g: Geometry, plain: bool) -> Tile:
 
     plain: no adapter, and ReLU at most.
     """
-    bo = min(128, _power(g.o))
+    bo = min(128, next_power(g.o))
     if g.p == 1:
-        return Tile(1, 128, min(64, _power(g.c)), bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
-    programs = g.n * -(-g.p // 8) * -(-g.q // 16) * -(-g.o // bo)
+        return Tile(1, 128, min(64, next_power(g.c)), bo, 8 if bo == 128 else 4, 4 if bo < 128 else 3, True)
+    programs = g.n * ceil_div(g.p, 8) * ceil_div(g.q, 16) * ceil_div(g.o, bo)
     # Blocks of 64 channels would be a quarter of zeros at 96.
-    bc = 32 if g.c > 64 and g.c % 64 else min(64, _power(g.c))
+    bc = 32 if g.c > 64 and g.c % 64 else min(64, next_power(g.c))
     if programs < 100:
         return Tile(8, 8, bc, min(64, bo), 4, 4)
     if bo < 128:
@@ -123,7 +119,7 @@ def _patches_on_hopper(g: Geometry, plain: bool) -> Tile:
 
 def strip_fits(c: int, o: int, g: Geometry, dtype: torch.dtype) -> bool:
     """Whether the weights of all taps of c -> o channels fit shared memory, and strips can compute the rest."""
-    fits = _power(max(c, o)) <= (64 if g.kernel[0] == 3 else 32)
+    fits = next_power(max(c, o)) <= (64 if g.kernel[0] == 3 else 32)
     return fits and g.kernel in ((3, 3), (5, 5)) and g.stride == (1, 1) and dtype != torch.float32
 
 
@@ -134,7 +130,7 @@ def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch:
     compiles the widest strip to a kernel that stores nothing, and moves every accumulator through tensor memory as it
     goes up by one row: patches there.
     """
-    k, wide = g.kernel[0], _power(max(c, o))
+    k, wide = g.kernel[0], next_power(max(c, o))
     if width < 48 or not strip_fits(c, o, g, dtype):
         return None
     # Channels that are no multiple of a copy's 4 bytes go through registers, one by one.
@@ -144,15 +140,15 @@ def rows_tile(c: int, o: int, width: int, g: Geometry, dtype: torch.dtype, arch:
     bw = 128 if width > 64 and (arch == 90 or wide == 32) else 64
     describe = arch >= 90
     programs = (132 if arch == 90 else 108) * (1 if wide == 64 or k == 5 else 2)
-    return Tile(1, bw, _power(c), _power(o), 8 if wide == 64 or k == 5 or odd else 4, 2, describe, programs)
+    return Tile(1, bw, next_power(c), next_power(o), 8 if wide == 64 or k == 5 or odd else 4, 2, describe, programs)
 
 
 def taps_tile(g: Geometry, dtype: torch.dtype, arch: int) -> Tile:
     """The patch tile: any kernel size, stride, dilation and width."""
     flat = g.p == 1
     if dtype == torch.float32:
-        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, _power(g.o)), 4, 1 if arch == 100 else 2)
-    bc, bo = min(64, _power(g.c)), min(128, _power(g.o))
+        return Tile(*((1, 64) if flat else (8, 8)), 16, min(32, next_power(g.o)), 4, 1 if arch == 100 else 2)
+    bc, bo = min(64, next_power(g.c)), min(128, next_power(g.o))
     bh, bw = (1, 128) if flat else (8, 16)
     if arch == 80:
         return Tile(*((1, 64) if flat else (8, 8)), min(32, bc), min(64, bo), 4, 3)
@@ -167,23 +163,29 @@ def shipped_backward(
     programs = {80: 216, 90: 264, 100: 296}[arch]
     if dtype == torch.float32:
         # 32 columns spill 24 bytes at 28 channels on sm_100.
-        out = Tile(*((1, 32) if flat else (4, 8)), 16, min(16 if arch == 100 else 32, _power(g.o)), 8, 2)
+        out = Tile(*((1, 32) if flat else (4, 8)), 16, min(16 if arch == 100 else 32, next_power(g.o)), 8, 2)
         image = Tile(*((1, 64) if flat else (8, 8)), 16, 16, 4, 2)
-        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, _power(g.c)), 1, 32)
+        factor = FactorTile(*((1, 32) if flat else (4, 8)), min(32, next_power(g.c)), 1, 32)
         return BackwardTile(out, image, factor, programs)
-    wide = _power(g.o) >= 128
+    wide = next_power(g.o) >= 128
     bh, bw = (1, 128) if flat else (8, 16)
     half = (1, 64) if flat else (8, 8)
     small = wide or arch != 90 or g.c % 2
-    bc = min(32 if arch == 80 else 64, _power(g.c))
-    out = Tile(*(half if small else (bh, bw)), bc, min(64 if arch == 90 else 32, _power(g.o)), 8, 2, arch >= 90)
+    bc = min(32 if arch == 80 else 64, next_power(g.c))
+    out = Tile(*(half if small else (bh, bw)), bc, min(64 if arch == 90 else 32, next_power(g.o)), 8, 2, arch >= 90)
     if arch == 100:
         out = replace(out, registers=255)
     image = rows_tile(g.o, g.c, g.w, g, dtype, arch)
     if image is None:
-        bc = min(128, _power(g.c))
+        bc = min(128, next_power(g.c))
         image = Tile(
-            bh, bw, bc, min(64 if arch > 80 else 32, _power(g.o)), 8 if bc == 128 or arch == 80 else 4, 2, arch >= 90
+            bh,
+            bw,
+            bc,
+            min(64 if arch > 80 else 32, next_power(g.o)),
+            8 if bc == 128 or arch == 80 else 4,
+            2,
+            arch >= 90,
         )
     else:
         image = replace(image, bc=image.bo, bo=image.bc)
@@ -192,7 +194,7 @@ def shipped_backward(
         group = 16  # x once for all taps; narrower layers have too few warps to hold the sums
     strip = None
     # With an activation, whose result is a second tile beside dy, 64 channels spill 8 to 128 bytes.
-    narrow = activation is None or max(_power(g.c), _power(g.o)) <= 32
+    narrow = activation is None or max(next_power(g.c), next_power(g.o)) <= 32
     if arch == 90 and 0 < rank <= 16 and g.q >= 48 and g.c % 2 == 0 and narrow and strip_fits(g.c, g.o, g, dtype):
-        strip = Tile(1, 64, _power(g.c), _power(g.o), 4, 2, True, programs)
-    return BackwardTile(out, image, FactorTile(bh, bw, min(64, _power(g.c)), group), programs, strip)
+        strip = Tile(1, 64, next_power(g.c), next_power(g.o), 4, 2, True, programs)
+    return BackwardTile(out, image, FactorTile(bh, bw, min(64, next_power(g.c)), group), programs, strip)

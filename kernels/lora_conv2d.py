@@ -39,8 +39,8 @@ from torch import Tensor
 
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import activate, add_row, load_patch, stage_of
-from lorun_fast.kernels._geometry import Geometry, Layout, tap_major, together
-from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, ceil_div, next_power, slots
+from lorun_fast.kernels._geometry import Geometry, Layout, ceil_div, next_power, tap_major, together
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, slots
 
 
 @triton.jit

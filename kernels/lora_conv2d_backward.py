@@ -35,8 +35,8 @@ from torch import Tensor
 
 from lorun_fast.kernels import configs
 from lorun_fast.kernels._device import SIGN_TELLS, add_row, back_through, derivative, load_patch, stage_of
-from lorun_fast.kernels._geometry import Layout, together
-from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, ceil_div, next_power, register_options, slots
+from lorun_fast.kernels._geometry import Layout, ceil_div, next_power, together
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, Plan, Slot, register_options, slots
 from lorun_fast.kernels.lora_conv2d import (
     Signature,
     accumulate_taps,

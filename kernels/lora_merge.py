@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, ceil_div, slots
+from lorun_fast.kernels._geometry import ceil_div
+from lorun_fast.kernels._launch import COUNTS, PLANS, Launch, slots
 
 BLOCK_M, BLOCK_N, BLOCK_Q = 32, 64, 16
 # One row per layer: addresses, the product's shape, the weight's inner shape, strides of W and of out.

@@ -14,7 +14,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorun_fast.kernels._launch import Launch, ceil_div
+from lorun_fast.kernels._geometry import ceil_div
+from lorun_fast.kernels._launch import Launch
 
 LAUNCH = 3e-6  # s
 

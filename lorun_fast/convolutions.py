@@ -239,17 +239,18 @@ class FusedConv2d(StandIn):
             call = (input, self.weight, self.bias, *unmerged, residual, 1.0, *self.geometry, 1, activation, False, None)
             if kernel.supports(*call) is None:
                 return kernel.forward(*call)
-        y = F.conv2d(input, self.weight, self.bias, *self.geometry)
-        if activation == "relu":
-            y = F.relu(y)
-        return y if residual is None else residual + y
+        return _finish(F.conv2d(input, self.weight, self.bias, *self.geometry), activation, residual)
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """act(conv(x)) + residual, in one pass where the layer can. activation: None or "relu"."""
     if isinstance(conv, StandIn):
         return conv(x, activation, residual)
-    y = conv(x)
+    return _finish(conv(x), activation, residual)
+
+
+def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """act(y) + residual, a pass each."""
     if activation == "relu":
         y = F.relu(y)
     return y if residual is None else residual + y

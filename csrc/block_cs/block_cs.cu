@@ -70,11 +70,27 @@ class Divisor {
 // is an address, and inside(line, position) says whether there is a value; others are zeros. `whole`: 16 bytes from any
 // multiple of that in a line are aligned, and lie together, inside or not.
 
+// What lines without padding share: all of their places hold a value. At: a place in a line.
+template <class T, class At>
+struct Unpadded {
+  using Value = T;
+  using Line = const T*;
+  using Place = At;
+
+  __device__ static void keep(Line& line) {
+    lorun::keep(line);
+  }
+  __device__ bool inside(Line, Place) const {
+    return true;
+  }
+  __device__ const T* at(Line line, Place place) const {
+    return line + place;
+  }
+};
+
 template <class W>
-struct PhiLines {  // line: measurement, position: pixel
-  using Value = W;
-  using Line = const W*;
-  using Place = int;
+struct PhiLines : Unpadded<W, int> {  // line: measurement, position: pixel
+  using typename Unpadded<W, int>::Line;
   const W* data;
   int64_t pixels;
   bool whole;
@@ -85,22 +101,11 @@ struct PhiLines {  // line: measurement, position: pixel
   __device__ int position(int p) const {
     return p;
   }
-  __device__ static void keep(Line& line) {
-    lorun::keep(line);
-  }
-  __device__ bool inside(Line, int) const {
-    return true;
-  }
-  __device__ const W* at(Line line, int p) const {
-    return line + p;
-  }
 };
 
 template <class T>
-struct MeasurementLines {  // line: measurement, position: block; contiguous (N, m, rows, cols)
-  using Value = T;
-  using Line = const T*;
-  using Place = int64_t;
+struct MeasurementLines : Unpadded<T, int64_t> {  // line: measurement, position: block; contiguous (N, m, rows, cols)
+  using typename Unpadded<T, int64_t>::Line;
   const T* data;
   int64_t m;
   Divisor each;  // blocks of a sample
@@ -115,15 +120,6 @@ struct MeasurementLines {  // line: measurement, position: block; contiguous (N,
   __device__ int64_t position(int b) const {
     const int sample = each.quotient(b);
     return sample * m * each.value() + (b - sample * each.value());
-  }
-  __device__ static void keep(Line& line) {
-    lorun::keep(line);
-  }
-  __device__ bool inside(Line, int64_t) const {
-    return true;
-  }
-  __device__ const T* at(Line line, int64_t position) const {
-    return line + position;
   }
 };
 
@@ -305,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(const W* sums, W* out, int
   }
 }
 
-// Engines for an image stored as T: Deep where the depth is long and results are few, Wide the other way round.
+// Engines for an image stored as T: Deep where the depth is long and results are few, Flat the other way round.
 template <class T, int Side>
 using Deep = std::conditional_t<std::is_same_v<T, Wide<T>>, Simt<Wide<T>, Side, 1, 1, 8, 64>, TensorCores<1, 2, 4, 64>>;
 template <class T, int Side>
@@ -356,13 +352,13 @@ bool whole(const void* data, std::initializer_list<int64_t> steps, int64_t size)
 template <class W>
 PhiLines<W> lines_of_phi(const Tensor& phi) {
   const W* data = phi.const_data_ptr<W>();
-  return {data, phi.size(1), whole(data, {phi.size(1)}, sizeof(W))};
+  return {{}, data, phi.size(1), whole(data, {phi.size(1)}, sizeof(W))};
 }
 
 template <class T>
 MeasurementLines<T> lines_of_measurements(const Tensor& y, const Grid& grid) {
   const T* data = static_cast<const T*>(y.const_data_ptr());
-  return {data, y.size(1), Divisor(grid.per_sample()), whole(data, {grid.per_sample()}, sizeof(T))};
+  return {{}, data, y.size(1), Divisor(grid.per_sample()), whole(data, {grid.per_sample()}, sizeof(T))};
 }
 
 template <class T>

@@ -13,10 +13,6 @@
 
 namespace lorun::cassi {
 
-struct Window {
-  int64_t begin, end;
-};
-
 struct Geometry {
   int64_t samples, bands, height, width, step;
 
@@ -33,15 +29,6 @@ struct Geometry {
   // Rows of all measurements.
   LORUN_HD int64_t rows() const {
     return samples * height;
-  }
-
-  // The columns of band c that lie under columns [from, to) of a measurement.
-  LORUN_HD Window window(int64_t c, int64_t from, int64_t to) const {
-    return {clamp(from - c * step), clamp(to - c * step)};
-  }
-
-  LORUN_HD int64_t clamp(int64_t column) const {
-    return column < 0 ? 0 : column > width ? width : column;
   }
 };
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 
 from lorun_fast.kernels import configs
-from lorun_fast.kernels._geometry import Geometry
-from lorun_fast.kernels._launch import next_power
+from lorun_fast.kernels._geometry import Geometry, next_power
 from lorun_fast.kernels.tiles import BackwardTile, FactorTile, Tile, fault
 
 # The launch (by its place in the plan) that each part decides.

@@ -152,13 +152,18 @@ def usable(name: str) -> torch.device:
     return torch.device(name)
 
 
+def default_device() -> str:
+    """cuda where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def chosen(args: argparse.Namespace) -> Iterator[Runtime]:
     """The runtime that the options describe, while the block runs.
 
     Raises as :func:`usable`, and UserError when memory runs out inside.
     """
-    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(args.device or default_device())
     before = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)

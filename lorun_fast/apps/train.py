@@ -95,7 +95,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=runtime.default_device(),
         help="default: cuda where there is one, else cpu",
     )
     add("--seed", type=seed, default=0)

@@ -164,9 +164,8 @@ def _a_stage_per_sample(*args) -> bool:
     return args[5] is not None
 
 
-_A_STAGE_EACH = Row("triton", "a stage per sample: 0.3 to 0.8 of aten's time, H200", _a_stage_per_sample)
 _backends.TABLE["lora_conv2d", "cuda"] = (
-    _A_STAGE_EACH,
+    Row("triton", "a stage per sample: 0.3 to 0.8 of aten's time, H200", _a_stage_per_sample),
     Row(
         "aten", "one stage: torch's differentiable ops on the merged weight; in large batches the kernel's forward pass"
     ),
