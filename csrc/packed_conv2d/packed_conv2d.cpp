@@ -30,6 +30,7 @@ namespace {
 struct Slot;
 
 constexpr int64_t kRingBytes = 512 << 10;  // of all rings of a thread: a part of the second-level cache
+constexpr int64_t kNearBytes = 2 << 20;    // of an image and its results that the caches may hold from call to call
 
 // Computes strips with plain loops.
 template <class T>
@@ -44,6 +45,8 @@ class PlainStrips {
     LORUN_PICK(multiply<T>)(f, rows, first * f.stride * f.in, pixels, block, blocks, sums_);
     LORUN_PICK(finish<T>)(sums_, pixels, to);
   }
+
+  void fetch(const Filter<T>&, int64_t, const T*, int64_t) {}
 
   void flush() {}
 
@@ -170,6 +173,12 @@ void shift_weights(Filters&... filters) {
 #endif
 }
 
+// Whether so many values are more than the caches hold: then their lines are asked for before they are needed.
+template <class T>
+bool is_far(int64_t values) {
+  return values * static_cast<int64_t>(sizeof(T)) > kNearBytes;
+}
+
 template <class T>
 void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, T* y) {
   const int64_t height = f.result(image.height), width = f.result(image.width);
@@ -179,6 +188,7 @@ void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, 
   const int64_t columns = band_columns(width, bytes), capacity = row_capacity(f, columns);
   const int64_t bands = (width + columns - 1) / columns, work = columns * (f.in * f.stride * f.stride + f.out);
   const int64_t row_channels = f.out / f.shuffle;  // of one pixel in one row of the result
+  const bool far = is_far<T>(image.n * (image.height * image.width * f.in + height * width * f.out));
   over_rows<T>(image.n * bands * height, work, bytes(columns), [&](auto& strips, T* base, int64_t begin, int64_t end) {
     const Ring<T> ring{f.kernel, capacity, base + capacity, base};
     const auto segment = [&](int64_t n, int64_t top, int64_t bottom, int64_t left, int64_t right) {
@@ -191,14 +201,17 @@ void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, 
       for (int64_t h = top; h < bottom; ++h) {
         const int64_t begins = h * f.stride - f.padding;
         for (; ready < std::min(image.height, begins + f.kernel); ++ready) {
-          std::copy_n(image.x + ((n * image.height + ready) * image.width + first) * f.in, (last - first) * f.in,
-                      ring.slot(ready) + (first - from) * f.in);
+          std::copy_n(image.at(n, ready, first, f.in), (last - first) * f.in, ring.slot(ready) + (first - from) * f.in);
         }
         ring.rows(begins, f.kernel, image.height, rows.data());
+        if (const int64_t next = std::min(f.stride, image.height - ready); far && next > 0) {
+          const int64_t pixels = (next - 1) * image.width + last - first;
+          strips.fetch(f, right - left, image.at(n, ready, first, f.in), pixels * f.in);
+        }
         convolve_row(strips, f, rows.data(), right - left, [&](int64_t pixel, int64_t channel) {
           const int64_t row = (n * height + h) * f.shuffle + channel / row_channels;
           const int64_t at = (row * width + left + pixel) * row_channels + channel % row_channels;
-          return Finish<T>{y + at, row_channels, 0, nullptr, false, added.from(at)};
+          return Finish<T>{y + at, row_channels, 0, nullptr, false, added.from(at), far};
         });
       }
     };
@@ -215,6 +228,7 @@ void convolve_twice(const Image<T>& image, const Filter<T>& f, const Filter<T>& 
     return 4 * (row_capacity(f, columns + 2) + row_capacity(g, columns)) * static_cast<int64_t>(sizeof(T));
   };
   const int64_t columns = band_columns(width, bytes);
+  const bool far = is_far<T>(2 * image.n * height * width * f.in);
   const int64_t capacity = row_capacity(f, columns + 2), middle_capacity = row_capacity(g, columns);
   const int64_t bands = (width + columns - 1) / columns, work = columns * (f.in + g.in + g.out);
   over_rows<T>(image.n * bands * height, work, bytes(columns), [&](auto& strips, T* base, int64_t begin, int64_t end) {
@@ -232,20 +246,23 @@ void convolve_twice(const Image<T>& image, const Filter<T>& f, const Filter<T>& 
       for (int64_t h = top; h < bottom; ++h) {
         for (; middle_ready < std::min(height, h + 2); ++middle_ready) {
           for (; ready < std::min(height, middle_ready + 2); ++ready) {
-            std::copy_n(image.x + ((n * height + ready) * width + first) * f.in, (last - first) * f.in,
+            std::copy_n(image.at(n, ready, first, f.in), (last - first) * f.in,
                         ring.slot(ready) + (first - middle_first + 1) * f.in);
           }
           ring.rows(middle_ready - 1, 3, height, rows.data());
+          if (far && ready < height) {
+            strips.fetch(f, middle_last - middle_first, image.at(n, ready, first, f.in), (last - first) * f.in);
+          }
           T* to = middle.slot(middle_ready) + (middle_first - left + 1) * g.in;
           convolve_row(strips, f, rows.data(), middle_last - middle_first, [&](int64_t pixel, int64_t channel) {
-            return Finish<T>{to + pixel * g.in + channel, g.in, 0, nullptr, false, {}};
+            return Finish<T>{to + pixel * g.in + channel, g.in, 0, nullptr, false, {}, false};
           });
         }
         strips.flush();  // the middle is read next
         middle.rows(h - 1, 3, height, rows.data());
         convolve_row(strips, g, rows.data(), right - left, [&](int64_t pixel, int64_t channel) {
           const int64_t at = ((n * height + h) * width + left + pixel) * g.out + channel;
-          return Finish<T>{y + at, g.out, 0, nullptr, false, added.from(at)};
+          return Finish<T>{y + at, g.out, 0, nullptr, false, added.from(at), far};
         });
       }
     };

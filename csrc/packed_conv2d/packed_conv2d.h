@@ -84,6 +84,10 @@ template <class T>
 struct Image {
   int64_t n, height, width;
   const T* x;
+
+  const T* at(int64_t sample, int64_t row, int64_t column, int64_t channels) const {
+    return x + ((sample * height + row) * width + column) * channels;
+  }
 };
 
 // Added to a result after its activation; either may be null.
@@ -104,6 +108,7 @@ struct Finish {
   const Wide<T>* bias;  // may be null
   bool relu;
   Added<T> added;
+  bool far;  // y is no work space, which the caches hold
 };
 
 }  // namespace lorun::packed_conv2d

@@ -3,6 +3,7 @@
 // instructions than the processor looks ahead.
 #pragma once
 
+#include "common/ahead.h"
 #include "common/amx.h"
 
 #ifdef LORUN_AMX
@@ -118,12 +119,27 @@ void as_needed(const Waiting& w, const F& f) {
                       : f.template operator()<false, 2>();
 }
 
+// What is fetched during the products: rows of the image that are needed next, and where the strip's results will go.
+struct Fetch {
+  Ahead image, results;
+
+  bool pending() const {
+    return image.pending() || results.pending();
+  }
+
+  LORUN_INLINE inline void advance() {
+    image.advance();
+    results.advance();
+  }
+};
+
 // Sums of a strip, 16 * Tiles pixels of Blocks blocks of channels, and the results of another that waits.
-template <int Tiles, int Blocks, bool Relu, int Count>
+template <int Tiles, int Blocks, bool Relu, int Count, bool Fetching>
 LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t offset,
-                                     int64_t block, float* sums, const Waiting& waiting) {
+                                     int64_t block, float* sums, const Waiting& waiting, Fetch& fetch) {
   static_assert(Tiles * Blocks <= 4 && (Tiles <= 2 || Blocks == 1));
   Finisher<Relu, Count> meanwhile(waiting);
+  Fetch soon = fetch;  // in registers
   const int64_t kernel = f.kernel, steps = f.steps(), next = kPixels * f.stride * f.in, pitch = 2 * f.stride * f.in;
   const int64_t other = f.block_values(), at_once = (meanwhile.vectors() + kernel * steps - 1) / (kernel * steps);
   const BFloat16* weight = f.w + block * other;
@@ -167,9 +183,13 @@ LORUN_TARGET_AMX void multiply_tiles(const Filter<BFloat16>& f, const BFloat16* 
         tile_multiply_add<3, 4, 7>();
       }
       meanwhile.advance(at_once);
+      if constexpr (Fetching) {
+        soon.advance();
+      }
     }
   }
   meanwhile.rest();
+  fetch = soon;
   constexpr int64_t kSums = kPixels * kChannels;
   tile_store<0>(sums, 64);
   if constexpr (Tiles * Blocks >= 2) {
@@ -203,10 +223,11 @@ inline void shift_weight(const Filter<BFloat16>& f, BFloat16* to) {
 }
 
 // Sums of a strip of 64 pixels by pairs of pixels.
-template <bool Relu, int Count>
+template <bool Relu, int Count, bool Fetching>
 LORUN_TARGET_AMX void multiply_pairs(const Filter<BFloat16>& f, const BFloat16* const* rows, int64_t offset,
-                                     int64_t block, float* sums, const Waiting& waiting) {
+                                     int64_t block, float* sums, const Waiting& waiting, Fetch& fetch) {
   Finisher<Relu, Count> meanwhile(waiting);
+  Fetch soon = fetch;  // in registers
   const int64_t at_once = (meanwhile.vectors() + 5) / 6, next = kPixels * 2 * kPaired;
   const BFloat16 *first = f.w + block * f.block_values(), *second = f.shifted + block * f.block_values();
   tile_fence();
@@ -226,9 +247,13 @@ LORUN_TARGET_AMX void multiply_pairs(const Filter<BFloat16>& f, const BFloat16* 
       tile_multiply_add<2, 4, 7>();
       tile_multiply_add<3, 5, 7>();
       meanwhile.advance(at_once);
+      if constexpr (Fetching) {
+        soon.advance();
+      }
     }
   }
   meanwhile.rest();
+  fetch = soon;
   // Pixel by pixel again.
   constexpr int64_t kSums = 2 * kPixels * kChannels;
   tile_store<0>(sums, 128);
@@ -250,24 +275,37 @@ class TileStrips {
                int64_t blocks, const Finish<BFloat16>& to) {
     float* sums = sums_ + (second_ ? kSums / 2 : 0);
     const int64_t offset = first * f.stride * f.in;
+    if (to.far && block * kChannels % to.pitch == 0) {  // the first of a pixel's channels
+      fetch_.results = Ahead(to.y, pixels * to.pitch * sizeof(BFloat16), f.kernel * f.steps());
+    }
     int64_t tiles = (pixels + kPixels - 1) / kPixels;
-    as_needed(waiting_, [&]<bool Relu, int Count>() {
-      const auto with = [&](auto kernel) { kernel(f, rows, offset, block, sums, waiting_); };
+    const auto products = [&]<bool Relu, int Count, bool Fetching>() {
+      const auto with = [&](auto kernel) { kernel(f, rows, offset, block, sums, waiting_, fetch_); };
       if (tiles >= 3 && f.shifted != nullptr) {
         tiles = 4;
-        with(&multiply_pairs<Relu, Count>);
+        with(&multiply_pairs<Relu, Count, Fetching>);
       } else if (tiles >= 3) {
-        with(tiles == 4 ? &multiply_tiles<4, 1, Relu, Count> : &multiply_tiles<3, 1, Relu, Count>);
+        with(tiles == 4 ? &multiply_tiles<4, 1, Relu, Count, Fetching> : &multiply_tiles<3, 1, Relu, Count, Fetching>);
       } else if (tiles == 2) {
-        with(blocks == 2 ? &multiply_tiles<2, 2, Relu, Count> : &multiply_tiles<2, 1, Relu, Count>);
+        with(blocks == 2 ? &multiply_tiles<2, 2, Relu, Count, Fetching> : &multiply_tiles<2, 1, Relu, Count, Fetching>);
       } else if (blocks >= 3) {
-        with(blocks == 4 ? &multiply_tiles<1, 4, Relu, Count> : &multiply_tiles<1, 3, Relu, Count>);
+        with(blocks == 4 ? &multiply_tiles<1, 4, Relu, Count, Fetching> : &multiply_tiles<1, 3, Relu, Count, Fetching>);
       } else {
-        with(blocks == 2 ? &multiply_tiles<1, 2, Relu, Count> : &multiply_tiles<1, 1, Relu, Count>);
+        with(blocks == 2 ? &multiply_tiles<1, 2, Relu, Count, Fetching> : &multiply_tiles<1, 1, Relu, Count, Fetching>);
       }
+    };
+    as_needed(waiting_, [&]<bool Relu, int Count>() {
+      fetch_.pending() ? products.template operator()<Relu, Count, true>()
+                       : products.template operator()<Relu, Count, false>();
     });
     waiting_ = {sums, tiles * kPixels, pixels, to};
     second_ = !second_;
+  }
+
+  // During the row that follows, of `width` results: the values that the next row needs.
+  void fetch(const Filter<BFloat16>& f, int64_t width, const BFloat16* at, int64_t values) {
+    const int64_t strips = (width + kStrip - 1) / kStrip;
+    fetch_.image = Ahead(at, values * sizeof(BFloat16), strips * f.blocks() * f.kernel * f.steps());
   }
 
   void flush() {
@@ -280,6 +318,7 @@ class TileStrips {
   float* sums_;
   bool second_ = false;  // half of the sums is the next strip's
   Waiting waiting_{};
+  Fetch fetch_;
 };
 
 }  // namespace lorun::packed_conv2d

@@ -90,7 +90,7 @@ struct Space {
 void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFloat16* grad, const BFloat16* x,
               int64_t begin, int64_t end, float* sums) {
   const Shape down = p.down(), up = p.up();
-  const int64_t height = down.grad_height(), width = down.grad_width();
+  const int64_t height = down.grad_height(), width = down.grad_width(), steps = narrow_steps(f.down, width);
   std::fill_n(sums, down.sums() + up.sums(), 0.0f);
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({space.together, height - top, end - i});
@@ -101,7 +101,11 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
       for (; ready < j + p.kernel; ++ready) {
         lay_out_right(down, image, top - p.padding + ready, 1, space.down_right + ready * down.pitch() * kLanes);
       }
-      narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow);
+      Fetch fetch{{}, Ahead(g + (top + j) * width * p.out, width * p.out * sizeof(BFloat16), steps)};
+      if (const int64_t next = top - p.padding + ready; next >= 0 && next < p.height) {
+        fetch.x = Ahead(image + next * p.width * p.in, p.width * p.in * sizeof(BFloat16), steps);
+      }
+      narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow, fetch);
       add_sums(space.narrow, width, t, space.up_left);
       lay_out_right(up, g, top + j, 1, space.up_right + j * up.pitch() * kLanes);
       narrow_row(f.up, g, height, width, top + j, space.edge, space.narrow);

@@ -1,6 +1,7 @@
 // Both gradients by AMX (packed_factor_gradients.h).
 #pragma once
 
+#include "common/ahead.h"
 #include "common/amx.h"
 
 #ifdef LORUN_AMX
@@ -24,9 +25,14 @@ struct Under {
   const BFloat16* rows[packed_conv2d::kMaxKernel][4];
 };
 
+// Rows of both images that are needed next.
+struct Fetch {
+  Ahead x, grad;
+};
+
 // sums (16 * Tiles pixels, 16) of a convolution to at most 16 channels.
 template <int Tiles>
-LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under& under, float* sums) {
+LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under& under, float* sums, Fetch& fetch) {
   const int64_t values = f.steps() * kDepth, pitch = 2 * f.in;
   const BFloat16* weight = f.w;
   tile_fence();
@@ -39,6 +45,8 @@ LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under
         tile_load<4 + T % 2>(x[T] + j, pitch);
         tile_multiply_add<T, 4 + T % 2, 6>();
       });
+      fetch.x.advance();
+      fetch.grad.advance();
     }
   }
   unrolled<Tiles>([&]<int T>() LORUN_INLINE { tile_store<T>(sums + T * kLanes * kLanes, 64); });
@@ -49,10 +57,15 @@ inline int64_t tile_room(const Filter<BFloat16>& f) {
   return (kLanes - 1) * f.in + f.steps() * kDepth;
 }
 
+// Steps of the products that make `width` results.
+inline int64_t narrow_steps(const Filter<BFloat16>& f, int64_t width) {
+  return (width + 4 * kLanes - 1) / (4 * kLanes) * f.kernel * f.steps();
+}
+
 // Row h of a convolution of image (height, width, f.in), stride 1, to at most 16 channels: sums (result's width rounded
 // up to 16, 16). edge: work space of 4 * f.kernel * tile_room(f) values, for tiles that would leave the row.
 inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t height, int64_t width, int64_t h,
-                       BFloat16* edge, float* sums) {
+                       BFloat16* edge, float* sums, Fetch fetch = {}) {
   const int64_t results = f.result(width), room = tile_room(f);
   Under under;
   for (int64_t first = 0; first < results; first += 4 * kLanes) {
@@ -75,9 +88,9 @@ inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t
     }
     float* to = sums + first * kLanes;
     if (tiles > 2) {
-      tiles == 4 ? narrow_tiles<4>(f, under, to) : narrow_tiles<3>(f, under, to);
+      tiles == 4 ? narrow_tiles<4>(f, under, to, fetch) : narrow_tiles<3>(f, under, to, fetch);
     } else {
-      tiles == 2 ? narrow_tiles<2>(f, under, to) : narrow_tiles<1>(f, under, to);
+      tiles == 2 ? narrow_tiles<2>(f, under, to, fetch) : narrow_tiles<1>(f, under, to, fetch);
     }
   }
 }
