@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-_current = threading.local()
+
+class _Scope(threading.local):
+    def __init__(self):
+        # Set from the start: a graph would be guarded by their absence, and compiled again once they are there.
+        self.stage: int | Tensor | None = None
+        self.weights: dict[nn.Module, Tensor] | None = None
+        self.held: dict[nn.Module, tuple[Tensor, ...]] | None = None
+
+
+_current = _Scope()
 
 
 def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable, *args):
@@ -21,7 +30,7 @@ def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable,
 
     weights: the stage's merged weight of layers for which it is formed already.
     """
-    previous = getattr(_current, "stage", None), getattr(_current, "weights", None)
+    previous = _current.stage, _current.weights
     _current.stage, _current.weights = stage, weights
     try:
         return fn(*args)
@@ -31,7 +40,7 @@ def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable,
 
 def call_holding(held: dict[nn.Module, tuple[Tensor, ...]], fn: Callable, *args):
     """fn(*args) with the merged weights of all stages in scope, which every stage's call then takes its own from."""
-    previous = getattr(_current, "held", None)
+    previous = _current.held
     _current.held = held
     try:
         return fn(*args)
@@ -41,16 +50,16 @@ def call_holding(held: dict[nn.Module, tuple[Tensor, ...]], fn: Callable, *args)
 
 def held_weights(layers: Iterable[nn.Module], stage: int) -> dict[nn.Module, Tensor]:
     """Those in scope of these layers at a stage."""
-    held = getattr(_current, "held", None)
+    held = _current.held
     return {layer: held[layer][stage] for layer in layers if layer in held} if held else {}
 
 
 def current_stage() -> int | Tensor | None:
     """The stage in scope on this thread, or None."""
-    return getattr(_current, "stage", None)
+    return _current.stage
 
 
 def weight_in_scope(layer: nn.Module) -> Tensor | None:
     """The layer's merged weight of the stage in scope, or None where it is not formed."""
-    weights = getattr(_current, "weights", None)
+    weights = _current.weights
     return weights.get(layer) if weights else None

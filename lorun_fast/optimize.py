@@ -7,6 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -377,9 +379,29 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
 
 def _compile(net: OptimizedLoRun, device: torch.device) -> None:
     for module in dict.fromkeys(net.denoiser.copies):
-        # Freezing packs the weights for the CPU's convolutions and fuses what follows them; it makes constants of
-        # them, so every stage is a graph of its own. In place of forward, so that names and state stay as they are.
-        if device.type == "cpu":
-            module.compile(options={"freezing": True})
-        else:
-            module.compile()
+        # In place of the module's own call, as Module.compile() does, so that names and state stay as they are. That
+        # would compile nothing of a class of torch.nn itself, an nn.Sequential for one.
+        module._compiled_call_impl = _frozen(module) if device.type == "cpu" else partial(torch.compile(_call), module)
+
+
+def _call(module: nn.Module, *args, **kwargs):
+    return module._call_impl(*args, **kwargs)
+
+
+def _frozen(module: nn.Module) -> Callable:
+    """The module's call, compiled with its weights as constants: packed for the CPU's convolutions, whatever follows
+    fused to them.
+    """
+    from torch._inductor import config
+
+    # Code of its own: graphs belong to a function's code, which keeps some eight of them, and constants make each stage
+    # another one.
+    compiled = torch.compile(FunctionType(_call.__code__.replace(co_name="stage"), globals()))
+
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return module._call_impl(*args, **kwargs)
+        with config.patch(freezing=True):  # Dynamo too asks this, not torch.compile's options
+            return compiled(module, *args, **kwargs)
+
+    return call

@@ -162,6 +162,10 @@ class Stage(nn.Module):
         self.staged, self.stage = staged, stage
 
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            # A module's int is a constant to Dynamo: every stage would be a graph of its own.
+            with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+                return self.staged(z, stage=self.stage, sigma=sigma)
         return self.staged(z, stage=self.stage, sigma=sigma)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernels_help import needs_triton
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 import lorun_fast as lf
@@ -394,12 +395,37 @@ def test_the_photographs_fit_every_operator(op, channels, size):
     net.op(images)
 
 
-def test_compiled_stages_compute_the_same(x):
-    net = network(denoiser=nn.Conv2d(1, 1, 3, padding=1), stages=2)
-    fast, y = net.optimize(compile=True), net.op(x)
-    torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, z):
+        return z + self.second(torch.relu(self.first(z)))
+
+
+@pytest.mark.parametrize("denoiser", [Residual, lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU())])
+def test_every_stage_is_compiled_with_its_weights_frozen(x, denoiser):
+    stages = 10  # more graphs than torch keeps of one function
+    net = network(denoiser=denoiser(), stages=stages)
+    fast, y = net.optimize(compile=True, convolutions="direct", dtype=torch.float32), net.op(x)
+    counters.clear()
+    for _ in range(2):
+        torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
+    assert counters["stats"]["unique_graphs"] == stages
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in net.denoiser.base.modules())
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == convolutions * stages
     assert "frozen" in fast.report["torch.compile"][0]
     assert set(fast.state_dict()) == set(net.optimize().state_dict())
+
+
+def test_compiled_stages_inside_of_a_graph_and_copies_of_them(graph_counter, x):
+    fast = network(denoiser=Residual(), stages=2).optimize(compile=True)
+    y = fast.op(x)
+    expected = fast(y, size=SIZE)
+    torch.testing.assert_close(copy.deepcopy(fast)(y, size=SIZE), expected)
+    torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend=graph_counter)(y, size=SIZE), expected)
+    assert graph_counter.graphs == 1
 
 
 def test_the_report_has_a_line_for_each_choice():

@@ -227,6 +227,18 @@ def test_compile_without_graph_breaks_over_nine_stages(graph_counter):
     assert graph_counter.graphs <= 2
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_views_of_nine_stages_compile_into_two_graphs(graph_counter, merged):
+    """Stage 0, and one with the stage as a symbol: torch keeps eight graphs of a function at most."""
+    staged = staged_foreign(stages=9)
+    if merged:
+        staged.merge()
+    for stage in staged:
+        compiled = torch.compile(stage, fullgraph=True, backend=graph_counter)
+        torch.testing.assert_close(compiled(Z), stage(Z))
+    assert graph_counter.graphs == 2
+
+
 def test_merged_stages_are_plain_aten_and_no_size_compiles_again_for_ever(graph_counter):
     """Two graphs over nine stages; torch makes some more until sizes are symbols, and then none."""
     staged = lf.adapt(lf.ResUNet(channels=(4,), blocks=1), stages=9)
