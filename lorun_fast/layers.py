@@ -45,6 +45,7 @@ class AdaptedLayer:
     _transposed = False
     # No buffer: copies of a network whose buffers are paired in order, one of them merged, would not fit together.
     _merged: Tensor | None = None
+    _merged_stages: tuple[Tensor, ...] = ()  # its entries: an index makes a view, which costs some microseconds
     _merged_from: tuple[nn.Parameter | None, ...] = ()
 
     def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
@@ -70,10 +71,14 @@ class AdaptedLayer:
         """Whether the layer runs on merged weights: not with other parameters in place, as of functional_call."""
         if self._merged is None or torch.compiler.is_compiling():
             return self._merged is not None
-        return all(now is then for now, then in zip(self._own_parameters(), self._merged_from, strict=True))
+        # Asked for some times a call: no loop, which would cost as much as the rest of it.
+        weight, down, up = self._merged_from
+        now = self._parameters
+        return now.get("weight") is weight and now.get("down") is down and now.get("up") is up
 
-    def _own_parameters(self) -> tuple[nn.Parameter | None, ...]:
-        return tuple(self._parameters.get(name) for name in ("weight", "down", "up"))
+    def _take_merged(self, weights: Tensor) -> None:
+        self._merged, self._merged_stages = weights, weights.unbind()
+        self._merged_from = tuple(self._parameters.get(name) for name in ("weight", "down", "up"))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -86,7 +91,7 @@ class AdaptedLayer:
 
     def unmerge(self) -> None:
         """Drops the merged weights."""
-        self._merged, self._merged_from = None, ()
+        self._merged, self._merged_stages, self._merged_from = None, (), ()
 
     def stage_weight(self, stage: int | Tensor) -> Tensor:
         """The weight of one stage, or (N, *weight.shape) for a tensor (N,) of stages."""
@@ -99,7 +104,9 @@ class AdaptedLayer:
         check_given_stages(stage, self.stages)
         if isinstance(stage, Tensor) and not x.shape[0]:
             stage = 0  # any will do
-        weight, bias = self._merged[stage], self.bias
+        # In a graph the stage is a symbol.
+        plain = type(stage) is int and not torch.compiler.is_compiling()
+        weight, bias = (self._merged_stages if plain else self._merged)[stage], self.bias
         if weight.dtype != x.dtype and x.is_floating_point():
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return weight, bias
@@ -390,10 +397,12 @@ def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tupl
     return found
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
     """merge() of many layers at once."""
     for layer, weights in zip(layers, merged_weights(layers), strict=True):
-        layer._merged, layer._merged_from = weights, layer._own_parameters()
+        layer._take_merged(weights)
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
