@@ -129,7 +129,7 @@ def test_folders_with_other_files(tmp_path, model, capsys):
     (photos / "below").mkdir()
     assert main(["evaluate", str(model), str(photos)]) == 0
     captured = capsys.readouterr()
-    assert "skipped 1 files that are not images (notes.txt)" in captured.err
+    assert "skipped 1 files that are not images: notes.txt" in captured.err
     assert "mean of 1" in captured.out
 
 

@@ -574,3 +574,224 @@ def test_a_network_with_nan_restores_nothing(tmp_path, model, capsys):
     )
     assert "expected finite images, got NaN or infinite values" in line
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def _shots(folder, phi, shapes, seed=0):
+    """One measurement file per name, of so many blocks and without a name inside; the y of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    ys = {name: rng.random((M, *blocks), dtype=np.float32) for name, blocks in shapes.items()}
+    for name, y in ys.items():
+        path = folder / name
+        if path.suffix == ".mat":
+            savemat(path, {"meas": y})
+        elif path.suffix == ".npy":
+            np.save(path, y)
+        else:
+            np.savez(path, y=y, phi=phi, block_size=BLOCK)
+    return ys
+
+
+def _sizes_of_calls(monkeypatch):
+    """The shapes of y that the network is called with, as they come."""
+    seen, real = [], restoring.restore
+
+    def recorded(net, y, *args, **kwargs):
+        seen.append(y.shape)
+        return real(net, y, *args, **kwargs)
+
+    monkeypatch.setattr(restoring, "restore", recorded)
+    return seen
+
+
+def test_a_folder_of_measurements(tmp_path, model, phi, capsys, monkeypatch):
+    """Files of three kinds and two sizes: equal sizes share a batch, one summary over all."""
+    shapes = {"a.npz": (2, 3), "b.npy": (1, 2), "c.mat": (2, 3), "d.npz": (2, 3)}
+    ys = _shots(tmp_path / "ph", phi, shapes)
+    (tmp_path / "ph" / "notes.txt").write_text("mine")
+    (tmp_path / "ph" / ".hidden.npz").write_text("not mine")
+    (tmp_path / "ph" / "below").mkdir()
+    seen = _sizes_of_calls(monkeypatch)
+    out = tmp_path / "out"
+    command = ["restore", tmp_path / "ph", "-o", out, "--model", model, "--batch", 2, "--bits", 16]
+    text = accepted(capsys, *command)
+    assert seen == [(2, M, 2, 3), (1, M, 2, 3), (1, M, 1, 2)]
+    assert f"4 images of 4 files into {out}" in text and text.count("images/s") == 1 and text.count("MiB") == 1
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+    for name, y in ys.items():
+        want = _restored(model, y[None], None)[0]
+        np.testing.assert_allclose(images.load((out / name).with_suffix(".png"), "y"), want, atol=1e-4)
+    before = contents(out)
+    main([str(word) for word in [*command, "--tile", 40]])
+    assert "skipped 1 files that are not measurements (.npz, .npy, .mat): notes.txt" in capsys.readouterr().err
+    assert contents(out) == before  # images below a tile's side
+
+
+def test_several_files_with_several_images(tmp_path, model, capsys, monkeypatch):
+    """Gray and colour, files and a folder, some named twice: as each would be restored alone."""
+    (tmp_path / "ph").mkdir()
+    sizes = {"one": [(16, 16), (19, 30)], "two": [(16, 16), (16, 16), (19, 30)], "three": [(16, 16)]}
+    for i, (name, shapes) in enumerate(sizes.items()):
+        for k, shape in enumerate(shapes):
+            picture(tmp_path / name / f"{name}{k}.png", *shape, mode="RGB", seed=10 * i + k)
+        more = ("--colour", "channels") if name == "two" else ()
+        accepted(capsys, "measure", tmp_path / name, "--model", model, "-o", tmp_path / "ph" / f"{name}.npz", *more)
+        accepted(capsys, "restore", tmp_path / "ph" / f"{name}.npz", "-o", tmp_path / "alone", "--model", model)
+    seen = _sizes_of_calls(monkeypatch)
+    named = (tmp_path / "ph" / "two.npz", tmp_path / "ph", tmp_path / "ph" / "one.npz")
+    text = accepted(capsys, "restore", *named, "-o", tmp_path / "out", "--model", model, "--batch", 4)
+    assert "6 images of 3 files" in text
+    assert sum(shape[0] for shape in seen) == 2 + 3 * 3 + 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_each_file_is_read_once_to_check_it_and_once_to_restore_it(tmp_path, model, phi, capsys, monkeypatch):
+    """Memory does not grow with the number of files, and a single one is read only once."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "ph").mkdir()
+    for name in "ab":
+        ys = {f"y_{i}": rng.random((M, 1, 1 + i % 2), dtype=np.float32) for i in range(4)}
+        np.savez(tmp_path / "ph" / f"{name}.npz", **ys)
+    read, real = [], measurements.Raw
+    monkeypatch.setattr(measurements, "Raw", lambda path, key=None: read.append(path.name) or real(path, key))
+    accepted(capsys, "restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--batch", 2)
+    assert read == ["a.npz", "b.npz"] * 2
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{n}_{i}.png" for n in "ab" for i in range(4)]
+    read.clear()
+    accepted(capsys, "restore", tmp_path / "ph" / "a.npz", "-o", tmp_path / "out", "--model", model, "--batch", 2)
+    assert read == ["a.npz"]
+
+
+def test_names_of_several_files_do_not_collide(tmp_path, model, capsys):
+    """A name that several files use gets the file's in front; others stay as they are."""
+    y = np.zeros((M, 1, 1), np.float32)
+    for folder, name in (("p", "y1"), ("p", "y2"), ("q", "shot"), ("r", "shot")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        named = {"name": ["a", f"own{name}"]} if folder == "p" else {}
+        np.savez(tmp_path / folder / f"{name}.npz", y=np.stack([y, y]) if named else y, **named)
+    np.save(tmp_path / "p" / "A.npy", y)
+    np.savez(tmp_path / "p" / "z.npz", y=y, name="y1_a")
+    accepted(capsys, "restore", *(tmp_path / f for f in "pqr"), "-o", tmp_path / "out", "--model", model)
+    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == [
+        "A", "owny1", "owny2", "shot_npz", "shot_npz_2", "y1_a_png", "y1_a_png_2", "y2_a",
+    ]  # fmt: skip
+
+
+BAD_FOLDERS = {
+    "nothing": ([], "expected measurements (.npz, .npy, .mat) in"),
+    "other files": (["notes.txt"], "got 1 other files"),
+    "photographs": (["a.png", "b.jpg"], "`lorun-fast measure` makes them from photographs, `lorun-fast evaluate`"),
+    "truncated": (["a.npz", "cut.npz", "z.npz"], "cut.npz"),
+    "empty": (["a.npz", "empty.npy"], "empty.npy"),
+    "broken .mat": (["a.npz", "broken.mat"], "broken.mat"),
+    "another ratio": (["a.npz", "ratio.npz"], "ratio.npz: expected y of shape (m, rows, columns) with m = 16"),
+    "another Phi": (["a.npz", "phi.npz"], "phi.npz: expected the Phi that"),
+    "another task": (["a.npz", "task.npz"], "task.npz: expected task 'cs'"),
+    "half a colour image": (["a.npz", "half.npz"], "half.npz: expected channels R, G and B"),
+    "NaN": (["a.npz", "nan.npz"], "nan.npz: y: expected finite values"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_folder_that_does_not_fit_is_refused_before_anything_is_written(case, tmp_path, model, phi, capsys):
+    names, message = BAD_FOLDERS[case]
+    folder = tmp_path / "ph"
+    folder.mkdir()
+    y = _zeros(M, 1, 1)
+    special = {
+        "ratio.npz": {"y": _zeros(M + 1, 1, 1)},
+        "phi.npz": {"y": y, "phi": phi[::-1]},
+        "task.npz": {"y": y, "task": "sr"},
+        "half.npz": {"y": np.stack([y, y]), "name": ["a", "a"], "channel": ["R", "G"]},
+        "nan.npz": {"y": y + np.nan},
+    }
+    for name in names:
+        if name.endswith((".png", ".jpg")):
+            picture(folder / name)
+        elif name.endswith(".npz"):
+            np.savez(folder / name, **special.get(name, {"y": y}))
+        else:
+            (folder / name).write_bytes(b"MATLAB 5.0 MAT-file, broken" if name == "broken.mat" else b"")
+    if "cut.npz" in names:
+        (folder / "cut.npz").write_bytes((folder / "a.npz").read_bytes()[:-100])
+    before = contents(tmp_path)
+    line = refused(capsys, "restore", folder, "-o", tmp_path / "out", "--model", model)
+    assert message in line, line
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+    if case == "photographs":  # and one of them by name
+        assert "`lorun-fast measure`" in refused(capsys, "restore", folder / "a.png", "-o", tmp_path / "out")
+    if len(names) > 1 and case != "photographs":  # the others are as they should be
+        files = [folder / name for name in names if name in ("a.npz", "z.npz")]
+        accepted(capsys, "restore", *files, "-o", tmp_path / "out", "--model", model)
+
+
+def test_a_file_that_vanishes_during_the_work_is_one_line(tmp_path, model, phi, capsys, monkeypatch):
+    _shots(tmp_path / "ph", phi, {f"{i}.npz": (1, 1) for i in range(5)})
+    real = restoring.restore
+
+    def restored(*args, **kwargs):
+        (tmp_path / "ph" / "4.npz").unlink(missing_ok=True)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(restoring, "restore", restored)
+    line = refused(capsys, "restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--batch", 1)
+    assert "4.npz: no such file" in line
+    written = contents(tmp_path / "out")
+    assert "0.png" in written and all(data.endswith(b"IEND\xaeB`\x82") for data in written.values())
+
+
+def test_the_first_file_chooses_the_network_of_all(tmp_path, capsys, monkeypatch):
+    for name, ratio in (("cs-25", 0.25), ("cs-10", 0.1)):
+        tiny_network(tmp_path / "weights" / f"{name}.safetensors", ratio=ratio)
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path / "weights")
+    for i in range(3):
+        picture(tmp_path / "photos" / f"{i}.png", seed=i)
+        accepted(
+            capsys, "measure", tmp_path / "photos" / f"{i}.png", "--ratio", "10", "-o", tmp_path / f"{i}.npz",
+            *(("--gaussian", "--block-size", BLOCK) if i == 2 else ()),
+        )  # fmt: skip
+    files = [tmp_path / f"{i}.npz" for i in range(2)]
+    assert "cs-10" in accepted(capsys, "restore", *files, "-o", tmp_path / "out")
+    accepted(capsys, "measure", tmp_path / "photos" / "0.png", "--ratio", "25", "-o", tmp_path / "25.npz")
+    assert "as in cs-10" in refused(capsys, "restore", *files, tmp_path / "25.npz", "-o", tmp_path / "out")
+
+
+def test_use_file_phi_of_several_files(tmp_path, model, capsys):
+    """Each file's own Phi; files of one Phi may share a batch, others do not."""
+    nets = [tiny_network(tmp_path / f"{i}.safetensors", seed=20 + i) for i in range(2)]
+    for i, name in enumerate(("a", "b", "c")):
+        picture(tmp_path / f"{name}.png", seed=i)
+        accepted(capsys, "measure", tmp_path / f"{name}.png", "--model", nets[i % 2], "-o", tmp_path / f"{name}.npz")
+    text = accepted(
+        capsys, "restore", *(tmp_path / f"{n}.npz" for n in "abc"), "-o", tmp_path / "out", "--model", model,
+        "--use-file-phi", "--batch", 3, "--bits", 16,
+    )  # fmt: skip
+    assert "and 1 more" in text
+    net = lf.load(model)
+    for i, name in enumerate(("a", "b", "c")):
+        y = torch.from_numpy(_y(tmp_path / f"{name}.npz")["y"])
+        with torch.inference_mode():
+            want = net(y, op=lf.load(nets[i % 2]).op, size=(24, 32)).clamp(0, 1).numpy()[0]
+        np.testing.assert_allclose(images.load(tmp_path / "out" / f"{name}.png", "y"), want, atol=1e-4)
+
+
+def test_the_key_of_several_files_needs_a_mat_file(tmp_path, model, phi, capsys):
+    _shots(tmp_path / "ph", phi, {"a.npz": (1, 1), "b.npz": (1, 1)})
+    line = refused(capsys, "restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--key", "meas")
+    assert "--key: expected a .mat file beside it, got" in line
+    _shots(tmp_path / "ph", phi, {"c.mat": (1, 1)})
+    accepted(capsys, "restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--key", "meas")
+
+
+def test_restored_beside_the_measurements_of_a_folder(tmp_path, model, capsys):
+    """Pictures of another file's images, or made by the command, are no originals of this one."""
+    ph = tmp_path / "ph"
+    for name in "ab":
+        picture(ph / f"{name}.png")
+        accepted(capsys, "measure", ph / f"{name}.png", "--model", model, "-o", ph / f"{name}.npz")
+    line = refused(capsys, "restore", ph, "-o", ph, "--model", model)
+    assert "where the measurements lie, with a.png" in line
+    for name in "ab":
+        (ph / f"{name}.png").unlink()
+    for _ in range(2):
+        accepted(capsys, "restore", ph, "-o", ph, "--model", model)

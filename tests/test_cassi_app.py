@@ -151,6 +151,27 @@ def test_a_real_measurement_with_its_own_mask(files, model, capsys):
     assert "expected a complete .mat file, got" in refused(capsys, "restore", files / "cut.mat", *options)
 
 
+def test_a_folder_of_real_measurements(files, model, capsys):
+    """Each file in its own units, all through one mask, by one command; not over the measurements themselves."""
+    op = lf.CASSI(torch.from_numpy(mask(seed=3)), BANDS, STEP)
+    real = files / "real"
+    real.mkdir()
+    ys = {n: op(torch.from_numpy(cube(seed=n)[None])) for n in range(3)}
+    for n, y in ys.items():
+        savemat(real / f"scene{n}.mat", {"meas": (10.0**n * y[0]).numpy()})
+    options = (real, "--model", model, "--mask", files / "mask.npy", "--scale", "auto")
+    text = accepted(capsys, "restore", *options, "-o", files / "out", "--batch", 2)
+    assert "3 images of 3 files" in text and "4 bands, step 2, mask 12 x 16" in text and "more" not in text
+    for n, y in ys.items():
+        with torch.no_grad():
+            want = lf.load(model)(y * (0.8 * BANDS / STEP / float(y.max())), op=op)[0].numpy()
+        np.testing.assert_allclose(np.load(files / "out" / f"scene{n}.npy"), want, atol=1e-4)
+    before = contents(real)
+    line = refused(capsys, "restore", *options, "-o", real, "--cube", "mat")
+    assert "where the measurements lie, with scene0.mat, scene1.mat, scene2.mat: choose another" in line
+    assert contents(real) == before
+
+
 def test_restore_refuses_what_does_not_fit(files, model, capsys):
     measured(capsys, files, files / "a.npy", "--mask", files / "mask.npy")
     with np.load(files / "y.npz") as loaded:

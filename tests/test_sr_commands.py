@@ -16,6 +16,7 @@ from sr_help import random_kernels, tiny_sr_network
 
 import lorun_fast as lf
 from lorun_fast.apps import images
+from lorun_fast.apps.cli import main
 from lorun_fast.apps.tasks.sr import kernels, protocol
 
 
@@ -122,6 +123,34 @@ def test_a_picture_that_was_measured_already(tmp_path, model, kernel, capsys):
         pictures.append(images.load(tmp_path / "out" / "small.png", "channels"))
     np.testing.assert_array_equal(pictures[0], pictures[1])
     assert np.abs(pictures[0] - pictures[2]).max() > 1 / 255
+
+
+def test_files_keep_their_own_kernels_edges_and_noise(tmp_path, model, kernel, capsys):
+    (other,) = random_kernels((5, 5))
+    np.save(tmp_path / "other.npy", other)
+    (tmp_path / "ph").mkdir()
+    files = {
+        "a": ("k", "--measured", "--noise", 0.2),
+        "b": ("k",),
+        "c": ("other", "--noise", 0.2),
+        "d": ("k",),
+        "e": ("other", "--noise", 0.2),
+    }
+    for i, (name, (k, *more)) in enumerate(files.items()):
+        picture(tmp_path / f"{name}.png", 16, 20, seed=i)
+        accepted(capsys, "measure", "sr", tmp_path / f"{name}.png", "--kernel", tmp_path / f"{k}.npy", "--scale", 2,
+                 *more, "-o", tmp_path / "ph" / f"{name}.npz")  # fmt: skip
+        accepted(capsys, "restore", tmp_path / "ph" / f"{name}.npz", "-o", tmp_path / "alone", "--model", model)
+    command = ["restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--batch", 1]
+    assert main([str(word) for word in command]) == 0
+    printed = capsys.readouterr()
+    assert "and 2 more" in printed.out and "5 images of 5 files" in printed.out
+    assert printed.err.count("beyond the 25/255") == 2  # said once per operator and level, not once per file
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    accepted(capsys, *command[:-1], 2)  # b and d share a batch
+    for name in files:
+        got, want = (images.load(tmp_path / f / f"{name}.png", "y") for f in ("out", "alone"))
+        np.testing.assert_allclose(got, want, atol=1.1 / 255)
 
 
 @pytest.mark.parametrize("edges", ["wrap", "reflect"])

@@ -1,19 +1,49 @@
-"""Output files that are complete or absent, and names that do not collide."""
+"""The files that folders stand for, output files that are complete or absent, and names that do not collide."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.progress import note
 
 
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
+
+
+def find(arguments: Sequence[Path], suffixes: Collection[str], what: str, one: str, hint: str = "") -> list[Path]:
+    """The files that these files and folders name, each once; folders in alphabetical order, not below.
+
+    suffixes: of the files that a folder stands for, lower case; others in it are left out with a note, hidden ones
+        without. what, one: what the files are, for messages ("images", "an image"). hint: said where a folder has none.
+    Raises UserError for a name that does not exist, a folder that cannot be read and one without such files.
+    """
+    found: dict[Path, Path] = {}
+    for argument in arguments:
+        try:
+            paths = sorted(p for p in argument.iterdir() if p.is_file()) if argument.is_dir() else [argument]
+        except OSError as error:
+            raise UserError(f"expected a readable folder, got {argument}: {_reason(error)}") from error
+        if argument.is_dir():
+            paths = [p for p in paths if not p.name.startswith(".")]
+            others = [p.name for p in paths if p.suffix.lower() not in suffixes]
+            paths = [p for p in paths if p.suffix.lower() in suffixes]
+            if not paths:
+                raise UserError(f"expected {what} in {argument}, got {len(others) or 'no'} other files{hint}")
+            if others:
+                shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+                note(f"{argument}: skipped {len(others)} files that are not {what}: {shown}")
+        elif not argument.exists():
+            raise UserError(f"expected {one} or a folder of {what}, got {argument}: no such file")
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 @contextmanager

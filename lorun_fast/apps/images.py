@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from lorun_fast.apps import files
 from lorun_fast.apps.errors import UserError, first_line
-from lorun_fast.apps.files import replacing
 from lorun_fast.apps.progress import note
 
 SUFFIXES = frozenset(
@@ -23,31 +23,8 @@ COLOURS = ("y", "channels")
 
 
 def find(arguments: Sequence[Path]) -> list[Path]:
-    """The image files that these files and folders name, each once; folders in alphabetical order, not below.
-
-    Other files in a folder are left out with a note. Raises UserError for a name that does not exist and for a
-    folder without images.
-    """
-    found: dict[Path, Path] = {}
-    for argument in arguments:
-        try:
-            files = sorted(p for p in argument.iterdir() if p.is_file()) if argument.is_dir() else [argument]
-        except OSError as error:
-            raise UserError(f"expected a readable folder, got {argument}: {(error.strerror or '').lower()}") from error
-        if argument.is_dir():
-            files = [p for p in files if not p.name.startswith(".")]
-            others = [p.name for p in files if p.suffix.lower() not in SUFFIXES]
-            files = [p for p in files if p.suffix.lower() in SUFFIXES]
-            if not files:
-                raise UserError(f"expected images in {argument}, got {len(others) or 'no'} other files")
-            if others:
-                shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-                note(f"{argument}: skipped {len(others)} files that are not images ({shown})")
-        elif not argument.exists():
-            raise UserError(f"expected an image or a folder of images, got {argument}: no such file")
-        for path in files:
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+    """The image files that these files and folders name. Raises as :func:`files.find`."""
+    return files.find(arguments, SUFFIXES, "images", "an image")
 
 
 def load(path: Path, colour: str) -> np.ndarray:
@@ -123,7 +100,7 @@ def save(path: Path, image: np.ndarray, bits: int = 8) -> None:
     levels = 2**bits - 1
     pixels = np.rint(np.clip(image, 0, 1).astype(np.float64) * levels).astype(np.uint16 if bits == 16 else np.uint8)
     pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    with replacing(path) as f:
+    with files.replacing(path) as f:
         if bits == 16:
             _write_png16(f, pixels)
         else:

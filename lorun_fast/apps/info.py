@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     # The file first: an unknown one must not hide below a page of versions.
     if not args.model:
         text = _shipped()
-    elif Path(args.model).suffix.lower() in (".npz", ".npy", ".mat"):
+    elif Path(args.model).suffix.lower() in measurements.SUFFIXES:
         text = _measurements(Path(args.model))
     else:
         text = _model(args.model)

@@ -24,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import matlab
+from lorun_fast.apps import files, images, matlab
 from lorun_fast.apps.errors import UserError, first_line
-from lorun_fast.apps.files import replacing
-from lorun_fast.apps.progress import note
 
+SUFFIXES = (".npz", ".npy", ".mat")
 CHANNELS = ("R", "G", "B")
-_KEYS = ("size", "name", "channel", "task", "noise")
+_WANTED = f"measurements ({', '.join(SUFFIXES)})"
+_FROM_IMAGES = "; `lorun-fast measure` makes them from photographs, `lorun-fast evaluate` measures and restores"
+KEYS = ("y", "size", "name", "channel", "task", "noise")
 
 
 @dataclass
@@ -45,15 +46,24 @@ class Measurement:
 
 @dataclass
 class MeasurementFile:
-    """What one file holds. operator: the arrays that describe Phi, by key; possibly none."""
+    """What one file holds.
+
+    operator: the arrays that describe Phi, by key; possibly none. factor: on y, before it is restored.
+    unknown: keys that nothing asks for.
+    """
 
     items: list[Measurement]
     operator: dict[str, np.ndarray] = field(default_factory=dict)
     task: str | None = None
     noise: float = 0.0
+    factor: float = 1.0
+    unknown: tuple[str, ...] = ()
 
-    def pictures(self) -> list[list[int]]:
-        """Indices of the items that make up one picture each: one of a gray image, R, G and B of a colour image."""
+    def pictures(self, path: Path) -> list[list[int]]:
+        """Indices of the items that make up one picture each: one of a gray image, R, G and B of a colour image.
+
+        Raises UserError, which names ``path``, where channels are missing or differ in size.
+        """
         groups: dict[tuple[str, int], list[int]] = {}
         seen: dict[tuple[str, str], int] = {}
         for i, item in enumerate(self.items):
@@ -63,11 +73,20 @@ class MeasurementFile:
         for (name, _), group in groups.items():
             channels = [self.items[i].channel for i in group]
             if channels != [""] and sorted(channels) != sorted(CHANNELS):
-                raise UserError(f"expected channels R, G and B of image {name!r}, got {', '.join(channels)}")
+                raise UserError(f"{path}: expected channels R, G and B of image {name!r}, got {', '.join(channels)}")
             if len({(self.items[i].size, self.items[i].y.shape) for i in group}) > 1:
-                raise UserError(f"expected one size for the channels of image {name!r}, got different ones")
+                raise UserError(f"{path}: expected one size for the channels of image {name!r}, got different ones")
             group.sort(key=lambda i: ("", *CHANNELS).index(self.items[i].channel))
         return list(groups.values())
+
+
+def find(arguments: Sequence[Path]) -> list[Path]:
+    """The measurement files that these files and folders name. Raises as :func:`files.find`, and for images."""
+    found = files.find(arguments, SUFFIXES, _WANTED, "a measurement file", _FROM_IMAGES)
+    for path in found:
+        if path.suffix.lower() in images.SUFFIXES:
+            raise UserError(f"expected {_WANTED}, got the image {path}{_FROM_IMAGES}")
+    return found
 
 
 def write(path: Path, file: MeasurementFile) -> None:
@@ -83,7 +102,7 @@ def write(path: Path, file: MeasurementFile) -> None:
         arrays["channel"] = np.array([item.channel for item in file.items], dtype=np.str_)
     arrays["noise"] = np.float64(file.noise)
     arrays["task"] = np.str_(file.task)
-    with replacing(path) as f:
+    with files.replacing(path) as f:
         np.savez(f, **arrays, **file.operator)
 
 
@@ -159,16 +178,14 @@ def _check(
     for name in names:
         if name.strip() in ("", ".", "..") or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
             raise UserError(f"{path}: name: expected a plain file name, got {name!r}")
-    known = {"y", *_KEYS, *operator_keys}
-    unknown = sorted(key for key in arrays if key not in known and not _is_numbered(key))
-    if unknown:
-        note(f"{path}: ignored keys {', '.join(unknown)}; known ones are {', '.join(['y', *_KEYS, *operator_keys])}")
+    known = {*KEYS, *operator_keys}
     noise = np.asarray(arrays.get("noise", 0.0))
     return MeasurementFile(
         items=[Measurement(*parts) for parts in zip(names, ys, sizes, channels, strict=True)],
         operator={key: arrays[key] for key in operator_keys if key in arrays},
         task=task,
         noise=float(noise) if noise.ndim == 0 and noise.dtype.kind in "fiu" else 0.0,
+        unknown=tuple(sorted(key for key in arrays if key not in known and not _is_numbered(key))),
     )
 
 

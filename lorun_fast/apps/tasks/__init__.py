@@ -12,10 +12,12 @@ itself offers
     default_model(file)                     the shipped network for a measurement file
     add_restore_arguments(parser)           options of ``restore`` of its own
     operator_for(file, op, path, model, args)   checks that measurements fit a network whose operator is ``op``; the
-                                            operator to restore them with, or None for the network's own
+                                            operator to restore them with, or None for the network's own. May set
+                                            the file's factor and, in args, what an option leaves to the file
     sigma(file, args)                       the noise level to give a network that takes one
     restore(net, y, size, how, *, op, sigma, args)  optional: what ``restore`` runs instead of restoring.restore
     save(path, x, args)                     writes a restored (C, H, W) under this name without suffix
+    suffixes(args)                          of the files that save writes under just this name
 """
 
 from __future__ import annotations

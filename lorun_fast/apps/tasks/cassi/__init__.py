@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,7 @@ def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def operator_for(file: MeasurementFile, op: CASSI, path: Path, model: str, args: argparse.Namespace) -> CASSI | None:
-    """The operator of the file's mask, or of --mask; None for the network's own. Scales y by --scale.
+    """The operator of the file's mask, or of --mask; None for the network's own. --scale becomes the file's factor.
 
     Raises UserError when bands, mask, step, the shape of y or an image size do not fit the network or one another.
     """
@@ -111,12 +110,17 @@ def operator_for(file: MeasurementFile, op: CASSI, path: Path, model: str, args:
         if brightest <= 0:
             raise UserError(f"{path}: expected a positive y for --scale auto, got at most {brightest:g}")
         factor = _AUTO_PEAK * bands / max(1, step) / brightest
-    file.items[:] = [dataclasses.replace(item, y=item.y * np.float32(factor)) for item in file.items]
+    file.factor = factor
     return chosen
 
 
 def sigma(file: MeasurementFile, args: argparse.Namespace) -> None:
     """These networks take no noise level."""
+
+
+def suffixes(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the files named after a measurement that :func:`save` writes."""
+    return ".png", f".{args.cube}"
 
 
 def save(path: Path, x: np.ndarray, args: argparse.Namespace) -> list[Path]:

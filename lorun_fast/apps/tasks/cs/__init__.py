@@ -134,6 +134,11 @@ def sigma(file: MeasurementFile, args: argparse.Namespace) -> None:
     """These networks take no noise level."""
 
 
+def suffixes(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the files that :func:`save` writes."""
+    return (".png",)
+
+
 def save(path: Path, x: np.ndarray, args: argparse.Namespace) -> None:
     """One PNG."""
     images.save(path.with_name(f"{path.name}.png"), x, args.bits)

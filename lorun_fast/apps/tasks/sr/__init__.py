@@ -127,6 +127,11 @@ def restore(
     return pictures.restore(net, y, size, how, op=op, sigma=sigma, edges=args.edges, tile=args.tile)
 
 
+def suffixes(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the files that :func:`save` writes."""
+    return (".png",)
+
+
 def save(path: Path, x: np.ndarray, args: argparse.Namespace) -> None:
     """One PNG, gray or colour."""
     images.save(path.with_name(f"{path.name}.png"), x, args.bits)
