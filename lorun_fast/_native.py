@@ -26,11 +26,18 @@ _CPUS = ("baseline", "avx2", "avx512", "", None)
 WISHES = ("auto", "reference", "aten", "packed", "triton", "winograd")
 
 
+def _is_command() -> bool:
+    """Whether the process is one of this project's commands, which cannot catch what importing this package raises."""
+    started = (getattr(sys, "argv", None) or [""])[0]
+    if started == "-m":  # while python imports the packages above the module, to find it
+        return any(word.removeprefix("-m").startswith("lorun_fast.") for word in sys.orig_argv)
+    path = Path(started)
+    return path.stem == "lorun-fast" or path.resolve().parent == Path(__file__).resolve().parents[1] / "benchmarks"
+
+
 def _refuse(message: str) -> NoReturn:
-    """Raises ValueError; ends ``lorun-fast``, which is imported as a part of this package and cannot catch it."""
-    started = getattr(sys, "argv", None) or [""]
-    module = started[0] == "-m" and any(word.endswith("lorun_fast.apps") for word in sys.orig_argv)
-    if module or Path(started[0]).stem == "lorun-fast":
+    """Raises ValueError; ends this project's commands with one line and status 2."""
+    if _is_command():
         print(f"lorun-fast: error: {message}", file=sys.stderr)
         raise SystemExit(2)
     raise ValueError(message)

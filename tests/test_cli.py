@@ -214,6 +214,27 @@ def test_a_wrong_environment_is_one_line(variable, tmp_path):
     program = "try:\n import lorun_fast\nexcept ValueError as e:\n print(e)"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith(f"{variable}: expected one of ") and done.returncode == 0, done.stderr
+    # Somebody's own module, of any name, may catch it.
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(program)
+    environment["PYTHONPATH"] = str(Path(_native.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "lorun_fast.apps"], cwd=tmp_path, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{variable}: expected one of ") and done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["benchmarks", "benchmarks.training_memory", "lorun_fast.kernels.tune", "lorun_fast.kernels.check"]
+)
+def test_a_wrong_environment_is_one_line_in_the_tools_too(module):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "LORUN_BACKEND": "fastest"}
+    done = subprocess.run([sys.executable, "-m", module], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"lorun-fast: error: LORUN_BACKEND: expected one of [a-z, ]+, got 'fastest'\n", done.stderr)
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
