@@ -338,6 +338,25 @@ def test_a_named_backend_that_is_missing_is_an_error_and_one_that_declines_is_no
     assert served["backend"] in ("aten", "packed") and "triton: no compiler" in served["reason"]
 
 
+def test_a_named_backend_without_its_device_is_an_error_where_there_is_no_such_device(monkeypatch):
+    p = problem(stages=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = (
+        "LORUN_BACKEND=triton: expected a backend that runs here, got none: it needs cuda, which torch does not find"
+    )
+    with lf.use_backend("triton"):
+        for call in (lambda: lf.functional.lora_conv2d(**p), lambda: _backends.choose("lora_merge", "cpu", ())):
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
+        assert served["backend"] in ("aten", "packed") and "triton: it needs cuda" in served["reason"]
+        # Where the device exists, what lies on another goes by the table.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        lf.functional.lora_conv2d(**p)
+        assert "triton" not in lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]["reason"]
+    lf.functional.lora_conv2d(**p)
+
+
 def test_what_the_variable_may_say(monkeypatch):
     monkeypatch.setattr(_native, "WISH", "reference")
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from lorun_fast import _native
 
 
@@ -57,7 +59,8 @@ def use_backend(name: str) -> Iterator[None]:
     """With it, a backend of the LoRA ops goes before the table, as under ``LORUN_BACKEND``; "auto": the table alone.
 
     For all threads of the process, since backward passes may run in others; ops that no LoRA layer calls, and what is
-    compiled already, stay as they are. Raises ValueError for a name that no backend has.
+    compiled already, stay as they are. Raises ValueError for a name that no backend has; calls under one that cannot
+    run on this machine raise RuntimeError.
     """
     if name not in _native.WISHES:
         raise ValueError(f"name: expected one of {', '.join(_native.WISHES)}, got {name!r}")
@@ -68,18 +71,26 @@ def use_backend(name: str) -> Iterator[None]:
         _native.WISH = before
 
 
+def _no_device(backend: Backend) -> str | None:
+    """Why the backend can serve no call on this machine, whatever the call's device; None where it could."""
+    if "cpu" in backend.devices or torch.cuda.is_available():
+        return None
+    return f"it needs {' or '.join(backend.devices)}, which torch does not find"
+
+
 def named(op: str, device: str) -> Backend | None:
     """The backend that LORUN_BACKEND names, None where the op has none of this name on this device.
 
-    Raises RuntimeError when it cannot run here.
+    Raises RuntimeError when it cannot run here, also for calls on another device where its own does not exist.
     """
     backend = BACKENDS[op].get(_native.WISH)
-    if backend is None or device not in backend.devices:
+    if backend is None:
         return None
-    reason = backend.missing()
+    here = device in backend.devices
+    reason = backend.missing() if here else _no_device(backend)
     if reason is not None:
         raise RuntimeError(f"LORUN_BACKEND={backend.name}: expected a backend that runs here, got none: {reason}")
-    return backend
+    return backend if here else None
 
 
 def choose(op: str, device: str, args: tuple) -> Backend:
@@ -109,8 +120,11 @@ def served(op: str, device: str) -> tuple[str, str]:
     order = ([wish] if wish else []) + [row.backend for row in rows] + [REFERENCE]
     best = next(name for name in order if missing[name] is None)
     reasons = []
+    elsewhere = None if wish else BACKENDS[op].get(_native.WISH)
     if wish:
         reasons.append(f"LORUN_BACKEND={wish}")
+    elif elsewhere is not None and (reason := _no_device(elsewhere)):
+        reasons.append(f"LORUN_BACKEND={elsewhere.name}: {reason}")
     for name in known:
         if name in (best, REFERENCE):
             continue
