@@ -132,9 +132,13 @@ def step_of(y, args):
     return lambda net: net.prox(x, y, net.mu[0]).sum().backward()
 
 
+def compared(before: float, after: float) -> str:
+    return f"{before / after:.1f}x faster" if after <= before else f"{after / before:.1f}x slower"
+
+
 def report(name: str, times: list[float]) -> None:
     before, after = (f"{1000 * t:.1f} ms" for t in times)
-    print(f"{name:<34}{before:>12}  {after:>12}  {times[0] / times[1]:.1f}x faster")
+    print(f"{name:<34}{before:>12}  {after:>12}  {compared(*times)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,15 @@ def test_a_foreign_network_restores_the_same_image(printed):
     assert [row.split("  ")[0] for row in rows] == [
         "prox step, forward and backward", "training", "inference, merged", "parameters",
     ]  # fmt: skip
-    assert all("faster" in row for row in rows[:3])
+    assert all(re.search(r" ms  \d+\.\dx (faster|slower)$", row) for row in rows[:3])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(3.0, 1.5, "2.0x faster"), (0.7, 1.0, "1.4x slower"), (1.0, 1.0, "1.0x faster"), (0.01, 0.1, "10.0x slower")],
+)
+def test_a_loss_is_not_called_a_gain(before, after, said):
+    assert example("foreign_cassi_network").compared(before, after) == said
 
 
 def test_a_denoiser_learns_noise_levels_that_it_was_not_trained_on():
