@@ -202,8 +202,11 @@ std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs
 
 Tensor merge_one(const Tensor& weight, const Tensor& down, const Tensor& up, double scale, ScalarType type) {
   const Shape shape = shape_of_layer(weight, down, up, false, false);
-  const Tensor merged = torch::stable::new_empty(weight, weight.sizes(), type);
-  const Layer layer = layer_of(shape, weight, down, up, merged, scale, type, false, 0);
+  const bool last = is_channels_last(weight);
+  const Tensor merged =
+      last ? channels_outside(empty_beside(weight, {shape.lead, weight.size(2), weight.size(3), shape.channels}, type))
+           : torch::stable::new_empty(weight, weight.sizes(), type);
+  const Layer layer = layer_of(shape, weight, down, up, merged, scale, type, last, 0);
   parallel(layer.pieces(), layer.pieces() ? layer.work() / layer.pieces() : 0,
            [&](int64_t begin, int64_t end) { merge_range(layer, begin, end); });
   return merged;

@@ -5,8 +5,8 @@
 
 namespace lorun::lora_merge {
 
-// W0 + scale * dW, dense, of `type`: of a linear layer or a convolution that is not transposed, from factors without a
-// stage axis.
+// W0 + scale * dW, dense, of `type`, channels innermost where W0's are: of a linear layer or a convolution that is
+// not transposed, from factors without a stage axis.
 Tensor merge_one(const Tensor& weight, const Tensor& down, const Tensor& up, double scale, ScalarType type);
 
 }  // namespace lorun::lora_merge
