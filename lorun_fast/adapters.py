@@ -25,9 +25,11 @@ FORMS = ("loralib", "peft")
 
 
 def rank(in_features: int, out_features: int, gamma: float) -> int:
-    """r = ceil(min(in, out) * gamma / 100), at least 1 (arXiv 2602.18697)."""
+    """r = ceil(min(in, out) * gamma / 100), at least 1 (arXiv 2602.18697); gamma above 0 and up to 100."""
     if not isinstance(gamma, Real) or not gamma > 0:
         raise ValueError(f"gamma: expected a positive percentage, got {gamma!r}")
+    if gamma > 100:
+        raise ValueError(f"gamma: expected at most 100, a rank of min(in, out), beyond which none is low, got {gamma}")
     # The small slack keeps 250 * 64.4 / 100 = 161.00000000000003 at rank 161.
     return max(1, math.ceil(min(in_features, out_features) * gamma / 100 - 1e-9))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -20,7 +22,12 @@ from lorun_fast.stages import StagedDenoiser, Stages, adapt_layers
 
 _KEY = "lorun_fast"
 _VERSION = 1
-_PARTS = {"version", "network", "operator", "denoiser"}
+# What the header must hold, part by part; the rest came later and has a default.
+_FIELDS = {
+    "network": {"stages", "gamma", "form", "sharing"},
+    "operator": {"type", "config"},
+    "denoiser": {"type", "config"},
+}
 
 
 def _config(net: LoRun) -> dict:
@@ -67,6 +74,10 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
     config = _config(net)
     if notes is not None:
         config["notes"] = notes
+    try:
+        header = json.dumps(config)
+    except TypeError as error:
+        raise TypeError(f"notes: expected what JSON can hold, got {notes!r} ({error})") from None
     tensors = {}
     for name, t in net.state_dict().items():
         t = t.detach().cpu()
@@ -75,7 +86,7 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(config)})
+        save_file(tensors, temporary, metadata={_KEY: header})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -104,14 +115,36 @@ def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:
         config = json.loads(metadata[_KEY])
     except ValueError as error:
         raise ValueError(f"{path}: expected lorun_fast's header to be JSON, got something else ({error})") from None
-    missing = _PARTS - config.keys() if isinstance(config, dict) else _PARTS
-    if "version" in missing or (config["version"] <= _VERSION and missing):
+    config = config if isinstance(config, dict) else {}
+    version, missing = config.get("version"), _missing(config)
+    if not isinstance(version, int):
+        missing.append("version")
+    elif version > _VERSION:
+        raise ValueError(f"{path}: expected format version {_VERSION} or older, got {version}: update lorun_fast")
+    if missing:
         raise ValueError(f"{path}: expected {', '.join(sorted(missing))} in lorun_fast's header, found none")
-    if config["version"] > _VERSION:
-        raise ValueError(
-            f"{path}: expected format version {_VERSION} or older, got {config['version']}: update lorun_fast"
-        )
     return config, state
+
+
+def _missing(config: dict) -> list[str]:
+    """What a header of this version lacks, such as "operator" or "network.gamma"."""
+    missing = []
+    for part, fields in _FIELDS.items():
+        record = config.get(part)
+        missing += [f"{part}.{f}" for f in fields - record.keys()] if isinstance(record, dict) else [part]
+    if "network" not in missing and config["network"].get("sharing") == "lora" and "adapters" not in config:
+        missing.append("adapters")
+    return missing
+
+
+@contextmanager
+def _rebuilding(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Errors of a constructor as errors of the file that names its arguments."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: expected the arguments of a {what} in lorun_fast's header, got {said}") from error
 
 
 def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: str | torch.device = "cpu") -> LoRun:
@@ -130,16 +163,18 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
             raise ValueError(
                 f"{path}: its base denoiser {spec['type']} is not registered: pass load(path, denoiser=...)"
             )
-        denoiser = cls(**spec["config"])
+        with _rebuilding(path, spec["type"]):
+            denoiser = cls(**spec["config"])
     elif not isinstance(denoiser, nn.Module) or isinstance(denoiser, Stages):
         got = type(denoiser).__name__ if isinstance(denoiser, Stages) else repr(denoiser)
         raise TypeError(f"denoiser: expected the base module, as it was before adapt(), got {got}")
     operator = OPERATORS.get(config["operator"]["type"])
     if operator is None:
         raise ValueError(f"{path}: expected an operator among {', '.join(OPERATORS)}, got {config['operator']['type']}")
-    op = operator.from_config(
-        config["operator"]["config"], {k.removeprefix("op."): t for k, t in state.items() if k.startswith("op.")}
-    )
+    with _rebuilding(path, operator.__name__):
+        op = operator.from_config(
+            config["operator"]["config"], {k.removeprefix("op."): t for k, t in state.items() if k.startswith("op.")}
+        )
     network = config["network"]
     if network["sharing"] == "lora":
         try:
@@ -148,7 +183,8 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
             raise ValueError(
                 f"{path}: expected the layers of a {spec['type']}, got a {type(denoiser).__name__}: {error}"
             ) from None
-    net = LoRun(op, denoiser, **network)
+    with _rebuilding(path, "LoRun"):
+        net = LoRun(op, denoiser, **network)
     net.gamma, net.form = network["gamma"], network["form"]
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)

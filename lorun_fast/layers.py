@@ -14,8 +14,8 @@ from lorun_fast import _scope, adapters
 from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
-from lorun_fast.ops._checks import whole
-from lorun_fast.ops.lora import check_given_stages, check_stage
+from lorun_fast.ops._checks import batch_of, finite, whole
+from lorun_fast.ops.lora import check_floating, check_given_stages, check_stage
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
 
@@ -50,7 +50,7 @@ class AdaptedLayer:
 
     def _add_adapter(self, stages: int, rank: int, form: str, scale: float) -> None:
         stages, rank = whole("stages", stages, 1), whole("rank", rank, 1)
-        self.stages, self.rank, self.form, self.scale = stages, rank, form, float(scale)
+        self.stages, self.rank, self.form, self.scale = stages, rank, form, finite("scale", scale)
         down, up = adapters.factor_shapes(
             self.weight.shape, rank, form, groups=getattr(self, "groups", 1), transposed=self._transposed
         )
@@ -107,7 +107,8 @@ class AdaptedLayer:
         # In a graph the stage is a symbol.
         plain = type(stage) is int and not torch.compiler.is_compiling()
         weight, bias = (self._merged_stages if plain else self._merged)[stage], self.bias
-        if weight.dtype != x.dtype and x.is_floating_point():
+        if weight.dtype != x.dtype:
+            check_floating("x", x)
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return weight, bias
 
@@ -181,6 +182,9 @@ class AdaptedLayer:
     @classmethod
     def from_base(cls, base: nn.Module, *, stages: int = 9, rank: int = 7, form: str = "loralib", scale: float = 1.0):
         """A layer that takes over ``base``'s weight and bias (the same Parameter objects) and adds adapters."""
+        kind = next(plain for plain, ours in LAYERS.items() if issubclass(cls, ours))
+        if not isinstance(base, kind):
+            raise TypeError(f"base: expected an nn.{kind.__name__}, got {type(base).__name__}")
         layer = cls(**cls._base_arguments(base), stages=stages, rank=rank, form=form, scale=scale, device="meta")
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
@@ -249,7 +253,7 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
         return {name: getattr(base, name) for name in names} | {"bias": base.bias is not None}
 
     def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        merged, stage = self.merged_now(stage), self.stage_now(input.shape[0], stage)
+        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", input), stage)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -258,7 +262,11 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
             return conv_ops.of_layer(input, self, stage, padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
-        return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        try:
+            return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        except RuntimeError:
+            conv_ops.check_channels(input, self)
+            raise
 
 
 class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
@@ -302,7 +310,7 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
         """output_size: as for nn.ConvTranspose2d, also in its place, as a denoiser that knows no stages passes it."""
         if isinstance(stage, (tuple, list)):
             stage, output_size = None, stage
-        merged, stage = self.merged_now(stage), self.stage_now(input.shape[0], stage)
+        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", input), stage)
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
@@ -312,7 +320,11 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
             return conv_ops.of_layer(input, self, stage, self.padding, output_padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
-        return conv(input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        try:
+            return conv(input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
+        except RuntimeError:
+            conv_ops.check_channels(input, self)
+            raise
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -342,12 +354,16 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return {"in_features": base.in_features, "out_features": base.out_features, "bias": base.bias is not None}
 
     def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        stage = self.stage_now(input.shape[0], stage)
+        stage = self.stage_now(batch_of("x", input), stage)
         if not self.merged:
             return linear_ops.of_layer(input, self, stage)
         weight, bias = self._merged_at(stage, input)
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
-        return linear(input, weight, bias)
+        try:
+            return linear(input, weight, bias)
+        except RuntimeError:
+            linear_ops.check_features(input, self)
+            raise
 
 
 def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:

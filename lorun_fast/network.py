@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorun_fast._scope import call_holding
 from lorun_fast.operators import SensingOperator
-from lorun_fast.ops._checks import number_or_tensor, parameter_dtype, whole
+from lorun_fast.ops._checks import finite, number_or_tensor, parameter_dtype, whole
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
 
 _DATA_STEPS = ("gradient", "prox")
@@ -29,7 +29,7 @@ def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 2
 
 
 def _noise(sigma: float | Tensor | None, x: Tensor) -> Tensor:
-    return number_or_tensor(0.0 if sigma is None else sigma, parameter_dtype(x.dtype), x.device)
+    return number_or_tensor("sigma", 0.0 if sigma is None else sigma, parameter_dtype(x.dtype), x.device)
 
 
 class LoRun(nn.Module):
@@ -73,7 +73,7 @@ class LoRun(nn.Module):
         super().__init__()
         if not isinstance(op, SensingOperator):
             raise TypeError(f"op: expected a SensingOperator, got {type(op).__name__}")
-        if sharing not in _KINDS:
+        if sharing not in tuple(_KINDS):
             raise ValueError(f"sharing: expected one of {', '.join(_KINDS)}, got {sharing!r}")
         if data_step not in _DATA_STEPS:
             raise ValueError(f"data_step: expected one of {', '.join(_DATA_STEPS)}, got {data_step!r}")
@@ -82,10 +82,7 @@ class LoRun(nn.Module):
         if noise_map == "stage" and data_step != "prox":
             raise ValueError(f"noise_map='stage': expected data_step='prox', got {data_step!r}")
         stages = whole("stages", stages, 1)
-        try:
-            rho = float(step_size)
-        except (TypeError, ValueError):
-            raise TypeError(f"step_size: expected one number for all stages, got {step_size!r}") from None
+        rho = finite("step_size", step_size)
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
         if isinstance(denoiser, Stages):
@@ -244,6 +241,7 @@ class LoRun(nn.Module):
         frozen weights: minutes at the first call, for a network that runs long.
         images: (N, C, H, W) in [0, 1] to score bf16 on, restored from their measurements; photographs of
         scikit-image by default. sigma: for the score, of a network that takes a noise level.
+        Raises TypeError or ValueError for what it does not take, and for images that tell no score.
         """
         from lorun_fast.optimize import optimize
 

@@ -18,6 +18,7 @@ from lorun_fast.convolutions import KINDS, WinogradConv2d, replace_convolutions
 from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
+from lorun_fast.ops._checks import check_image, finite
 from lorun_fast.ops.winograd_conv2d import DTYPES
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
 
@@ -235,6 +236,11 @@ def optimize(
     record_after: int = 0,
 ) -> OptimizedLoRun:
     """See :meth:`LoRun.optimize`. record_after: calls of a size before a CUDA graph of it is captured."""
+    for name, flag in (("channels_last", channels_last), ("cuda_graph", cuda_graph)):
+        if flag not in (None, True, False):
+            raise TypeError(f"{name}: expected True, False or None, got {flag!r}")
+    if compile not in (True, False):
+        raise TypeError(f"compile: expected True or False, got {compile!r}")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
     device = net.step_size.device
@@ -246,8 +252,12 @@ def optimize(
     if convolutions in KINDS and device.type != KINDS[convolutions].device:
         where = {"cpu": "CPU", "cuda": "GPU"}[KINDS[convolutions].device]
         raise ValueError(f"convolutions: {convolutions!r} expects a network on a {where}, got one on {device}")
-    if sigma is not None and isinstance(sigma, Tensor):
+    if isinstance(sigma, Tensor):
         raise TypeError("sigma: expected a number, got a tensor")
+    if sigma is not None and finite("sigma", sigma) < 0:
+        raise ValueError(f"sigma: expected a noise level of at least 0, got {sigma}")
+    if images is not None:
+        _check_images(net, images)
     rows = []
     if isinstance(net.denoiser, StagedDenoiser):
         rows.append(
@@ -284,6 +294,21 @@ def optimize(
     rows.append(("CUDA graph", "yes" if graph else "no", why))
     best.report = Report(tuple(rows))
     return best
+
+
+def _check_images(net: LoRun, images: Tensor) -> None:
+    """Raises for images that tell no score, whether or not this machine is going to ask for one."""
+    check_image("images", images, 4, "(N, C, H, W)")
+    if not images.numel():
+        raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
+    low, high = (float(t) for t in images.aminmax())
+    if not (low >= 0 and high <= 1):  # a NaN is the lowest and the highest
+        raise ValueError(f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}")
+    with torch.no_grad():
+        try:
+            net.op(images.to(net.step_size.device))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"images: expected what the network's operator measures, got others: {error}") from None
 
 
 def _narrowed(net, built, own, dtype, device, images, sigma) -> tuple[OptimizedLoRun, torch.dtype, str]:
@@ -358,6 +383,7 @@ def _fastest_on_a_gpu(dtype: torch.dtype, launched: bool) -> tuple[str, str]:
 
 def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None) -> tuple[float, str]:
     """How far ``other``'s score lies from the network's own, in dB, and the sentence that says so."""
+    given = images is not None or sigma is not None
     if images is None:
         try:
             images = demo_images(net)
@@ -369,11 +395,16 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
     training = net.training
     net.eval()
     try:
-        change = score(other, images, sigma) - score(net, images, sigma)
+        own = score(net, images, sigma)
+        change = score(other, images, sigma) - own
     except (TypeError, ValueError) as error:
+        if given:
+            raise type(error)(f"images, sigma: expected what the network takes, got others: {error}") from None
         return math.inf, f"score not checked, pass images= and sigma= that the network takes ({error})"
     finally:
         net.train(training)
+    if given and math.isnan(own):
+        raise ValueError("images, sigma: expected a score of the network in fp32, got NaN")
     return change, f"score moves by {change:+.4f} dB on {len(images)} images"
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
 from lorun_fast.layers import LAYERS, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
-from lorun_fast.ops._checks import whole
+from lorun_fast.ops._checks import batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
 
@@ -87,7 +87,7 @@ class Stages(nn.Module):
             if self.stages != 1:
                 raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass staged(z, stage=k)")
             return 0
-        check_stage(stage, self.stages, z.shape[0])
+        check_stage(stage, self.stages, batch_of("z", z))
         return stage
 
     def __len__(self) -> int:
@@ -270,8 +270,13 @@ class UntiedDenoiser(Stages):
         return ParameterReport(_count(self.copies[0].parameters()), 0, self.stages, copies=self.stages)
 
 
-def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+def _patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{name}: expected a pattern or several, got {value!r}")
+    return patterns
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -306,7 +311,7 @@ def adapt(
 
     denoiser: any module with forward(z) or forward(z, sigma). Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear
         layers get adapters; its own code does not change.
-    stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100). form: "loralib" or "peft".
+    stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
         depthwise layers are left alone unless ``include`` names them.
     scale: factor of every update.
@@ -321,8 +326,8 @@ def adapt(
         raise TypeError(f"denoiser: expected an nn.Module, got {type(denoiser).__name__}")
     if isinstance(denoiser, Stages):
         raise TypeError("denoiser: expected a plain module, got one that is staged already")
-    stages = whole("stages", stages, 1)
-    include, exclude = _patterns(include), _patterns(exclude)
+    stages, scale = whole("stages", stages, 1), finite("scale", scale)
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     candidates = {name: m for name, m in denoiser.named_modules() if isinstance(m, tuple(LAYERS))}
     for pattern in include + exclude:
         if not any(_matches(name, (pattern,)) for name in candidates):

@@ -33,6 +33,12 @@ def test_rank_rejects_what_is_not_a_positive_percentage(gamma):
         adapters.rank(8, 8, gamma)
 
 
+@pytest.mark.parametrize("gamma", [100.1, 1000, float("inf")])
+def test_no_rank_is_higher_than_the_layer(gamma):
+    with pytest.raises(ValueError, match=f"gamma: expected at most 100, .* got {gamma}"):
+        adapters.rank(8, 8, gamma)
+
+
 def test_loralib_convolution_is_the_reshaped_product():
     out, in_, k, r = 4, 3, 3, 2
     (down_shape, up_shape) = adapters.factor_shapes((out, in_, k, k), r, "loralib")

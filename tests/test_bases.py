@@ -56,3 +56,32 @@ def test_res_cnn():
         net(torch.randn(1, 1, 4, 4), 0.1)
     with pytest.raises(ValueError, match="residual needs out_channels <= in_channels, got 2 > 1"):
         lf.ResCNN(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lf.ResCNN(channels=None), "channels: expected a whole number, got None"),
+        (lambda: lf.ResCNN(blocks=1.5), "blocks: expected a whole number, got 1.5"),
+        (lambda: lf.ResUNet(in_channels="a"), "in_channels: expected a whole number, got 'a'"),
+        (lambda: lf.ResUNet(channels=8), "channels: expected one number per scale, got 8"),
+        (lambda: lf.ResUNet(channels=()), r"channels: expected one number per scale, got \(\)"),
+        (lambda: lf.ResUNet(channels=(4, 8.0)), "channels: expected a whole number, got 8.0"),
+        (lambda: lf.SpectralTransformer(blocks=1), "blocks: expected one number per scale, got 1"),
+        (lambda: lf.ResUNet()(None), "z: expected a tensor, got NoneType"),
+        (lambda: lf.ResUNet()(torch.ones(1, 1, 4, 4, dtype=torch.int64)), "z: expected float32, .*got torch.int64"),
+        (
+            lambda: lf.ResUNet(noise_level=True)(torch.ones(1, 1, 4, 4), "a"),
+            "sigma: expected a number or a tensor, got 'a'",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_denoiser_has_channels():
+    for channels in ((4, -1), (0,)):
+        with pytest.raises(ValueError, match="channels: expected at least 1"):
+            lf.ResUNet(channels=channels)

@@ -193,6 +193,8 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
         lf.save(net, path, dtype=torch.int8)
     with pytest.raises(TypeError, match=r"dtype: expected a floating-point type, got 'float16'"):
         lf.save(net, path, dtype="float16")
+    with pytest.raises(TypeError, match=r"notes: expected what JSON can hold, got {'a': <object"):
+        lf.save(net, path, notes={"a": object()})
     with pytest.raises(FileNotFoundError, match=r"missing/net.safetensors: expected a folder to write into"):
         lf.save(net, tmp_path / "missing" / "net.safetensors")
     net.op = Mine(net.op.phi, 4)
@@ -206,6 +208,7 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     [
         ("{", "expected lorun_fast's header to be JSON"),
         ("[1]", "expected denoiser, network, operator, version in lorun_fast's header"),
+        ('{"version": "1"}', "expected denoiser, network, operator, version in lorun_fast's header"),
         ('{"version": 1}', "expected denoiser, network, operator in lorun_fast's header"),
         ('{"version": 99}', "expected format version 1 or older, got 99"),
     ],
@@ -213,6 +216,35 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
 def test_headers_of_others(tmp_path, header, message):
     path = tmp_path / "net.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={"lorun_fast": header})
+    with pytest.raises(ValueError, match=f"net.safetensors: {message}"):
+        lf.load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("network", "gamma", None, "expected network.gamma in lorun_fast's header, found none"),
+        ("network", "form", None, "expected network.form in lorun_fast's header, found none"),
+        ("operator", "config", None, "expected operator.config in lorun_fast's header, found none"),
+        ("denoiser", "type", None, "expected denoiser.type in lorun_fast's header, found none"),
+        ("adapters", None, None, "expected adapters in lorun_fast's header, found none"),
+        ("operator", "config", {}, "expected the arguments of a BlockCS in lorun_fast's header, got no 'block_size'"),
+        ("denoiser", "config", {"width": 3}, "expected the arguments of a ResUNet in lorun_fast's header, got .*width"),
+        ("network", "colour", "red", "expected the arguments of a LoRun in lorun_fast's header, got .*colour"),
+    ],
+)
+def test_headers_that_lack_something(tmp_path, part, field, value, message):
+    net, path = network(), tmp_path / "net.safetensors"
+    lf.save(net, path)
+    header = read_config(path)
+    if value is not None:
+        header[part][field] = value
+    elif field is not None:
+        del header[part][field]
+    else:
+        del header[part]
+    tensors = {name: t.detach().clone() for name, t in net.state_dict().items()}
+    save_file(tensors, path, metadata={"lorun_fast": json.dumps(header)})
     with pytest.raises(ValueError, match=f"net.safetensors: {message}"):
         lf.load(path)
 

@@ -268,6 +268,36 @@ def test_from_base_shares_the_base_parameters():
 
 
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["conv loralib", "linear"])
+def test_what_is_no_image_merged_or_not(name, merged):
+    layer = lf.LoRALinear(4, 4, stages=2) if name == "linear" else lf.LoRAConv2d(4, 4, 3, stages=2)
+    if merged:
+        layer.merge()
+    for x, error, message in (
+        (None, TypeError, "expected a tensor, got NoneType"),
+        ([1.0], TypeError, "expected a tensor, got list"),
+        (np.zeros((2, 4, 4, 4), np.float32), TypeError, "expected a tensor, got ndarray"),
+        (torch.zeros(()), ValueError, r"expected .*, got shape \(\)"),
+        (torch.zeros(2, 4, 4, 5)[:, :3, :, :3], ValueError, r"expected \(.*4.*\), got \(2, 3, 4, 3\)"),
+    ):
+        for stage in (1, torch.tensor([0, 1])):
+            if not (isinstance(stage, torch.Tensor) and isinstance(x, torch.Tensor) and not x.ndim):
+                with pytest.raises(error, match=f"x: {message}"):
+                    layer(x, stage)
+
+
+@pytest.mark.parametrize("scale", ["1", None, float("nan"), float("inf")])
+def test_a_scale_is_a_finite_number(scale):
+    with pytest.raises((TypeError, ValueError), match=f"scale: expected a (finite )?number, got '?{scale}"):
+        lf.LoRALinear(4, 4, scale=scale)
+
+
+def test_a_base_of_another_kind():
+    with pytest.raises(TypeError, match=r"base: expected an nn.Conv2d, got Linear"):
+        lf.LoRAConv2d.from_base(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_images_of_another_dtype(name, merged):
     """The result has x's dtype, merged or not; whole numbers are refused."""
@@ -285,6 +315,6 @@ def test_images_of_another_dtype(name, merged):
             again = layer(x.to(dtype), 1)
         assert again.dtype == dtype
         torch.testing.assert_close(again, y, rtol=0.01, atol=0.01)
-    if not merged:
+    for stage in (1, torch.ones(len(x), dtype=torch.int64)):
         with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch.uint8"):
-            layer((255 * x).byte(), 1)
+            layer((255 * x).byte(), stage)

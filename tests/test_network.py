@@ -240,7 +240,10 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
         (lambda: tiny("half"), ValueError, "sharing: expected one of lora, tied, untied"),
         (lambda: tiny(stages=0), ValueError, "stages: expected at least 1"),
         (lambda: tiny("tied", stages=3.0), TypeError, "stages: expected a whole number, got 3.0"),
-        (lambda: tiny(step_size=[1, 1]), TypeError, r"step_size: expected one number for all stages, got \[1, 1\]"),
+        (lambda: tiny(step_size=[1, 1]), TypeError, r"step_size: expected a number, got \[1, 1\]"),
+        (lambda: tiny(step_size=float("nan")), ValueError, "step_size: expected a finite number, got nan"),
+        (lambda: tiny(["lora"]), ValueError, r"sharing: expected one of lora, tied, untied, got \['lora'\]"),
+        (lambda: tiny()(None), TypeError, "y: expected a tensor, got NoneType"),
         (
             lambda: tiny(checkpoint=4),
             ValueError,

@@ -30,6 +30,12 @@ def test_what_is_no_image(make):
     y = op(x)
     with pytest.raises(TypeError, match="x: expected a tensor, got ndarray"):
         op(x.numpy())
+    for call in (op, lambda none: op.gradient_step(none, y, 1.0), lambda none: op.prox(none, y, 1.0)):
+        with pytest.raises(TypeError, match="x: expected a tensor, got NoneType"):
+            call(None)
+    for call in (op.adjoint, op.initial, lambda none: op.gradient_step(x, none, 1.0)):
+        with pytest.raises(TypeError, match="y: expected a tensor, got NoneType"):
+            call(None)
     for method in (op.adjoint, op.initial):
         with pytest.raises(TypeError, match=r"y: expected float32, float64, bfloat16 or float16, got torch.uint8"):
             method(y.byte())
@@ -54,6 +60,9 @@ def test_the_proximal_steps_weight(make):
     y = op(x)
     for mu in (-0.5, float("nan")):
         with pytest.raises(ValueError, match=f"mu: expected .*, got {mu}"):
+            op.prox(x, y, mu)
+    for mu in (None, "a"):
+        with pytest.raises(TypeError, match=f"mu: expected a number, got {mu!r}"):
             op.prox(x, y, mu)
     with pytest.raises(TypeError, match=r"mu: expected a floating-point tensor, got torch.int64"):
         op.prox(x, y, torch.tensor(1))
@@ -149,6 +158,27 @@ def test_any_array_of_numbers(change):
         ),
         (lambda: lf.BlockCS(torch.rand(4, 16), -4), ValueError, "block_size: expected at least 1, got -4"),
         (lambda: lf.BlockCS.gaussian(0.25, -4), ValueError, "block_size: expected at least 1, got -4"),
+        (lambda: lf.BlockCS.gaussian("a"), TypeError, "ratio: expected a number, got 'a'"),
+        (
+            lambda: lf.functional.block_cs(torch.rand(1, 1, 4, 4), torch.rand(4, 16), block_size=4.0),
+            TypeError,
+            "block_size: expected a whole number, got 4.0",
+        ),
+        (
+            lambda: lf.functional.cassi(torch.rand(1, 2, 4, 4), torch.rand(4, 4), step="a"),
+            TypeError,
+            "step: expected a whole number, got 'a'",
+        ),
+        (
+            lambda: lf.functional.cassi_adjoint(torch.rand(1, 4, 5), torch.rand(4, 4), bands="a", step=1),
+            TypeError,
+            "bands: expected a whole number, got 'a'",
+        ),
+        (
+            lambda: lf.functional.blur_downsample(torch.rand(1, 2, 4, 4), None, scale=2),
+            TypeError,
+            "kernel: expected a tensor, got NoneType",
+        ),
         (lambda: lf.BlurDownsample(torch.rand(3, 3), 1.5), ValueError, "scale: expected an integer of at least 1"),
     ],
 )

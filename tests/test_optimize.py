@@ -168,8 +168,6 @@ def test_the_exact_data_step_and_a_noise_level_come_along(monkeypatch, x):
     torch.testing.assert_close(fast(y, sigma=0.1), net(y, sigma=0.1))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert "score moves by" in net.optimize(images=whole).report["dtype"][1]
-    wrong = net.optimize(images=torch.rand(1, 2, 8, 8)).report["dtype"]
-    assert wrong[0] == "float32" and "score not checked" in wrong[1]
 
 
 def test_merged_weights_are_rounded_once_from_fp32():
@@ -441,12 +439,50 @@ def test_the_report_has_a_line_for_each_choice():
     [
         ({"dtype": torch.int8}, TypeError, "dtype: expected float32, bfloat16, float16 or None, got torch.int8"),
         ({"cuda_graph": True}, ValueError, "cuda_graph: expected a network on a CUDA device, got one on cpu"),
+        ({"cuda_graph": "yes"}, TypeError, "cuda_graph: expected True, False or None, got 'yes'"),
+        ({"channels_last": "yes"}, TypeError, "channels_last: expected True, False or None, got 'yes'"),
+        ({"compile": "yes"}, TypeError, "compile: expected True or False, got 'yes'"),
         ({"sigma": torch.ones(2)}, TypeError, "sigma: expected a number"),
+        ({"sigma": "a"}, TypeError, "sigma: expected a number, got 'a'"),
+        ({"sigma": -1}, ValueError, "sigma: expected a noise level of at least 0, got -1"),
+        ({"images": [1]}, TypeError, "images: expected a tensor, got list"),
+        ({"images": torch.ones(1, 1, 8, 8).long()}, TypeError, "images: expected float32, .*, got torch.int64"),
+        ({"images": torch.rand(8, 8)}, ValueError, r"images: expected \(N, C, H, W\), got shape \(8, 8\)"),
+        ({"images": torch.rand(0, 1, 8, 8)}, ValueError, r"images: expected at least one, got shape \(0, 1, 8, 8\)"),
+        (
+            {"images": torch.full((1, 1, 8, 8), float("nan"))},
+            ValueError,
+            r"images: expected values in \[0, 1\], got nan",
+        ),
+        (
+            {"images": torch.full((1, 1, 8, 8), 255.0)},
+            ValueError,
+            r"images: expected values in \[0, 1\], got 255 to 255",
+        ),
+        (
+            {"images": torch.rand(1, 2, 8, 8)},
+            ValueError,
+            "images: expected what the network's operator measures, got .*x",
+        ),
     ],
 )
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         network().optimize(**arguments)
+
+
+def test_images_and_a_level_that_are_given_have_to_tell_a_score(monkeypatch, x):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    exact = network(denoiser=lf.ResUNet(channels=(4,), blocks=1), data_step="prox")
+    with pytest.raises(ValueError, match=r"images, sigma: expected what the network takes, got .* whole 8x8 blocks"):
+        exact.train().optimize(images=x)
+    assert exact.training
+    with pytest.raises(ValueError, match=r"images, sigma: expected what the network takes, got .* takes no sigma"):
+        network().optimize(sigma=0.1, images=x)
+    broken = network()
+    broken.step_size.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="images, sigma: expected a score of the network in fp32, got NaN"):
+        broken.optimize(images=x)
 
 
 @pytest.mark.parametrize("move", [lambda net: net.double(), lambda net: net.to("meta")], ids=["dtype", "device"])

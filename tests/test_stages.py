@@ -114,11 +114,32 @@ def test_include_and_exclude_patterns():
         ({"exclude": "*"}, "expected a Conv2d, ConvTranspose2d or Linear layer to adapt in Foreign, got none"),
         ({"stages": 0}, "^stages: expected at least 1"),
         ({"form": "lokr"}, "form: expected one of loralib, peft"),
+        ({"scale": float("nan")}, "^scale: expected a finite number, got nan"),
+        ({"gamma": 1000}, "^gamma: expected at most 100"),
     ],
 )
 def test_adapt_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         lf.adapt(Foreign(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"include": 3}, "include: expected a pattern or several, got 3"),
+        ({"exclude": ["head", 3]}, r"exclude: expected a pattern or several, got \['head', 3\]"),
+        ({"scale": "a"}, "scale: expected a number, got 'a'"),
+    ],
+)
+def test_adapt_takes_no_others(kwargs, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        lf.adapt(Foreign(), **kwargs)
+
+
+@pytest.mark.parametrize("kind", [lambda base, stages: lf.adapt(base, stages), TiedDenoiser, UntiedDenoiser])
+def test_what_is_no_image(kind):
+    with pytest.raises(TypeError, match="z: expected a tensor, got list"):
+        kind(nn.Conv2d(1, 1, 1), 2)([1.0], stage=1)
 
 
 def test_stages_are_whole_numbers():

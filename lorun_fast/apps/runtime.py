@@ -59,9 +59,9 @@ def seed(text: str) -> int:
     return _whole(text, 0, 2**63 - 1, "from 0 to 2^63 - 1")
 
 
-def positive(text: str) -> float:
-    """The argparse type of shares and rates that 0 makes no sense of."""
-    return _number(text, lambda value: value > 0, "above 0")
+def percentage(text: str) -> float:
+    """The argparse type of shares that 0 makes no sense of."""
+    return _number(text, lambda value: 0 < value <= 100, "above 0 and up to 100")
 
 
 def not_negative(text: str) -> float:

@@ -25,7 +25,7 @@ from lorun_fast.apps import models, runtime, tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.files import make_folder, replacing
 from lorun_fast.apps.progress import bar
-from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, positive, seed
+from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, percentage, seed
 from lorun_fast.io import save
 from lorun_fast.network import LoRun, falling_step_sizes
 from lorun_fast.ops._backends import use_backend
@@ -69,7 +69,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="a network, of any task, from whose base phase 1 takes every tensor of the same name and shape",
     )
     add("--stages", type=at_least_one, default=9, help="K (default 9)")
-    add("--gamma", type=positive, default=10, help="rank in percent of min(in, out) (default 10)")
+    add("--gamma", type=percentage, default=10, help="rank in percent of min(in, out) (default 10)")
     add("--form", choices=("loralib", "peft"), default="loralib")
     add("--sharing", choices=("lora", "tied", "untied"), default="lora")
     add(

@@ -17,7 +17,8 @@ def register_denoiser(cls: type[nn.Module]) -> type[nn.Module]:
     The class needs ``config()``, which returns its constructor's arguments as a JSON-serialisable dict.
     """
     if not callable(getattr(cls, "config", None)):
-        raise TypeError(f"{cls.__name__} needs a method config() that returns its constructor's arguments")
+        name = getattr(cls, "__name__", repr(cls))
+        raise TypeError(f"{name} needs a method config() that returns its constructor's arguments")
     _REGISTRY[cls.__name__] = cls
     return cls
 

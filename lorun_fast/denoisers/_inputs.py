@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.ops._checks import number_or_tensor
+from lorun_fast.ops._checks import check_image, number_or_tensor, whole
+
+
+def sizes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
+    """A user's whole numbers of at least ``least``, one per scale."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise TypeError(f"{name}: expected one number per scale, got {values!r}")
+    return tuple(whole(name, value, least) for value in values)
+
+
+def check_channels(in_channels: int, out_channels: int, residual: bool) -> tuple[int, int]:
+    """Both numbers. Raises where a residual network would have more channels to correct than it is given."""
+    in_channels, out_channels = whole("in_channels", in_channels, 1), whole("out_channels", out_channels, 1)
+    if residual and out_channels > in_channels:
+        raise ValueError(f"residual needs out_channels <= in_channels, got {out_channels} > {in_channels}")
+    return in_channels, out_channels
 
 
 def check_images(z: Tensor, channels: int) -> None:
-    """Raises ValueError unless z is (N, channels, H, W)."""
-    if z.ndim != 4 or z.shape[1] != channels:
+    """Raises ValueError or TypeError unless z is (N, channels, H, W) of floating-point values."""
+    check_image("z", z, 4, f"(N, {channels}, H, W)")
+    if z.shape[1] != channels:
         raise ValueError(f"z: expected (N, {channels}, H, W), got shape {tuple(z.shape)}")
 
 
@@ -24,7 +42,7 @@ def with_noise_map(z: Tensor, sigma: float | Tensor | None, wanted: bool, name: 
     if sigma is None:
         raise ValueError(f"this {name} was built with noise_level=True: pass sigma")
     n, _, h, w = z.shape
-    sigma = number_or_tensor(sigma, z.dtype, z.device)
+    sigma = number_or_tensor("sigma", sigma, z.dtype, z.device)
     return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
 
 

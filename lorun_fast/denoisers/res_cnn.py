@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorun_fast.denoisers import _inputs
 from lorun_fast.denoisers.res_unet import ResidualBlock
+from lorun_fast.ops._checks import whole
 
 
 class ResCNN(nn.Module):
@@ -31,8 +32,8 @@ class ResCNN(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        if residual and out_channels > in_channels:
-            raise ValueError(f"residual needs out_channels <= in_channels, got {out_channels} > {in_channels}")
+        in_channels, out_channels = _inputs.check_channels(in_channels, out_channels, residual)
+        channels, blocks = whole("channels", channels, 1), whole("blocks", blocks, 0)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.channels, self.noise_level, self.residual = channels, noise_level, residual
         self.head = nn.Conv2d(in_channels + noise_level, channels, 3, padding=1, bias=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorun_fast.convolutions import residual_block
 from lorun_fast.denoisers import _inputs
+from lorun_fast.ops._checks import whole
 
 
 class ResidualBlock(nn.Module):
@@ -46,10 +47,9 @@ class ResUNet(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        if residual and out_channels > in_channels:
-            raise ValueError(f"residual needs out_channels <= in_channels, got {out_channels} > {in_channels}")
+        in_channels, out_channels = _inputs.check_channels(in_channels, out_channels, residual)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.channels, self.blocks = tuple(channels), blocks
+        self.channels, self.blocks = _inputs.sizes("channels", channels, 1), whole("blocks", blocks, 0)
         self.noise_level, self.residual = noise_level, residual
         pairs = list(zip(self.channels, self.channels[1:], strict=False))
 

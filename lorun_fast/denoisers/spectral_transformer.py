@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorun_fast.denoisers import _inputs
+from lorun_fast.ops._checks import whole
 
 
 class SpectralBlock(nn.Module):
@@ -78,12 +79,12 @@ class SpectralTransformer(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        if residual and out_channels > in_channels:
-            raise ValueError(f"residual needs out_channels <= in_channels, got {out_channels} > {in_channels}")
+        in_channels, out_channels = _inputs.check_channels(in_channels, out_channels, residual)
+        self.channels, self.blocks = _inputs.sizes("channels", channels, 1), _inputs.sizes("blocks", blocks, 0)
+        head_channels, expansion = whole("head_channels", head_channels, 1), whole("expansion", expansion, 1)
         if len(blocks) != len(channels):
             raise ValueError(f"blocks: expected one number for each of {len(channels)} scales, got {len(blocks)}")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.channels, self.blocks = tuple(channels), tuple(blocks)
         self.head_channels, self.expansion = head_channels, expansion
         self.noise_level, self.residual = noise_level, residual
         pairs = list(zip(self.channels, self.channels[1:], strict=False))

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.ops._checks import as_dtype, parameter_dtype
+
 
 class SensingOperator(nn.Module):
     """A linear measurement y = Phi x with the pieces that unfolding networks need.
@@ -56,6 +58,12 @@ class SensingOperator(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
+def beside(parameter: Tensor, t: Tensor) -> Tensor:
+    """An operator's parameter in the dtype that it has beside an image or a measurement."""
+    # What is no tensor has no dtype: the op says so.
+    return as_dtype(parameter, parameter_dtype(getattr(t, "dtype", None)))
+
+
 def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     """A user's array (tensor, numpy array, nested list) as a finite fp32 or fp64 tensor with one of these ranks."""
     if isinstance(value, np.ndarray):
@@ -79,6 +87,6 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
 
 def pair(size: tuple[int, int]) -> tuple[int, int]:
     """A user's (H, W)."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(isinstance(s, float) for s in size):
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(isinstance(s, float | str) for s in size):
         raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
     return tuple(size)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
 from lorun_fast.ops import block_cs as ops
-from lorun_fast.ops._checks import as_dtype, parameter_dtype, step_size, whole
+from lorun_fast.ops._checks import batch_of, check_image, finite, number, step_size, whole
 
 
 class BlockCS(SensingOperator):
@@ -58,7 +58,7 @@ class BlockCS(SensingOperator):
 
         ratio: m / B^2 in (0, 1]; m = round(ratio * B^2), at least 1 (so 256 of 1024 at 0.25).
         """
-        if not 0 < ratio <= 1:
+        if not 0 < finite("ratio", ratio) <= 1:
             raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
         n = whole("block_size", block_size, 1) ** 2
         m = max(1, math.floor(ratio * n + 0.5))
@@ -84,10 +84,11 @@ class BlockCS(SensingOperator):
         return cls(state["phi"], config["block_size"], learn=config["learn"])
 
     def _phi_for(self, t: Tensor) -> Tensor:
-        return as_dtype(self.phi, parameter_dtype(t.dtype))
+        return beside(self.phi, t)
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """``size``, or the size of y's whole blocks."""
+        batch_of("y", y)
         return (y.shape[-2] * self.block_size, y.shape[-1] * self.block_size) if size is None else pair(size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,12 +117,13 @@ class BlockCS(SensingOperator):
         torch.compile or export, which cannot read values.
         """
         b = self.block_size
+        check_image("x", x, 4, "(N, 1, H, W)")
         if x.shape[-2] % b or x.shape[-1] % b:
             raise ValueError(f"prox: expected whole {b}x{b} blocks, got {x.shape[-2]}x{x.shape[-1]}: use gradient_step")
         if isinstance(mu, Tensor):
             mu = step_size(mu, x, "mu")
             mu = mu if mu.ndim == 1 else mu[..., None, None]
-        elif not mu > 0:
+        elif not number("mu", mu) > 0:
             raise ValueError(f"mu: expected a positive number, got {mu}")
         if not torch.compiler.is_compiling() and not self.phi.is_meta:
             self._check_orthonormal()

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
 from lorun_fast.ops import blur_downsample as ops
-from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype
+from lorun_fast.ops._checks import check_image, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -62,7 +62,7 @@ class BlurDownsample(SensingOperator):
         return cls(state["kernel"], config["scale"], learn=config["learn"], method=config["method"])
 
     def _kernel_for(self, t: Tensor) -> Tensor:
-        return as_dtype(self.kernel, parameter_dtype(t.dtype))
+        return beside(self.kernel, t)
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
 from lorun_fast.ops import cassi as ops
-from lorun_fast.ops._checks import as_dtype, check_image, parameter_dtype, whole
+from lorun_fast.ops._checks import check_image, check_tensor, whole
 
 
 def shift_bands(x: Tensor, step: int) -> Tensor:
@@ -44,6 +44,7 @@ def _unshift(name: str, v: Tensor, step: int) -> Tensor:
 
 
 def _check_bands(name: str, t: Tensor, step: int, layout: str) -> torch.Size:
+    check_tensor(name, t)
     if t.ndim != 4:
         raise ValueError(f"{name}: expected {layout}, got shape {tuple(t.shape)}")
     if step < 0:
@@ -117,7 +118,7 @@ class CASSI(SensingOperator):
         return cls(state["mask"], config["bands"], config["step"], learn=config["learn"])
 
     def _mask_for(self, t: Tensor) -> Tensor:
-        return as_dtype(self.mask, parameter_dtype(t.dtype))
+        return beside(self.mask, t)
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """(H, W) of the mask; raises if ``size`` says otherwise."""
@@ -128,7 +129,7 @@ class CASSI(SensingOperator):
 
     def _own_bands(self, x: Tensor) -> Tensor:
         # A mask (H, W) alone would take any number of bands.
-        if x.ndim == 4 and x.shape[1] != self.bands:
+        if getattr(x, "ndim", None) == 4 and x.shape[1] != self.bands:
             raise ValueError(f"x: expected {self.bands} bands, got {x.shape[1]}")
         return x
 

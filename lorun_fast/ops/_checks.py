@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -24,11 +25,32 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def number_or_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def number_or_tensor(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.as_tensor, but a number is written on the device: a CUDA graph cannot record a copy from the host."""
     if isinstance(value, int | float):
         return torch.full((), value, dtype=dtype, device=device)
-    return torch.as_tensor(value, dtype=dtype, device=device)
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number or a tensor, got {value!r}") from None
+
+
+def number(name: str, value: float) -> float:
+    """A user's number."""
+    try:
+        if isinstance(value, str | bytes):  # float() would read it
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+
+
+def finite(name: str, value: float) -> float:
+    """A user's number, neither NaN nor infinite."""
+    found = number(name, value)
+    if not math.isfinite(found):
+        raise ValueError(f"{name}: expected a finite number, got {found}")
+    return found
 
 
 def whole(name: str, value: int, least: int) -> int:
@@ -42,9 +64,22 @@ def whole(name: str, value: int, least: int) -> int:
     return number
 
 
+def check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+
+
+def batch_of(name: str, t: Tensor) -> int:
+    """The length of the first axis."""
+    try:
+        return t.shape[0]
+    except (AttributeError, IndexError):
+        check_tensor(name, t)
+        raise ValueError(f"{name}: expected an axis of samples, got shape ()") from None
+
+
 def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.ndim != ndim:
         raise ValueError(f"{name}: expected {layout}, got shape {shape_of(x)}")
     if x.dtype not in STORAGE_DTYPES:
@@ -53,8 +88,7 @@ def check_image(name: str, x: Tensor, ndim: int, layout: str) -> None:
 
 def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
     for name, t in others:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.device != first[1].device:
             raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
 

@@ -10,10 +10,12 @@ from lorun_fast.ops._checks import (
     as_dtype,
     check_image,
     check_same_device,
+    check_tensor,
     parameter_dtype,
     shape_of,
     step_size,
     sum_to_step,
+    whole,
 )
 from lorun_fast.ops._library import define
 from lorun_fast.reference import block_cs as reference
@@ -25,8 +27,8 @@ def _grid(height: int, width: int, block_size: int) -> tuple[int, int]:
 
 
 def _check_phi(phi: Tensor, block_size: int, dtype: torch.dtype) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    whole("block_size", block_size, 1)
+    check_tensor("phi", phi)
     if phi.ndim != 2 or phi.shape[1] != block_size * block_size:
         raise ValueError(
             f"phi: expected (m, {block_size * block_size}) for {block_size}x{block_size} blocks, "
@@ -73,8 +75,11 @@ def _fits(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> None:
-    if _fits(x, y, phi, block_size):
-        return
+    try:
+        if _fits(x, y, phi, block_size):
+            return
+    except (AttributeError, TypeError):
+        pass  # something is no tensor or no number: which one, the checks say
     _check_forward(x, phi, block_size)
     _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
     if y.shape[0] != x.shape[0]:

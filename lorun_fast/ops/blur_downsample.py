@@ -19,6 +19,8 @@ from lorun_fast.ops._checks import (
     as_dtype,
     check_image,
     check_same_device,
+    check_tensor,
+    number,
     parameter_dtype,
     shape_of,
     step_size,
@@ -43,6 +45,7 @@ def check_method(method: str) -> None:
 
 
 def _check_kernel(kernel: Tensor, batch: int, dtype: torch.dtype) -> None:
+    check_tensor("kernel", kernel)
     if kernel.ndim not in (2, 3) or 0 in kernel.shape[-2:]:
         raise ValueError(f"kernel: expected (kh, kw) or (N, kh, kw), got shape {shape_of(kernel)}")
     if kernel.ndim == 3 and kernel.shape[0] != batch:
@@ -102,8 +105,11 @@ def _fits(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> None:
-    if _fits(x, y, kernel, scale):
-        return
+    try:
+        if _fits(x, y, kernel, scale):
+            return
+    except (AttributeError, TypeError):
+        pass  # something is no tensor or no number: which one, the checks say
     _check_forward(x, kernel, scale)
     _check_measurement(x, y, scale)
 
@@ -323,6 +329,6 @@ def blur_downsample_prox(x: Tensor, y: Tensor, kernel: Tensor, mu: float | Tenso
     :func:`blur_downsample_step`; differentiable in x, y, kernel and mu.
     """
     _check_step(x, y, kernel, scale)
-    if not isinstance(mu, Tensor) and not mu > 0:
+    if not isinstance(mu, Tensor) and not number("mu", mu) > 0:
         raise ValueError(f"mu: expected a positive number, got {mu}")
     return fft_reference.blur_downsample_prox(x, y.to(kernel.dtype), kernel, step_size(mu, x, "mu"), scale)

@@ -10,10 +10,13 @@ from lorun_fast.ops._checks import (
     as_dtype,
     check_image,
     check_same_device,
+    check_tensor,
+    number,
     parameter_dtype,
     shape_of,
     step_size,
     sum_to_step,
+    whole,
 )
 from lorun_fast.ops._library import define
 from lorun_fast.reference import cassi as reference
@@ -26,10 +29,10 @@ def measured_width(width: int, bands: int, step: int) -> int:
 
 
 def _check_mask(mask: Tensor, bands: int, step: int, dtype: torch.dtype) -> None:
-    if step < 0:
-        raise ValueError(f"step: expected at least 0, got {step}")
-    if bands < 1:
-        raise ValueError(f"bands: expected at least 1, got {bands}")
+    whole("step", step, 0)
+    if not isinstance(bands, torch.SymInt):  # which would become a constant
+        whole("bands", bands, 1)
+    check_tensor("mask", mask)
     if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != bands):
         raise ValueError(f"mask: expected (H, W) or ({bands}, H, W) for {bands} bands, got shape {shape_of(mask)}")
     if mask.dtype != parameter_dtype(dtype):
@@ -81,8 +84,11 @@ def _fits(x: Tensor, y: Tensor, mask: Tensor, step: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, mask: Tensor, step: int) -> None:
-    if _fits(x, y, mask, step):
-        return
+    try:
+        if _fits(x, y, mask, step):
+            return
+    except (AttributeError, TypeError):
+        pass  # something is no tensor or no number: which one, the checks say
     _check_forward(x, mask, step)
     _check_measurement(y, mask, x.shape[1], step)
     if y.shape[0] != x.shape[0]:
@@ -310,7 +316,7 @@ def cassi_prox(x: Tensor, y: Tensor, mask: Tensor, mu: float | Tensor, *, step: 
     The rest as :func:`cassi_step`. Differentiable in x, y, mask and mu.
     """
     _check_step(x, y, mask, step)
-    if not isinstance(mu, Tensor) and not mu >= 0:
+    if not isinstance(mu, Tensor) and not number("mu", mu) >= 0:
         raise ValueError(f"mu: expected at least 0, got {mu}")
     if isinstance(mu, Tensor) and mu.ndim > 2 and mu.shape[-3] != 1:
         raise ValueError(f"mu: expected a number or broadcastable to ({x.shape[0]}, 1, 1, 1), got shape {shape_of(mu)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.adapters import factor_shapes
-from lorun_fast.ops._checks import STORAGE_DTYPES, shape_of
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_tensor, shape_of
 from lorun_fast.reference.lora import ACTIVATIONS
 
 
@@ -46,8 +46,10 @@ def check_factors(
     weight: Tensor, down: Tensor | None, up: Tensor | None, *, stacked: bool, groups: int = 1, transposed: bool = False
 ) -> None:
     """Raises unless down and up are the factors of one form for this weight, with a leading stage axis if stacked."""
-    if down is None or up is None:
-        raise ValueError("down, up: expected two tensors, or None for both and no stage")
+    if not (isinstance(down, Tensor) and isinstance(up, Tensor)):
+        kinds = f"{type(down).__name__} and {type(up).__name__}"
+        error = ValueError if down is None or up is None else TypeError
+        raise error(f"down, up: expected two tensors, or None for both and no stage, got {kinds}")
     lead = int(stacked)
     if up.ndim != 2 + lead or down.ndim not in (2 + lead, 4 + lead):
         axis = "a leading stage axis (stage is given)" if stacked else "no stage axis (stage is None)"
@@ -79,8 +81,7 @@ def check_update(
 
 
 def check_floating(name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if t.dtype not in STORAGE_DTYPES:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
 
@@ -97,7 +98,7 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
 
 def check_epilogue(activation: str | None, bias: Tensor | None, residual: Tensor | None, shape, out: int) -> None:
     """Raises for an unknown activation, a bias that is not (out,), a residual that is not shaped like the output."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
         known = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"activation: expected one of {known}, got {activation!r}")
     if bias is not None and tuple(bias.shape) != (out,):

@@ -7,6 +7,7 @@ off its sign; the merged weight is formed again there.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import shape_of
+from lorun_fast.ops._checks import number, shape_of, whole
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -180,9 +181,13 @@ def _call(*args) -> Tensor:
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    want = f"{name}: expected one or two whole numbers of at least {least}, got {value!r}"
+    try:
+        pair = [value, value] if isinstance(value, int) else [operator.index(v) for v in value]
+    except TypeError:
+        raise TypeError(want) from None
     if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(f"{name}: expected one or two whole numbers of at least {least}, got {value}")
+        raise ValueError(want)
     return pair
 
 
@@ -194,6 +199,12 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     if any(t % 2 for t in total):
         x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
     return x, [t // 2 for t in total]
+
+
+def check_channels(x: Tensor, layer) -> None:
+    """Raises unless x is a batch of images with a layer's channels."""
+    if x.ndim != 4 or x.shape[1] != layer.in_channels:
+        raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
 
 
 def of_layer(
@@ -211,8 +222,7 @@ def of_layer(
     elif padding == "valid":
         padding = 0
     weight, down, up, stage = layer.operands(stage, merged)
-    if x.ndim != 4 or x.shape[1] != layer.in_channels:
-        raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
+    check_channels(x, layer)
     return _call(
         x, weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
         (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
@@ -248,7 +258,9 @@ def lora_conv2d(
     keeps x, and the result under "relu" or "leaky_relu" without residual; other activations repeat the convolution.
     Raises ValueError, TypeError or IndexError naming the argument that does not fit.
     """
-    if weight.ndim != 4 or x.ndim != 4:
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.ndim == weight.ndim == 4):
+        check_floating("x", x)
+        check_floating("weight", weight)
         raise ValueError(f"x, weight: expected four axes each, got {shape_of(x)} and {shape_of(weight)}")
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if padding == "same":
@@ -258,8 +270,9 @@ def lora_conv2d(
             raise ValueError(f"padding: expected whole numbers, 'same' or 'valid', got {padding!r}")
         padding = 0
     padding = _pair("padding", padding, 0)
-    if groups < 1:
-        raise ValueError(f"groups: expected at least 1, got {groups}")
+    groups = whole("groups", groups, 1)
+    if type(scale) is not float:
+        scale = number("scale", scale)
     per_sample = isinstance(stage, Tensor)
     args = (scale, stride, padding, dilation, groups, activation, False, [0, 0])
     if stage is not None and not per_sample:

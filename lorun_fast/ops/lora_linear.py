@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import shape_of
+from lorun_fast.ops._checks import batch_of, number, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -119,11 +119,16 @@ def _call(*args) -> Tensor:
     return _linear(*args)
 
 
+def check_features(x: Tensor, layer) -> None:
+    """Raises unless x's last axis has a layer's features."""
+    if x.shape[-1] != layer.in_features:
+        raise ValueError(f"x: expected (..., {layer.in_features}), got {shape_of(x)}")
+
+
 def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
     """The op with the stacked factors of a layer."""
     check_floating("x", x)
-    if x.shape[-1] != layer.in_features:
-        raise ValueError(f"x: expected (..., {layer.in_features}), got {shape_of(x)}")
+    check_features(x, layer)
     down, up = layer.down, layer.up
     if not isinstance(stage, Tensor):
         down, up, stage = down[stage], up[stage], None
@@ -147,11 +152,16 @@ def lora_linear(
     x: (..., in), with N leading when ``stage`` is a tensor (N,). weight: (out, in). down (r, in) and up (out, r),
     with a leading axis K exactly when ``stage`` is given. The rest as for :func:`lora_conv2d`.
     """
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        check_floating("x", x)
+        check_floating("weight", weight)
+    if type(scale) is not float:
+        scale = number("scale", scale)
     per_sample = isinstance(stage, Tensor)
     if stage is not None and not per_sample:
         check_factors(weight, down, up, stacked=True)
-        check_stage(stage, up.shape[0], x.shape[0])
+        check_stage(stage, up.shape[0], batch_of("x", x))
         down, up = down[stage], up[stage]
-    args = (x, weight, bias, down, up, stage if per_sample else None, residual, float(scale), activation)
+    args = (x, weight, bias, down, up, stage if per_sample else None, residual, scale, activation)
     _check(*args)
     return _call(*args)

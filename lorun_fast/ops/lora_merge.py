@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops import _backends
-from lorun_fast.ops._checks import STORAGE_DTYPES
+from lorun_fast.ops._checks import STORAGE_DTYPES, number
 from lorun_fast.ops._direct import below_autograd
 from lorun_fast.ops._library import define
-from lorun_fast.ops.lora import check_factors
+from lorun_fast.ops.lora import check_factors, check_floating
 from lorun_fast.reference import lora as reference
 
 
@@ -23,13 +23,12 @@ def _check(weights, downs, ups, scales, transposed, dtype=None) -> None:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     for index, (weight, down, up, flipped) in enumerate(zip(weights, downs, ups, transposed, strict=True)):
         try:
-            # A grouped layer's factors tell its groups: loralib's down has in*k columns beside in//groups in weight.
-            check_factors(weight, down, up, stacked=True, groups=_groups(weight, down, flipped), transposed=flipped)
             for name, t in (("weight", weight), ("down", down), ("up", up)):
-                if t.dtype not in STORAGE_DTYPES:
-                    raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {t.dtype}")
+                check_floating(name, t)
                 if t.device != weights[0].device:
                     raise ValueError(f"{name} is on {t.device}, but the first weight is on {weights[0].device}")
+            # A grouped layer's factors tell its groups: loralib's down has in*k columns beside in//groups in weight.
+            check_factors(weight, down, up, stacked=True, groups=_groups(weight, down, flipped), transposed=flipped)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index}: {error}") from None
 
@@ -182,8 +181,13 @@ def lora_merge(
     Returns a list of (K, *weight.shape). Formed in fp32 (fp64 for fp64 weights) and rounded once. Differentiable in
     weights, downs and ups. Raises ValueError or TypeError naming the layer and the argument that does not fit.
     """
+    for name, value in (("weights", weights), ("downs", downs), ("ups", ups)):
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    if channels_last not in (None, True, False):
+        raise TypeError(f"channels_last: expected True, False or None, got {channels_last!r}")
     n = len(weights)
-    scales = [float(scales)] * n if isinstance(scales, int | float) else [float(s) for s in scales]
+    scales = [number("scales", s) for s in (scales if isinstance(scales, list | tuple) else [scales] * n)]
     transposed = [transposed] * n if isinstance(transposed, bool) else list(transposed)
     _check(weights, downs, ups, scales, transposed, dtype)
     return _op(list(weights), list(downs), list(ups), scales, transposed, dtype, channels_last) if n else []

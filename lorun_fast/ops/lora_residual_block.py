@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _lora_aten, lora_conv2d
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import shape_of
+from lorun_fast.ops._checks import batch_of, check_tensor, number, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -52,6 +52,7 @@ def calls(x, first, second, stage, residual, scales) -> tuple[tuple, tuple]:
 
 def _check_layer(name: str, x: Tensor, layer: Sequence[Tensor | None], stage: Tensor | None) -> None:
     weight, bias, down, up = layer
+    check_tensor(f"{name} weight", weight)
     if weight.ndim != 4 or weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f"{name}: expected a weight (out, in, kh, kw) of odd sizes, got {shape_of(weight)}")
     check_tensors(x, **{f"{name} {part}": t for part, t in zip(_LAYER, layer, strict=True)})
@@ -265,15 +266,20 @@ def lora_residual_block(
     Differentiable once, in every tensor. Backward keeps x alone and computes the first convolution again. Raises
     ValueError, TypeError or IndexError naming the argument that does not fit.
     """
-    first, second = tuple(first), tuple(second)
     for name, layer in (("first", first), ("second", second)):
+        if not isinstance(layer, tuple | list):
+            raise TypeError(f"{name}: expected (weight, bias, down, up), got {type(layer).__name__}")
         if len(layer) != len(_LAYER):
             raise ValueError(f"{name}: expected (weight, bias, down, up), got {len(layer)} of them")
+    if not isinstance(scales, tuple | list) or len(scales) != 2:
+        raise ValueError(f"scales: expected two numbers, got {scales!r}")
+    first_scale, second_scale = (number("scales", scale) for scale in scales)
+    batch = batch_of("x", x)
     if stage is not None and not isinstance(stage, Tensor):
         for layer in (first, second):
             check_factors(layer[0], *layer[2:], stacked=True)
-            check_stage(stage, layer[3].shape[0], x.shape[0])
+            check_stage(stage, layer[3].shape[0], batch)
         first, second = ((*layer[:2], *(factor[stage] for factor in layer[2:])) for layer in (first, second))
         stage = None
     _check(x, first, second, stage, residual)
-    return _block(x, *first, *second, stage, residual, *(float(scale) for scale in scales))
+    return _block(x, *first, *second, stage, residual, first_scale, second_scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
+from lorun_fast.ops._checks import check_image, check_same_device, check_tensor, parameter_dtype, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.ops.lora import check_floating, check_update
 from lorun_fast.reference import packed_conv2d as reference
@@ -21,6 +21,7 @@ _ACTIVATIONS = (None, "relu")
 
 def _check_packed(name: str, packed: Tensor, x: Tensor, out: int, channels: int, kernel: int) -> None:
     shape = reference.packed_shape(out, channels, kernel)
+    check_tensor(name, packed)
     if packed.shape != shape:
         raise ValueError(
             f"{name}: expected {shape} of packed_weight for ({out}, {channels}, {kernel}, {kernel}), "
@@ -118,6 +119,7 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _check_layer(weight: Tensor, down: Tensor | None, up: Tensor | None) -> None:
+    check_floating("weight", weight)
     _check_weight(weight)
     check_update(weight, down, up, None, 1)
     given = [(name, t) for name, t in (("weight", weight), ("down", down), ("up", up)) if t is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_same_device, shape_of
+from lorun_fast.ops._checks import check_same_device, check_tensor, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import winograd_conv2d as reference
 
@@ -21,6 +21,8 @@ _ACTIVATIONS = (None, "relu")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
     if x.ndim != 4:
         raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
     if x.dtype not in DTYPES:
@@ -86,6 +88,7 @@ _op = define(
 
 
 def _check_weight(weight: Tensor) -> None:
+    check_tensor("weight", weight)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight: expected (out, in, 3, 3), got shape {shape_of(weight)}")
     if weight.dtype not in DTYPES:
@@ -117,6 +120,8 @@ _weight_op = define(
 
 
 def _check_images(grad: Tensor, x: Tensor) -> None:
+    check_tensor("grad", grad)
+    check_tensor("x", x)
     if x.ndim != 4 or grad.ndim != 4 or grad.shape != (x.shape[0], grad.shape[1], *x.shape[2:]):
         raise ValueError(f"grad, x: expected (N, out, H, W) and (N, in, H, W), got {shape_of(grad)} and {shape_of(x)}")
     if x.dtype not in DTYPES:
