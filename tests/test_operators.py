@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lorun_fast as lf
 
@@ -87,6 +91,58 @@ def test_the_proximal_step_compiles_and_exports(make):
             return self.op.prox(x, y, 0.5)
 
     torch.testing.assert_close(torch.export.export(Prox(), (x, y)).module()(x, y), expected)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list:
+    """The values that are read to the host."""
+    found, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: found.append(item(t)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_orthonormal_rows_are_looked_at_once(learn, reads):
+    op, x = lf.BlockCS.gaussian(0.5, 4, learn=learn), torch.rand(2, 1, 8, 8)
+    y = op(x).detach()
+    for _ in range(3):
+        op.prox(x, y, 0.5)
+    assert len(reads) == 1
+    for again in (copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+        torch.testing.assert_close(again.prox(x, y, 0.5), op.prox(x, y, 0.5))
+    with torch.no_grad():
+        op.phi.mul_(2)
+    with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+        op.prox(x, y, 0.5)
+    with torch.no_grad():
+        op.phi.div_(2)
+    op.prox(x, y, 0.5)
+    op.phi = nn.Parameter(2 * op.phi.detach()) if learn else 2 * op.phi
+    with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+        op.prox(x, y, 0.5)
+
+
+def test_orthonormal_rows_that_count_no_changes(reads):
+    """An inference tensor: a learned one is looked at every time, a fixed one until it is another."""
+    x = torch.rand(2, 1, 8, 8)
+    with torch.inference_mode():
+        learned, fixed = (lf.BlockCS.gaussian(0.5, 4, learn=learn) for learn in (True, False))
+        y = fixed(x)
+        for _ in range(2):
+            learned.prox(x, y, 0.5)
+            fixed.prox(x, y, 0.5)
+        assert len(reads) == 3
+        learned.phi.mul_(2)
+        with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+            learned.prox(x, y, 0.5)
+
+
+def test_orthonormal_rows_under_vmap():
+    op, x = lf.BlockCS.gaussian(0.5, 4, learn=True), torch.rand(3, 2, 1, 8, 8)
+    y = torch.stack([op(one) for one in x]).detach()
+    for _ in range(2):
+        together = torch.vmap(lambda x, y: op.prox(x, y, 0.5))(x, y)
+        torch.testing.assert_close(together, torch.stack([op.prox(*one, 0.5) for one in zip(x, y, strict=True)]))
 
 
 def test_orthonormal_rows_are_looked_at_again_where_phi_changes():

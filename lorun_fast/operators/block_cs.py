@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class BlockCS(SensingOperator):
     """
 
     task = "cs"
-    _orthonormal = False  # whether a fixed Phi has been found to have orthonormal rows
+    # The Phi that was found to have orthonormal rows, and how often it had been changed in place by then.
+    _orthonormal: tuple[weakref.ref[Tensor], int] | None = None
 
     def __init__(self, phi: Tensor, block_size: int = 32, *, learn: bool = False):
         super().__init__()
@@ -113,8 +115,8 @@ class BlockCS(SensingOperator):
 
         mu: a positive number, a 0-d tensor, or broadcastable to (N, 1, 1, 1); a tensor's sign is not read.
         Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise. The rows are looked
-        at once for a fixed Phi (until it is loaded), at every call for a learned one, and not under
-        torch.compile or export, which cannot read values.
+        at once, and again where Phi is another or was changed in place (but by way of ``.data``, which torch does not
+        count); not under torch.compile or export, which cannot read values.
         """
         b = self.block_size
         check_image("x", x, 4, "(N, 1, H, W)")
@@ -131,17 +133,24 @@ class BlockCS(SensingOperator):
 
     @torch.no_grad()
     def _check_orthonormal(self) -> None:
-        fixed = not isinstance(self.phi, nn.Parameter)
-        if fixed and self._orthonormal:
+        phi, known = self.phi, self._orthonormal
+        # An inference tensor does not count its changes: a fixed one has none, a learned one is looked at every time.
+        counted = not phi.is_inference()
+        changes = phi._version if counted else 0
+        tells = counted or not isinstance(phi, nn.Parameter)
+        if tells and known is not None and known[0]() is phi and known[1] == changes:
             return
-        gram = self.phi.double() @ self.phi.double().mT
+        gram = phi.double() @ phi.double().mT
         worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
         if worst > 1e-4:
             raise ValueError(
                 f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step"
             )
-        self._orthonormal = fixed
+        self._orthonormal = weakref.ref(phi), changes
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_orthonormal": None}  # a weak reference is not pickled
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._orthonormal = False
+        self._orthonormal = None
         super()._load_from_state_dict(*args, **kwargs)
