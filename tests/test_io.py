@@ -121,6 +121,56 @@ def test_a_registered_denoiser_needs_nothing(tmp_path, monkeypatch):
         register_denoiser(nn.Identity)
 
 
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+def test_an_older_file_loads(tmp_path, sharing):
+    """Written as version 1 was before it knew data_step, noise_map and notes."""
+    torch.manual_seed(0)
+    layers = {"head": (4, 1, 3), "down.0": (8, 4, 2), "up.0": (8, 4, 2), "tail": (1, 4, 3)}
+    for level, width in (("encoder.0", 4), ("body", 8), ("decoder.0", 4)):
+        layers |= {f"{level}.0.{conv}": (width, width, 3) for conv in ("conv1", "conv2")}
+    bases = [f"denoiser.copies.{k}" for k in range(2)] if sharing == "untied" else ["denoiser.base"]
+    tensors = {"step_size": torch.tensor([0.5, 1.5]), "op.phi": torch.rand(16, 64)}
+    for base in bases:
+        tensors |= {f"{base}.{name}.weight": 0.2 * torch.randn(a, b, k, k) for name, (a, b, k) in layers.items()}
+    config = {
+        "version": 1,
+        "network": {"stages": 2, "gamma": 10, "form": "loralib", "sharing": sharing},
+        "operator": {"type": "BlockCS", "config": {"block_size": 8, "learn": False}},
+        "denoiser": {
+            "type": "ResUNet",
+            "config": {
+                "in_channels": 1, "out_channels": 1, "channels": [4, 8], "blocks": 1, "noise_level": False,
+                "residual": True,
+            },
+        },
+    }  # fmt: skip
+    if sharing == "lora":
+        config["adapters"] = {name: {"rank": 1, "form": "loralib", "scale": 0.5} for name in layers}
+        for name, (a, b, k) in layers.items():
+            tensors[f"denoiser.base.{name}.down"] = torch.randn(2, k, (a if name == "up.0" else b) * k)
+            tensors[f"denoiser.base.{name}.up"] = torch.randn(2, (b if name == "up.0" else a) * k, k)
+    save_file(tensors, tmp_path / "net.safetensors", metadata={"lorun_fast": json.dumps(config)})
+    net = lf.load(tmp_path / "net.safetensors")
+    assert (net.stages, net.gamma, net.form, net.sharing) == (2, 10, "loralib", sharing)
+    assert (net.data_step, net.noise_map, net.training) == ("gradient", "measurement", False)
+    state = net.state_dict()
+    assert state.keys() == tensors.keys() and all(torch.equal(state[name], t) for name, t in tensors.items())
+    x = net.op.initial(Y)
+    for k in range(2):
+        base = net.denoiser.copies[k] if sharing == "untied" else net.denoiser.base
+        plain = lf.ResUNet(**config["denoiser"]["config"])
+        weights = {}
+        for name, layer in dict(plain.named_modules()).items():
+            if name in layers:
+                weights[name] = base.get_submodule(name).weight.detach()
+                if sharing == "lora":
+                    down, up = (tensors[f"denoiser.base.{name}.{factor}"][k] for factor in ("down", "up"))
+                    weights[name] = weights[name] + 0.5 * (up @ down).view(layer.weight.shape)
+        plain.load_state_dict({f"{name}.weight": w for name, w in weights.items()})
+        x = plain(net.op.gradient_step(x, Y, tensors["step_size"][k]))
+    torch.testing.assert_close(net(Y), x)
+
+
 def test_notes_are_kept_in_the_header(tmp_path):
     lf.save(network(), tmp_path / "net.safetensors", notes={"data": "photographs"})
     assert read_config(tmp_path / "net.safetensors")["notes"] == {"data": "photographs"}

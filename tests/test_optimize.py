@@ -136,8 +136,10 @@ def test_a_score_that_moves_either_way_speaks_against_bf16(monkeypatch, x, moved
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     net = network()
     monkeypatch.setattr(optimize, "score", lambda other, *_: 30.0 + (0.0 if other is net else moved))
-    done, why = net.optimize(images=x).report["dtype"]
+    fast = net.optimize(images=x)
+    done, why = fast.report["dtype"]
     assert done == ("bfloat16" if moved == 0.019 else "float32") and f"{moved:+.4f} dB on 2 images" in why
+    assert {p.dtype for p in fast.denoiser.parameters()} == {getattr(torch, done)}
 
 
 def test_scoring_leaves_a_network_in_training_as_it_was(monkeypatch, x):
@@ -150,7 +152,9 @@ def test_scoring_leaves_a_network_in_training_as_it_was(monkeypatch, x):
 
 
 def test_a_network_in_bf16_keeps_its_dtype():
-    assert network().bfloat16().optimize().report["dtype"] == ("bfloat16", "the network's own")
+    fast = network().bfloat16().optimize()
+    assert fast.report["dtype"] == ("bfloat16", "the network's own")
+    assert {p.dtype for p in fast.denoiser.parameters()} == {torch.bfloat16}
 
 
 def test_the_capabilities_that_count(monkeypatch):
@@ -179,6 +183,11 @@ def test_merged_weights_are_rounded_once_from_fp32():
 
 def wide(**settings):
     return network(denoiser=lf.ResUNet(channels=(8, 16), blocks=1), **settings)
+
+
+def stand_ins(net: nn.Module, kind: type[nn.Module]) -> int:
+    """How many layers of a kind the network runs on."""
+    return sum(type(module) is kind for module in net.modules())
 
 
 @pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
@@ -212,24 +221,31 @@ def test_minimal_filtering_saves_and_loads_as_the_layers_it_stands_for(x, tmp_pa
 def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
     monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))
     monkeypatch.setattr(optimize._native, "build_info", lambda: {} if found is None else {"cpu_active": found})
-    done, why = wide().optimize().report["convolutions"]
+    fast = wide().optimize()
+    done, why = fast.report["convolutions"]
     assert done == ("F(4x4, 3x3)" if found in ("avx2", "avx512") else "direct")
     assert ("this CPU's loops are" in why) == (done == "direct")
-    assert wide().optimize(convolutions="direct").report["convolutions"] == ("direct", "asked for")
+    assert stand_ins(fast, WinogradConv2d) == (0 if done == "direct" else 3 * 6)
+    direct = wide().optimize(convolutions="direct")
+    assert direct.report["convolutions"] == ("direct", "asked for") and not stand_ins(direct, WinogradConv2d)
     narrow = network(denoiser=lf.ResUNet(channels=(4,), blocks=1)).optimize(convolutions="winograd")
+    assert not stand_ins(narrow, WinogradConv2d)
     assert narrow.report["convolutions"][0] == "direct" and "multiples of 8" in narrow.report["convolutions"][1]
 
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_matrix_tiles_are_chosen_for_bf16_where_there_are_any(monkeypatch, amx):
     monkeypatch.setattr(optimize._native, "build_info", lambda: {"cpu_active": "avx512", "amx": amx})
-    done, why = wide().optimize(dtype=torch.bfloat16).report["convolutions"]
+    fast = wide().optimize(dtype=torch.bfloat16)
+    done, why = fast.report["convolutions"]
+    assert stand_ins(fast, PackedConv2d) == (3 * 10 if amx else 0)
     assert (done, why) == (
         ("matrix tiles", "10 of 10 layers a stage; AMX") if amx else ("direct", "matrix tiles need AMX")
     )
-    assert wide().optimize(dtype=torch.float16).report["convolutions"][0] == "direct"
-    asked = wide().optimize(dtype=torch.float32, convolutions="packed").report["convolutions"]
-    assert asked == ("direct", "no bfloat16 convolution of square kernels")
+    assert not stand_ins(wide().optimize(dtype=torch.float16), PackedConv2d)
+    asked = wide().optimize(dtype=torch.float32, convolutions="packed")
+    assert asked.report["convolutions"] == ("direct", "no bfloat16 convolution of square kernels")
+    assert not stand_ins(asked, PackedConv2d)
 
 
 @pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
@@ -375,6 +391,7 @@ def test_without_images_bf16_is_not_chosen(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     fast = network().optimize()
     assert fast.report["dtype"][0] == "float32" and "score not checked" in fast.report["dtype"][1]
+    assert {p.dtype for p in fast.denoiser.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
