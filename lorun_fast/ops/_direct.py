@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lorun_fast.ops._flops import tell_counters
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -46,7 +48,9 @@ def direct_call(
 
     def compute(args):
         with below_autograd():
-            if python and not _dispatch_modes() and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)):
+            if _dispatch_modes():
+                tell_counters()
+            elif python and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)):
                 return definition(*args)
             return op(*args)
 

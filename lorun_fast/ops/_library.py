@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from lorun_fast.ops._direct import direct_call
+from lorun_fast.ops._flops import FORMULAS
 
 NAMESPACE = "lorun_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -28,6 +29,7 @@ def define(
     autocast: Callable | None = None,
     direct: bool = False,
     python: bool = False,
+    flops: Callable[..., int] | None = None,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -40,18 +42,23 @@ def define(
     direct: return a callable instead that reaches the same implementations sooner in eager mode (see ops/_direct.py).
         For ops that return a tensor, or a tuple or list of them.
     python: ``reference`` is what every device computes, so that such a call need not look for another.
+    flops: for torch.utils.flop_counter, the op's arguments with shapes in place of tensors, and out_shape; for ops that
+        are called directly.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    op = packet.default
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _outside_autocast(op, device, autocast), f"Autocast{device.upper()}")
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
+    if flops is not None:
+        FORMULAS[packet] = flops
     return direct_call(op, backward, setup_context, autocast, reference, python) if direct else op
 
 

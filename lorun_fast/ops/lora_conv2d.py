@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
+from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import number, shape_of, whole
 from lorun_fast.ops._library import define, once
@@ -117,6 +117,20 @@ def _backward(ctx, grad):
     return (*found, None, grad if ctx.needs_input_grad[6] else None, *[None] * len(ctx.args))
 
 
+def flops(x, weight, bias, down, up, stage, residual, *args, out_shape, **_) -> int:
+    return _flops.convolution(x, weight, out_shape, transposed=args[6])
+
+
+def backward_flops(grad, x, weight, bias, down, up, stage, output, *args, **_) -> int:
+    """One convolution for the image, and one for the weight and its factors, unless those have their own: peft's."""
+    *_, transposed, _, mask = args
+    whole = _flops.convolution(x, weight, grad, transposed)
+    factors, lead = mask[3] + mask[4], stage is not None
+    if not factors or mask[1] or len(down) - lead != 4:
+        return whole * (mask[0] + (mask[1] or factors > 0))
+    return whole * mask[0] + factors * _flops.narrow(x, down[lead:], up[lead:], grad, transposed)
+
+
 _ARGUMENTS = (
     "float scale, int[] stride, int[] padding, int[] dilation, int groups, str? activation, bool transposed, "
     "int[] output_padding"
@@ -131,6 +145,7 @@ _conv = define(
     autocast=under_autocast,
     direct=True,
     python=True,
+    flops=flops,
 )
 _conv_backward = define(
     "lora_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? stage, "
@@ -140,6 +155,7 @@ _conv_backward = define(
     **once("lora_conv2d"),
     direct=True,
     python=True,
+    flops=backward_flops,
 )
 
 

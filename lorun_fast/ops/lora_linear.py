@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorun_fast.ops import _backends, _lora_aten, _lora_autograd
+from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import batch_of, number, shape_of
 from lorun_fast.ops._library import define, once
@@ -75,6 +75,17 @@ def _backward(ctx, grad):
     return (*found, None, grad if ctx.needs_input_grad[6] else None, None, None)
 
 
+def _forward_flops(x, weight, *_, **__) -> int:
+    return _flops.linear(x, weight)
+
+
+def _backward_flops(grad, x, weight, bias, down, up, stage, output, scale, activation, mask, **_) -> int:
+    """One product for x, one for the weight; for each factor two that are narrow, unless the weight's serves."""
+    whole, lead = _flops.linear(x, weight), stage is not None
+    low = _flops.linear(x, down[lead:]) + _flops.linear(grad, up[lead:])
+    return whole * (mask[0] + mask[1]) + low * (0 if mask[1] else mask[3] + mask[4])
+
+
 _linear = define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, Tensor? residual, "
     "float scale, str? activation) -> Tensor",
@@ -85,6 +96,7 @@ _linear = define(
     autocast=under_autocast,
     direct=True,
     python=True,
+    flops=_forward_flops,
 )
 _linear_backward = define(
     "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? stage, "
@@ -94,6 +106,7 @@ _linear_backward = define(
     **once("lora_linear"),
     direct=True,
     python=True,
+    flops=_backward_flops,
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lorun_fast.ops import _backends, _lora_aten, lora_conv2d
+from lorun_fast.ops import _backends, _flops, _lora_aten, lora_conv2d
 from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import batch_of, check_tensor, number, shape_of
 from lorun_fast.ops._library import define, once
@@ -189,6 +189,21 @@ def _backward(ctx, grad):
     return (*found, None, grad if needs_residual else None, None, None)
 
 
+def _forward_flops(*args, out_shape, **_) -> int:
+    x, first, second, _ = parts(args)
+    between = (x[0], first[0][0], *x[2:])
+    return _flops.convolution(x, first[0], between) + _flops.convolution(between, second[0], out_shape)
+
+
+def _backward_flops(grad, *args, **_) -> int:
+    *args, mask = args
+    x, first, second, (stage, *_) = parts(args)
+    between = (x[0], first[0][0], *x[2:])
+    rest = (stage, None, False, None)  # no output, not transposed, no output padding
+    of_second = lora_conv2d.backward_flops(grad, between, *second, *rest, [any(mask[:5]), *mask[5:]])
+    return of_second + lora_conv2d.backward_flops(between, x, *first, *rest, mask[:5])
+
+
 _TENSORS = (
     "Tensor x, Tensor first, Tensor? first_bias, Tensor? first_down, Tensor? first_up, "
     "Tensor second, Tensor? second_bias, Tensor? second_down, Tensor? second_up, Tensor? stage"
@@ -202,6 +217,7 @@ _block = define(
     autocast=under_autocast,
     direct=True,
     python=True,
+    flops=_forward_flops,
 )
 _block_backward = define(
     f"lora_residual_block_backward(Tensor grad, {_TENSORS}, float first_scale, float second_scale, bool[] mask) "
@@ -211,6 +227,7 @@ _block_backward = define(
     **once("lora_residual_block"),
     direct=True,
     python=True,
+    flops=_backward_flops,
 )
 
 

@@ -6,6 +6,8 @@ Definition: reference/packed_conv2d.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -108,6 +110,9 @@ _op = define(
     backward=_backward,
     setup_context=_setup,
     direct=True,
+    flops=lambda x, weight, bias, residual, out, kernel, *_, out_shape, **__: (
+        2 * math.prod(out_shape) * x[1] * kernel**2
+    ),
 )
 
 
@@ -205,6 +210,7 @@ _block_op = define(
     backward=_backward_block,
     setup_context=_setup_block,
     direct=True,
+    flops=lambda x, *args, **_: 2 * 2 * math.prod(x) * args[5] * 3**2,
 )
 
 

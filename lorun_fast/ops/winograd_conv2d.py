@@ -6,6 +6,8 @@ Definition: reference/winograd_conv2d.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,7 @@ _op = define(
     backward=_backward,
     setup_context=_setup,
     direct=True,
+    flops=lambda x, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,  # of a direct convolution
 )
 
 
