@@ -55,6 +55,8 @@ def finite(name: str, value: float) -> float:
 
 def whole(name: str, value: int, least: int) -> int:
     """A user's whole number of at least ``least``."""
+    if type(value) is int and value >= least:  # at every call of an op
+        return value
     try:
         number = operator.index(value)
     except TypeError:
