@@ -8,8 +8,8 @@
 
 namespace lorun {
 
-// A range that is fetched to the second-level cache a few lines at a time, between the instructions of other work. All
-// at once its requests would wait for each other, and at the time of need the work for them.
+// A range that is fetched to the second-level cache a few lines at a time, between the instructions of other work.
+// Asked for all at once, lines would wait for each other; asked for when they are needed, the work would wait for them.
 class Ahead {
  public:
   Ahead() = default;
