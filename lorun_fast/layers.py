@@ -112,6 +112,14 @@ class AdaptedLayer:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return weight, bias
 
+    def _call_merged(self, function: Callable, check: Callable, x: Tensor, *args) -> Tensor:
+        """function(x, *args), torch's own; where that fails, check(x, self) has the first word."""
+        try:
+            return function(x, *args)
+        except RuntimeError:
+            check(x, self)
+            raise
+
     def plain(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         """The nn layer that this one adapts, with its geometry and this weight and bias, neither of them training."""
         arguments = self._base_arguments(self) | {"bias": bias is not None, "device": "meta"}
@@ -262,11 +270,8 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
             return conv_ops.of_layer(input, self, stage, padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
-        try:
-            return conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        except RuntimeError:
-            conv_ops.check_channels(input, self)
-            raise
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return self._call_merged(conv, conv_ops.check_channels, input, weight, bias, *geometry)
 
 
 class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
@@ -320,11 +325,8 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
             return conv_ops.of_layer(input, self, stage, self.padding, output_padding, merged=merged)
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
-        try:
-            return conv(input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
-        except RuntimeError:
-            conv_ops.check_channels(input, self)
-            raise
+        geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        return self._call_merged(conv, conv_ops.check_channels, input, weight, bias, *geometry)
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -359,11 +361,7 @@ class LoRALinear(AdaptedLayer, nn.Linear):
             return linear_ops.of_layer(input, self, stage)
         weight, bias = self._merged_at(stage, input)
         linear = reference.linear_per_sample if weight.ndim == 3 else F.linear
-        try:
-            return linear(input, weight, bias)
-        except RuntimeError:
-            linear_ops.check_features(input, self)
-            raise
+        return self._call_merged(linear, linear_ops.check_features, input, weight, bias)
 
 
 def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:

@@ -18,7 +18,7 @@ from lorun_fast.convolutions import KINDS, WinogradConv2d, replace_convolutions
 from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
-from lorun_fast.ops._checks import check_image, finite
+from lorun_fast.ops._checks import check_flag, check_image, finite
 from lorun_fast.ops.winograd_conv2d import DTYPES
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
 
@@ -236,9 +236,8 @@ def optimize(
     record_after: int = 0,
 ) -> OptimizedLoRun:
     """See :meth:`LoRun.optimize`. record_after: calls of a size before a CUDA graph of it is captured."""
-    for name, flag in (("channels_last", channels_last), ("cuda_graph", cuda_graph)):
-        if flag not in (None, True, False):
-            raise TypeError(f"{name}: expected True, False or None, got {flag!r}")
+    check_flag("channels_last", channels_last)
+    check_flag("cuda_graph", cuda_graph)
     if compile not in (True, False):
         raise TypeError(f"compile: expected True or False, got {compile!r}")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

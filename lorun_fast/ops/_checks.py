@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,6 +70,19 @@ def whole(name: str, value: int, least: int) -> int:
 def check_tensor(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+
+
+def check_flag(name: str, value: bool | None) -> None:
+    if value not in (None, True, False):
+        raise TypeError(f"{name}: expected True, False or None, got {value!r}")
+
+
+def holds(test: Callable[..., bool], *args) -> bool:
+    """test(*args), and False where something is no tensor or no number: which one, the checks that follow say."""
+    try:
+        return test(*args)
+    except (AttributeError, TypeError):
+        return False
 
 
 def batch_of(name: str, t: Tensor) -> int:

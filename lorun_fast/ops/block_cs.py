@@ -11,6 +11,7 @@ from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     parameter_dtype,
     shape_of,
     step_size,
@@ -75,11 +76,8 @@ def _fits(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> None:
-    try:
-        if _fits(x, y, phi, block_size):
-            return
-    except (AttributeError, TypeError):
-        pass  # something is no tensor or no number: which one, the checks say
+    if holds(_fits, x, y, phi, block_size):
+        return
     _check_forward(x, phi, block_size)
     _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
     if y.shape[0] != x.shape[0]:

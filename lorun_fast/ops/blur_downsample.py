@@ -20,6 +20,7 @@ from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     number,
     parameter_dtype,
     shape_of,
@@ -105,11 +106,8 @@ def _fits(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> None:
-    try:
-        if _fits(x, y, kernel, scale):
-            return
-    except (AttributeError, TypeError):
-        pass  # something is no tensor or no number: which one, the checks say
+    if holds(_fits, x, y, kernel, scale):
+        return
     _check_forward(x, kernel, scale)
     _check_measurement(x, y, scale)
 

@@ -11,6 +11,7 @@ from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     number,
     parameter_dtype,
     shape_of,
@@ -84,11 +85,8 @@ def _fits(x: Tensor, y: Tensor, mask: Tensor, step: int) -> bool:
 
 
 def _check_step(x: Tensor, y: Tensor, mask: Tensor, step: int) -> None:
-    try:
-        if _fits(x, y, mask, step):
-            return
-    except (AttributeError, TypeError):
-        pass  # something is no tensor or no number: which one, the checks say
+    if holds(_fits, x, y, mask, step):
+        return
     _check_forward(x, mask, step)
     _check_measurement(y, mask, x.shape[1], step)
     if y.shape[0] != x.shape[0]:

@@ -124,11 +124,11 @@ def flops(x, weight, bias, down, up, stage, residual, *args, out_shape, **_) -> 
 def backward_flops(grad, x, weight, bias, down, up, stage, output, *args, **_) -> int:
     """One convolution for the image, and one for the weight and its factors, unless those have their own: peft's."""
     *_, transposed, _, mask = args
-    whole = _flops.convolution(x, weight, grad, transposed)
+    one = _flops.convolution(x, weight, grad, transposed)
     factors, lead = mask[3] + mask[4], stage is not None
     if not factors or mask[1] or len(down) - lead != 4:
-        return whole * (mask[0] + (mask[1] or factors > 0))
-    return whole * mask[0] + factors * _flops.narrow(x, down[lead:], up[lead:], grad, transposed)
+        return one * (mask[0] + (mask[1] or factors > 0))
+    return one * mask[0] + factors * _flops.narrow(x, down[lead:], up[lead:], grad, transposed)
 
 
 _ARGUMENTS = (
@@ -197,13 +197,13 @@ def _call(*args) -> Tensor:
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    want = f"{name}: expected one or two whole numbers of at least {least}, got {value!r}"
     try:
         pair = [value, value] if isinstance(value, int) else [operator.index(v) for v in value]
+        error = ValueError
     except TypeError:
-        raise TypeError(want) from None
+        pair, error = [], TypeError
     if len(pair) != 2 or any(v < least for v in pair):
-        raise ValueError(want)
+        raise error(f"{name}: expected one or two whole numbers of at least {least}, got {value!r}")
     return pair
 
 

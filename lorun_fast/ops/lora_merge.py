@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops import _backends
-from lorun_fast.ops._checks import STORAGE_DTYPES, number
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_flag, number
 from lorun_fast.ops._direct import below_autograd
 from lorun_fast.ops._library import define
 from lorun_fast.ops.lora import check_factors, check_floating
@@ -184,8 +184,7 @@ def lora_merge(
     for name, value in (("weights", weights), ("downs", downs), ("ups", ups)):
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
-    if channels_last not in (None, True, False):
-        raise TypeError(f"channels_last: expected True, False or None, got {channels_last!r}")
+    check_flag("channels_last", channels_last)
     n = len(weights)
     scales = [number("scales", s) for s in (scales if isinstance(scales, list | tuple) else [scales] * n)]
     transposed = [transposed] * n if isinstance(transposed, bool) else list(transposed)
