@@ -5,8 +5,9 @@ that learn become one op a block, and those of inference, modules that stand for
 otherwise, apply what follows a convolution on the way.
 
 On a CPU :class:`WinogradConv2d`: minimal filtering, for fp32 (ops/winograd_conv2d.py); :class:`PackedConv2d`: matrix
-tiles, for bf16 (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`: the kernel of LoRA convolutions, without an
-adapter, where it takes less time than cuDNN's and what follows (kernels/lora_conv2d.py).
+tiles, for bf16 (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`, where that takes less time than cuDNN's and what
+follows: a kernel for Hopper (ops/fused_conv2d.py), or that of LoRA convolutions, without an adapter
+(kernels/lora_conv2d.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lorun_fast.layers import LoRAConv2d
-from lorun_fast.ops import _backends, _lora_autograd, lora_residual_block
+from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
@@ -185,8 +186,8 @@ _MOST_CHANNELS = 128
 class FusedConv2d(StandIn):
     """An nn.Conv2d for inference in bf16 or fp16 on a GPU: bias, ReLU and residual in one pass with the convolution.
 
-    By the Triton kernel where that was measured to take less time, else, and where a gradient is wanted or the call is
-    traced, by torch. Raises ValueError for a layer that the kernel never serves.
+    By one of two kernels where that was measured to take less time, else, and where a gradient is wanted or the call is
+    traced, by torch. Raises ValueError for a layer that neither ever serves.
     """
 
     method = "fused kernel"
@@ -199,6 +200,7 @@ class FusedConv2d(StandIn):
         super().__init__(conv)
         padding = {"same": conv.dilation, "valid": (0, 0)}.get(conv.padding, conv.padding)
         self.geometry = (conv.stride, padding, conv.dilation)
+        self._is_plain = padding == conv.dilation == (1, 1)
 
     @staticmethod
     def unfit(conv: nn.Module) -> str | None:
@@ -233,6 +235,8 @@ class FusedConv2d(StandIn):
         input = input.to(self.weight.dtype)  # as autocast would
         learns = torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad))
         eager = input.device.type == self.device and not learns and not torch.compiler.is_compiling()
+        if eager and self._is_plain and fused_conv2d.unfit(input, self.weight) is None:
+            return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
         if eager and (self.everywhere or self._pays(input)):
             kernel = _backends.BACKENDS["lora_conv2d"]["triton"]
             unmerged = (None, None, None)  # down, up, stage

@@ -8,6 +8,7 @@ from lorun_fast.ops.blur_downsample import (
     blur_downsample_step,
 )
 from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
+from lorun_fast.ops.fused_conv2d import fused_conv2d
 from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
 from lorun_fast.ops.lora_merge import lora_merge
@@ -29,6 +30,7 @@ __all__ = [
     "cassi_adjoint",
     "cassi_prox",
     "cassi_step",
+    "fused_conv2d",
     "lora_conv2d",
     "lora_linear",
     "lora_merge",

@@ -17,6 +17,7 @@ from lorun_fast.ops._library import SCHEMAS
 from lorun_fast.reference import block_cs as block_reference
 from lorun_fast.reference import blur_downsample as blur_reference
 from lorun_fast.reference import cassi as cassi_reference
+from lorun_fast.reference import fused_conv2d as fused_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPS = {
@@ -25,6 +26,7 @@ OPS = {
         f"blur_downsample{suffix}" for suffix in ("", "_adjoint", "_descend", "_step", "_grad_kernel")
     ),
     "cassi": ("cassi", "cassi_adjoint", "cassi_step", "cassi_grad_mask"),
+    "fused_conv2d": ("fused_conv2d",),
 }
 
 
@@ -494,3 +496,88 @@ def test_kernels_run_on_their_tensors_device():
             got = op.to("cuda:1")(x.to("cuda:1"))
         assert got.device.index == 1
         torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+# samples, channels in and out, height, width. The line of pixels, a tile of it, the ring and who shares it out are what
+# these shapes are for: less than a tile, rows that begin anywhere in one, every number of output channels a block can
+# have, several turns of the ring, strips of a wide image, more blocks than tiles.
+CONVOLUTIONS = [
+    (1, 16, 16, 1, 1),
+    (3, 16, 48, 5, 7),
+    (2, 32, 32, 9, 13),
+    (1, 64, 64, 20, 40),
+    (2, 96, 96, 6, 9),
+    (1, 128, 128, 6, 10),
+    (1, 48, 80, 30, 33),
+    (1, 256, 16, 3, 4),
+    (1, 64, 64, 3, 700),
+    (2, 16, 32, 70, 65),
+    (0, 16, 16, 4, 4),
+    (1, 16, 16, 0, 4),
+]
+
+
+@pytest.fixture
+def convolution(kernels):
+    if kernels.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return kernels
+
+
+def last(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("beside", "relu"), [((False, False), False), ((True, True), True), ((True, False), True)])
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+def test_fused_conv2d(convolution, shape, beside, relu, dtype):
+    n, channels, out, height, width = shape
+    x, weight = draw(n, channels, height, width, dtype=dtype), draw(out, channels, 3, 3, dtype=dtype)
+    bias = draw(out, dtype=dtype) if beside[0] else None
+    residual = draw(n, out, height, width, dtype=dtype) if beside[1] else None
+    got = convolution("fused_conv2d", last(x), last(weight), bias, residual, relu)
+    wide = [t if t is None else t.double() for t in (x, weight, bias, residual)]
+    assert got.is_contiguous(memory_format=torch.channels_last) and got.shape == (n, out, height, width)
+    close(got.contiguous(), fused_reference.fused_conv2d(*wide, relu), 9 * channels)
+    again = convolution("fused_conv2d", last(x), last(weight), bias, residual, relu)
+    assert torch.equal(got, again)
+
+
+def test_fused_conv2d_does_not_depend_on_where_memory_lies(convolution):
+    x, weight = draw(3, 32, 9, 11, dtype=torch.bfloat16), draw(16, 32, 3, 3, dtype=torch.bfloat16)
+    bias, residual = draw(16, dtype=torch.bfloat16), draw(3, 16, 9, 11, dtype=torch.bfloat16)
+    want = convolution("fused_conv2d", last(x), last(weight), bias, residual, False)
+    off = last(draw(3, 33, 9, 12, dtype=torch.bfloat16))[:, 1:, :, :11]  # rows apart, two bytes off
+    off.copy_(x)
+    for image, kernel, other in ((x, weight, residual), (off, weight, residual[:, :, :, :].flip(3).flip(3))):
+        assert torch.equal(convolution("fused_conv2d", image, kernel, bias, other, False), want)
+    alone = convolution("fused_conv2d", last(x[1:2]), last(weight), bias, last(residual[1:2]), False)
+    assert torch.equal(alone, want[1:2])
+
+
+def test_fused_conv2d_keeps_what_is_not_finite(convolution):
+    """A NaN or infinity reaches the nine pixels around it and no other; ReLU lets NaN through."""
+    x, weight = torch.zeros(1, 16, 6, 8), torch.ones(16, 16, 3, 3)
+    x[0, 3, 0, 0], x[0, 5, 4, 5] = float("inf"), float("nan")
+    got = convolution("fused_conv2d", last(x.bfloat16()), last(weight.bfloat16()), None, None, True)
+    want = torch.zeros(1, 16, 6, 8)
+    want[:, :, :2, :2], want[:, :, 3:6, 4:7] = float("inf"), float("nan")
+    torch.testing.assert_close(got.float(), want, equal_nan=True)
+
+
+def test_fused_conv2d_says_what_it_expects(convolution):
+    x, weight = draw(1, 16, 4, 4, dtype=torch.bfloat16), draw(16, 16, 3, 3, dtype=torch.bfloat16)
+    for change, message in (
+        ({0: draw(1, 12, 4, 4, dtype=torch.bfloat16), 1: draw(16, 12, 3, 3, dtype=torch.bfloat16)}, "multiples of 16"),
+        ({0: x.float(), 1: weight.float()}, "bfloat16 or float16"),
+        ({1: weight.half()}, "dtype of x"),
+        ({2: draw(8, dtype=torch.bfloat16)}, "bias: expected shape"),
+        ({3: draw(1, 16, 4, 5, dtype=torch.bfloat16)}, "residual: expected shape"),
+        ({0: draw(1, 4096, 1, 1, dtype=torch.bfloat16), 1: draw(16, 4096, 3, 3, dtype=torch.bfloat16)}, "room"),
+    ):
+        given = [x, weight, None, None, False]
+        for i, value in change.items():
+            given[i] = value
+        with pytest.raises(RuntimeError, match=message):
+            convolution("fused_conv2d", *given)

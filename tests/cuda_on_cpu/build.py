@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import recipe  # noqa: E402
 
 NAMESPACE = "lorun_fast_cuda_on_cpu"
-SOURCES = tuple(f"csrc/{op}/{op}.cu" for op in ("block_cs", "blur_downsample", "cassi"))
+SOURCES = tuple(f"csrc/{op}/{op}.cu" for op in ("block_cs", "blur_downsample", "cassi", "fused_conv2d"))
 # No contraction: nvcc contracts too, but not the same products, and tests must not lean on either.
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 FLAGS += ("-Wno-unknown-pragmas",)

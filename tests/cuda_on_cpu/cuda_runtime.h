@@ -51,9 +51,10 @@ namespace cuda_on_cpu {
 inline uint3 thread_index, block_index, block_size, grid_size;
 
 constexpr std::size_t kStack = 128 << 10;
-constexpr std::size_t kMostShared = 99 << 10;  // what a launch may ask for on every device since sm_80
+constexpr std::size_t kMostShared = 99 << 10;         // what a launch may ask for on every device since sm_80
+constexpr std::size_t kMostSharedHopper = 227 << 10;  // and on sm_90
 
-enum class State { kReady, kAtBlock, kAtWarp, kDone };
+enum class State { kReady, kAtBlock, kAtWarp, kPolling, kDone };
 
 // An asynchronous copy, from null of zeros: it happens when its thread waits for it, the latest that it may.
 struct Copy {
@@ -68,8 +69,10 @@ struct Fiber {
   State state = State::kDone;
   int line = 0;  // of the barrier it waits at
   unsigned char exchanged[32];
-  std::vector<Copy> open;                 // since the last commit
-  std::vector<std::vector<Copy>> groups;  // committed, not waited for
+  std::vector<Copy> open;                       // since the last commit
+  std::vector<std::vector<Copy>> groups;        // committed, not waited for
+  std::function<bool()> goes_on;                // what a polling thread waits for
+  std::vector<std::function<void()>> products;  // asynchronous ones: they happen when their thread waits for them
 };
 
 struct Machine {
@@ -87,7 +90,7 @@ inline Machine& machine() {
 }
 
 inline unsigned char* shared_memory() {
-  alignas(128) static unsigned char memory[kMostShared];
+  alignas(128) static unsigned char memory[kMostSharedHopper];
   return memory;
 }
 
@@ -107,6 +110,12 @@ inline void wait(State state, int line) {
   m.fibers[self].state = state;
   m.fibers[self].line = line;
   swapcontext(&m.fibers[self].context, &m.scheduler);
+}
+
+inline void poll(std::function<bool()> goes_on, int line) {
+  Machine& m = machine();
+  m.fibers[m.current].goes_on = std::move(goes_on);
+  wait(State::kPolling, line);
 }
 
 // Lets those go on that all have reached the same barrier; true if anybody did.
@@ -148,6 +157,7 @@ inline void run_block(unsigned threads, unsigned seed) {
     f.state = State::kReady;
     f.open.clear();
     f.groups.clear();
+    f.products.clear();
   }
   for (unsigned round = seed;; ++round) {
     const unsigned start = round * 2654435761u % threads;
@@ -166,6 +176,13 @@ inline void run_block(unsigned threads, unsigned seed) {
     for (unsigned warp = 0; warp < threads; warp += 32) {
       more = release(warp, std::min(warp + 32, threads), State::kAtWarp) || more;
     }
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& f = m.fibers[t];
+      if (f.state == State::kPolling && f.goes_on()) {
+        f.state = State::kReady;
+        more = true;
+      }
+    }
     if (!more) {
       break;
     }
@@ -180,7 +197,7 @@ inline void run_block(unsigned threads, unsigned seed) {
 
 inline void run_grid(unsigned blocks, unsigned threads, std::size_t shared, std::function<void()> body) {
   Machine& m = machine();
-  if (blocks == 0 || threads == 0 || threads > 1024 || shared > kMostShared) {
+  if (blocks == 0 || threads == 0 || threads > 1024 || shared > kMostSharedHopper) {
     throw std::logic_error("a launch that a device would refuse: " + std::to_string(blocks) + " blocks of " +
                            std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes");
   }

@@ -1,0 +1,139 @@
+"""A 3 x 3 convolution, its bias, ReLU and a residual in one pass over a 16-bit image, on Hopper GPUs.
+
+Elsewhere, and for what that kernel does not fit, torch's convolution and a pass each. Definition:
+reference/fused_conv2d.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from lorun_fast import _native
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_same_device, check_tensor, shape_of
+from lorun_fast.ops._library import define
+from lorun_fast.reference import fused_conv2d as reference
+
+CHANNELS = 16
+"""Both channel counts are multiples of it in the kernel."""
+
+_ACTIVATIONS = (None, "relu")
+_MOST_CHANNELS = 256
+"""Of x; more leave no room in shared memory."""
+_MOST_PIXELS = 2**29
+"""Half of what the kernel counts to, for the margins."""
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    n, channels, height, width = x.shape
+    if weight.ndim != 4 or weight.shape[1:] != (channels, 3, 3) or min(weight.shape) < 1:
+        raise ValueError(f"weight: expected (out, {channels}, 3, 3), got {shape_of(weight)}")
+    out = weight.shape[0]
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
+    if residual is not None and residual.shape != (n, out, height, width):
+        raise ValueError(f"residual: expected shape ({n}, {out}, {height}, {width}), got {shape_of(residual)}")
+    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
+    for name, t in others:
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
+    check_same_device(("x", x), *others)
+
+
+def _fake(x, weight, bias, residual, relu):
+    _check(x, weight, bias, residual)
+    n, _, height, width = x.shape
+    return x.new_empty((n, height, width, weight.shape[0])).permute(0, 3, 1, 2)
+
+
+def _definition(x, weight, bias, residual, relu):
+    return reference.fused_conv2d(x, weight, bias, residual, relu).contiguous(memory_format=torch.channels_last)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, residual, ctx.relu = inputs
+    # The sign of what ReLU gave tells its gradient, unless something was added to it.
+    ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, y = ctx.saved_tensors
+    before = grad
+    if ctx.relu:
+        before = grad * ((_op(x, weight, bias, None, True) if y is None else y) > 0)
+    sizes = None if bias is None else [bias.shape[0]]
+    found = torch.ops.aten.convolution_backward(
+        before, x, weight, sizes, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3]
+    )
+    return (*found, grad if ctx.needs_input_grad[3] else None, None)
+
+
+_op = define(
+    "fused_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
+    reference=_definition,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    direct=True,
+    flops=lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,
+)
+
+
+@functools.cache
+def _unavailable(device: int) -> str | None:
+    """Why the kernel cannot run on a GPU; None if it can."""
+    if not _native.available():
+        return _native.reason()
+    archs = _native.build_info()["cuda_archs"]
+    if "9.0a" not in archs:
+        return f"the CUDA sources were compiled for {archs or 'nothing'}, not for 9.0a"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == (9, 0) else f"compute capability {capability[0]}.{capability[1]}, it needs 9.0"
+
+
+def unfit(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel does not serve these; None if it does."""
+    if x.device.type != "cuda":
+        return f"{x.device.type} device"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bfloat16 and float16, this is {x.dtype}".replace("torch.", "")
+    out, channels = weight.shape[:2]
+    if channels % CHANNELS or out % CHANNELS or channels > _MOST_CHANNELS:
+        return f"channels of {channels} to {out}, not multiples of {CHANNELS} up to {_MOST_CHANNELS}"
+    if x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+        return f"more than 2^29 pixels, {shape_of(x)}"
+    return _unavailable(x.get_device())
+
+
+def fused_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x, weight) + bias) + residual, 3 x 3, padded with zeros to x's size, in one pass where there is one.
+
+    x: (N, in, H, W), channels_last without a copy. weight: (out, in, 3, 3), channels_last without a copy. bias: (out,).
+    residual: as the result. All of one dtype. activation: None or "relu".
+    In bf16 and fp16 sums are in fp32 and the result is rounded once; on a GPU of compute capability 9.0, with channels
+    in multiples of 16 and up to 256 of x, by one kernel, elsewhere by torch in fp32.
+    Returns (N, out, H, W) in channels_last. Differentiable. Raises ValueError or TypeError naming the argument that
+    does not fit.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    _check(x, weight, bias, residual)
+    if x.device.type == "cuda" and unfit(x, weight) is not None:
+        return _definition(x, weight, bias, residual, activation == "relu")
+    return _op(x, weight, bias, residual, activation == "relu")

@@ -1,0 +1,19 @@
+"""A 3 x 3 convolution and what follows it, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorun_fast.reference.lora import epilogue
+
+
+def fused_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    """act(conv(x, weight) + bias) + residual, padded with zeros to x's size; 16 bits are summed in fp32, rounded once.
+
+    x: (N, in, H, W). weight: (out, in, 3, 3). bias: (out,). residual: (N, out, H, W). All of one dtype.
+    """
+    wide = (t if t is None or t.element_size() > 2 else t.float() for t in (x, weight, bias, residual))
+    x_, weight_, bias_, residual_ = wide
+    y = epilogue(F.conv2d(x_, weight_, bias_, padding=1), "relu" if relu else None, residual_)
+    return y.to(x.dtype)
