@@ -6,7 +6,9 @@ Nothing in them asks for a GPU, so a CPU stands for one here.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from kernels_help import needs_triton
 from lora_help import problem
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _python_dispatch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorun_fast as lf
 from lorun_fast import _native, adapters
@@ -254,10 +258,101 @@ def test_where_the_kernel_pays(channels, bias, activation, dtype, last, pays):
     large, small = (
         torch.empty(n, channels, 256, 256, dtype=dtype, device="meta", memory_format=layout) for n in (16, 2)
     )
-    assert _lora_autograd._ByKernel.pays(large, weight, bias, 1, activation) == pays
-    assert not _lora_autograd._ByKernel.pays(small, weight, bias, 1, activation)
-    with torch.autograd.forward_ad.dual_level():  # which a function with a backward pass alone does not serve
-        assert not _lora_autograd._ByKernel.pays(large, weight, bias, 1, activation)
+    assert _lora_autograd._kernel_pays(large, weight, bias, 1, activation) == pays
+    assert not _lora_autograd._kernel_pays(small, weight, bias, 1, activation)
+    with torch.autograd.forward_ad.dual_level():
+        assert not _lora_autograd._kernel_pays(large, weight, bias, 1, activation)
+    with FlopCounterMode(display=False):  # or another mode, which is to see a convolution
+        assert not _lora_autograd._kernel_pays(large, weight, bias, 1, activation)
+
+
+@pytest.fixture
+def kernel(as_on_a_gpu, monkeypatch):
+    """The calls of the Triton backend, which torch's convolution stands for; it takes every 16-bit batch."""
+    calls = []
+
+    def forward(x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation, *_):
+        assert down is up is stage is residual is None and groups == 1
+        y = F.conv2d(x, weight, bias, stride, padding, dilation)
+        assert not y.requires_grad, "it is called below autograd"
+        calls.append(activation)
+        return y.clamp(min=0) if activation == "relu" else y
+
+    backend = replace(_backends.BACKENDS["lora_conv2d"]["triton"], forward=forward, missing=lambda: None)
+    monkeypatch.setitem(_backends.BACKENDS["lora_conv2d"], "triton", backend)
+    monkeypatch.setattr(_lora_autograd, "_LARGE_BATCH", 1)
+    return calls
+
+
+def narrow_problem() -> dict[str, torch.Tensor]:
+    p = {name: t.bfloat16() for name, t in problem("peft").items()}
+    p["x"] = p["x"].contiguous(memory_format=torch.channels_last)
+    return {name: t.requires_grad_() for name, t in p.items()}
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_kernels_graph_nodes_are_torchs(activation, kernel):
+    p = narrow_problem()
+    y = lf.functional.lora_conv2d(**p, padding=1, stride=(2, 1), activation=activation)
+    assert kernel == [activation] and not torch._C._len_torch_dispatch_stack()
+    found = y.grad_fn.name(), y.grad_fn.next_functions[0][0].name()
+    assert found[activation is not None] == "ConvolutionBackward0"
+    assert activation is None or found[0] == "ReluBackward0"
+    grads = torch.autograd.grad(y.float().square().mean(), p.values(), create_graph=True)
+    again = torch.autograd.grad(sum(g.float().square().mean() for g in grads), p["x"])[0]
+    wide = {name: t.detach().double().requires_grad_() for name, t in p.items()}
+    want = lf.functional.lora_conv2d(**wide, padding=1, stride=(2, 1), activation=activation)
+    grads_want = torch.autograd.grad(want.square().mean(), wide.values(), create_graph=True)
+    again_want = torch.autograd.grad(sum(g.square().mean() for g in grads_want), wide["x"])[0]
+    for mine, theirs in zip((y, *grads, again), (want, *grads_want, again_want), strict=True):
+        assert (mine.double() - theirs).norm() <= 0.03 * theirs.norm()
+    assert len(kernel) == 1, "nothing of it comes back in a backward pass"
+
+
+def test_nothing_is_recorded_where_nothing_learns(kernel, monkeypatch):
+    monkeypatch.setattr(_lora_autograd, "_Kernel", None)
+    p = narrow_problem()
+    with torch.no_grad():
+        lf.functional.lora_conv2d(**p, padding=1)
+    with torch.inference_mode():
+        lf.functional.lora_conv2d(**p, padding=1)
+    lf.functional.lora_conv2d(**{name: t.detach() for name, t in p.items()}, padding=1)
+    assert len(kernel) == 3
+
+
+def test_hooks_for_saved_tensors_convolve_as_they_would(kernel):
+    """They run while the kernel's mode is on."""
+    p, kept = narrow_problem(), torch.randn(1, 1, 3, 3)
+    seen = []
+
+    def pack(t):
+        seen.append((F.conv2d(kept, kept) - kept.square().sum()).abs() + F.conv2d(kept, -kept).relu_())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lf.functional.lora_conv2d(**p, padding=1, activation="relu")
+    assert seen and max(abs(t.item()) for t in seen) < 1e-4
+    assert len(kernel) == 1
+
+
+def test_a_kernel_that_fails_leaves_no_mode_behind(kernel, monkeypatch):
+    monkeypatch.setattr(_lora_autograd, "_by_kernel", mock.Mock(side_effect=RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        lf.functional.lora_conv2d(**narrow_problem(), padding=1)
+    assert not torch._C._len_torch_dispatch_stack()
+
+
+def test_threads_keep_their_kernels_apart(kernel):
+    p = narrow_problem()
+    want = lf.functional.lora_conv2d(**p, padding=1, activation="relu").detach()
+
+    def work(_):
+        y = lf.functional.lora_conv2d(**p, padding=1, activation="relu")
+        return torch.equal(y, want) and len(torch.autograd.grad(y.sum(), p.values())) == 5
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(60)))
+    assert len(kernel) == 61 and not _python_dispatch.is_in_torch_dispatch_mode()
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorun_fast import _native
 from lorun_fast.adapters import merged_weight
@@ -23,10 +24,10 @@ from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.reference.lora import epilogue
 
 DEVICES = ("cuda",)
-# Values of a batch from which the GPU's time counts, and not its host's, to which _ByKernel is dear.
+# Values of a batch from which the kernel's gain on the GPU is worth its launch from Python.
 _LARGE_BATCH = 2**25
-
-aten = torch.ops.aten
+_PLAIN = (Tensor, torch.nn.Parameter)
+_CONVOLUTION, _RELU = torch.ops.aten.convolution.default, torch.ops.aten.relu_.default
 
 
 def serves(op: str, args: tuple) -> bool:
@@ -83,42 +84,67 @@ def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool)
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias)]
 
 
-class _ByKernel(torch.autograd.Function):
-    """act(conv(x, weight) + bias) in one pass by the Triton kernel, activation None or "relu"; gradients by torch.
+class _Kernel(TorchDispatchMode):
+    """On while torch convolves x: the value is act(conv(x, weight) + bias) in one pass by the Triton kernel.
 
-    On an H200, 16 x 256 x 256 px in bf16, 64 channels: 240 us where cuDNN and a pass for the bias take 340, 230 where
-    cuDNN and ReLU take 236; 32 channels 64 us where cuDNN alone takes 98. But the kernels' gradients of 64 channels
-    take 710 us, cuDNN's 350.
+    A mode is asked below autograd, which has recorded torch's own node by then. Its gradients are torch's too: the
+    kernels' of 64 channels take 710 us, cuDNN's 350.
     """
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, activation):
-        call = (x, weight, bias, None, None, None, None, 1.0, stride, padding, dilation, 1, activation, False, None)
-        y = _backends.BACKENDS["lora_conv2d"]["triton"].forward(*call)
-        ctx.save_for_backward(x, weight, None if activation is None else y)
-        ctx.geometry, ctx.out = (stride, padding, dilation, False, [0, 0], 1), None if bias is None else bias.shape
-        return y
+    def __init__(self, x: Tensor, activation: str | None):
+        self.x, self.y, self.activation = x, None, activation
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
-        if y is not None:
-            grad = aten.threshold_backward(grad, y, 0)
-        mask = list(ctx.needs_input_grad[:3])
-        found = aten.convolution_backward(grad, x, weight, ctx.out, *ctx.geometry, mask)
-        return (*found, None, None, None, None)
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap __torch_dispatch__; nothing is compiled while the mode is on
 
-    @staticmethod
-    def pays(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str | None) -> bool:
-        narrow = x.dtype in (torch.bfloat16, torch.float16) and is_channels_last(x)
-        if x.numel() < _LARGE_BATCH or not narrow or groups != 1 or activation not in (None, "relu"):
-            return False
-        if bias is None and activation is None and max(weight.shape[:2]) > 32:
-            return False
-        if torch.compiler.is_compiling() or transforms_active() or _native.WISH != "auto":
-            return False
-        indexed = max(weight.shape[:2]) * x.shape[2] * x.shape[3] < 2**31
-        return indexed and _backends.BACKENDS["lora_conv2d"]["triton"].missing() is None
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _CONVOLUTION and args[0] is self.x:
+            self.y = _by_kernel(*args[:6], self.activation)
+            return self.y
+        if func is _RELU and args[0] is self.y:
+            return self.y  # the kernel applied it
+        return func(*args, **(kwargs or {}))  # of hooks for saved tensors
+
+
+def _by_kernel(x, weight, bias, stride, padding, dilation, activation) -> Tensor:
+    call = (x, weight, bias, None, None, None, None, 1.0, stride, padding, dilation, 1, activation, False, None)
+    return _backends.BACKENDS["lora_conv2d"]["triton"].forward(*call)
+
+
+def _kernel_pays(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str | None) -> bool:
+    """Whether the kernel is to compute act(conv(x, weight) + bias).
+
+    On an H200, 16 x 256 x 256 px in bf16, 64 channels: 240 us where cuDNN and a pass for the bias take 340, 230 where
+    cuDNN and ReLU take 236; 32 channels 64 us where cuDNN alone takes 98.
+    """
+    if x.numel() < _LARGE_BATCH or groups != 1 or activation not in (None, "relu"):
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float16) or not is_channels_last(x):
+        return False
+    if bias is None and activation is None and max(weight.shape[:2]) > 32:
+        return False
+    if torch.compiler.is_compiling() or transforms_active() or _native.WISH != "auto":
+        return False
+    # Other modes, and subclasses, are to see the convolution.
+    if torch._C._len_torch_dispatch_stack() or type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return False
+    indexed = max(weight.shape[:2]) * x.shape[2] * x.shape[3] < 2**31
+    return indexed and _backends.BACKENDS["lora_conv2d"]["triton"].missing() is None
+
+
+def _recorded(x, weight, bias, stride, padding, dilation, activation: str | None) -> Tensor:
+    """act(conv(x, weight) + bias) by the kernel, its graph nodes torch's; act is ReLU or nothing."""
+    learns = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (learns and torch.is_grad_enabled()):
+        return _by_kernel(x, weight, bias, stride, padding, dilation, activation)
+    # Not by "with", which keeps flags of the whole process that threads would leave on for one another.
+    torch._C._push_on_torch_dispatch_stack(_Kernel(x, activation))
+    try:
+        y = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), 1)
+        return y if activation is None else torch.relu_(y)
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 def conv2d(
@@ -130,11 +156,11 @@ def conv2d(
     x, weight, bias = _operands(x, weight, bias, down, up, scale, transposed)
     if transposed:
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    elif _ByKernel.pays(x, weight, bias, groups, activation):
-        y, activation = _ByKernel.apply(x, weight, bias, stride, padding, dilation, activation), None
+    elif _kernel_pays(x, weight, bias, groups, activation):
+        y, activation = _recorded(x, weight, bias, stride, padding, dilation, activation), None
     else:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return epilogue(y, activation, residual)
+    return y if activation is residual is None else epilogue(y, activation, residual)
 
 
 def linear(
