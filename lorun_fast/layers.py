@@ -144,6 +144,8 @@ class AdaptedLayer:
             return merged, None, None, None
         if isinstance(stage, Tensor):
             return self.weight, self.down, self.up, stage
+        if self.stages == 1:  # an index would write its gradient into zeros
+            return self.weight, self.down.squeeze(0), self.up.squeeze(0), None
         return self.weight, self.down[stage], self.up[stage], None
 
     def merges_first(self) -> bool:

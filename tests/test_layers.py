@@ -318,3 +318,12 @@ def test_images_of_another_dtype(name, merged):
     for stage in (1, torch.ones(len(x), dtype=torch.int64)):
         with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch.uint8"):
             layer((255 * x).byte(), stage)
+
+
+def test_the_one_stage_of_a_layer_is_no_part_of_its_factors():
+    """A part's gradient is written into zeros of the whole, launches that a GPU's host waits for."""
+    one, two = (lf.LoRAConv2d(4, 6, 3, stages=stages, rank=2) for stages in (1, 2))
+    for layer, name in ((one, "SqueezeBackward1"), (two, "SelectBackward0")):
+        _, down, up, stage = layer.operands(0, None)
+        assert stage is None and down.grad_fn.name() == up.grad_fn.name() == name
+        assert torch.equal(down, layer.down[0]) and torch.equal(up, layer.up[0])

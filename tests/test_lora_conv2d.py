@@ -11,6 +11,7 @@ from torch.library import opcheck
 import lorun_fast as lf
 from lorun_fast import _native, adapters
 from lorun_fast.ops import _backends, _lora_aten
+from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.reference import lora as reference
 
 op = torch.ops.lorun_fast.lora_conv2d.default
@@ -290,8 +291,21 @@ def test_an_empty_batch_stays_empty(backend):
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    with pytest.raises(error, match=message):
-        lf.functional.lora_conv2d(**({**problem(dtype=torch.float32), "stage": 0} | change))
+    fitting = {**problem(dtype=torch.float32), "stage": 0}
+    lf.functional.lora_conv2d(**fitting)
+    for _ in range(2):  # neither what passed before nor what failed changes the next call's check
+        with pytest.raises(error, match=message):
+            lf.functional.lora_conv2d(**(fitting | change))
+
+
+def test_what_fits_is_checked_once(monkeypatch):
+    checks, check = [], conv_ops._check
+    monkeypatch.setattr(conv_ops, "_check", lambda *args: (checks.append(1), check(*args))[1])
+    monkeypatch.setattr(conv_ops, "_FITTING", {(n,) for n in range(1023)})
+    p = problem(dtype=torch.float32, stages=None)
+    for padding in (1, 1, (1, 1), 0, 1):
+        lf.functional.lora_conv2d(**p, padding=padding)
+    assert len(checks) == 3 and len(conv_ops._FITTING) == 2, "forgotten where there are too many"
 
 
 def test_a_second_differentiation_is_refused():

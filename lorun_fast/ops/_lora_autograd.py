@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorun_fast import _native
 from lorun_fast.adapters import merged_weight
 from lorun_fast.ops import _backends
+from lorun_fast.ops._checks import as_dtype
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.reference.lora import epilogue
@@ -76,12 +77,14 @@ def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: b
     return out
 
 
-def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool) -> list[Tensor | None]:
+def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x, the merged weight, bias) in the dtype to compute in."""
     dtype = narrowed(x)
     if down is not None:
         weight = merge(weight, down, up, scale, transposed)
-    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in (x, weight, bias)]
+    if bias is not None:
+        bias = as_dtype(bias, dtype)
+    return as_dtype(x, dtype), as_dtype(weight, dtype), bias
 
 
 class _Kernel(TorchDispatchMode):
