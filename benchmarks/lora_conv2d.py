@@ -16,8 +16,10 @@ from benchmarks.harness import optional
 from benchmarks.harness.registry import (
     FORWARD,
     LIMIT,
+    MODES,
     OURS,
     OVERHEAD,
+    TRAIN,
     WARM,
     Problem,
     Run,
@@ -167,12 +169,12 @@ def _form(p: Problem) -> str:
     return "peft" if p.down.ndim == 4 else "loralib"
 
 
-@_both("lorun_fast", kind=OURS, graphed=True)
+@_both("lorun_fast", kind=OURS, graphed=MODES)
 def _(p: Problem):
     return lambda: lf.functional.lora_conv2d(p.x, p.weight, p.bias, p.down, p.up, padding=1)
 
 
-@_both("fused kernel", kind=OURS, devices=("cuda",), graphed=True)
+@_both("fused kernel", kind=OURS, devices=("cuda",), graphed=MODES)
 def _(p: Problem):
     """The Triton kernels; in the loralib form after the merge kernel."""
     return _fused(p)
@@ -249,13 +251,13 @@ def _(p: Problem):
     )
 
 
-@_both("merged at every call", compiled=True, graphed=True)
+@_both("merged at every call", compiled=True, graphed=MODES)
 def _(p: Problem):
     """The weight formed inside the call; autograd takes the base weight's gradient apart for the factors."""
     return lambda: F.conv2d(p.x, _weight(p), p.bias, padding=1)
 
 
-@peft_form.contender("adapter branch", compiled=True, graphed=True)
+@peft_form.contender("adapter branch", compiled=True, graphed=MODES)
 def _(p: Problem):
     """Base convolution plus a low-rank branch: three convolutions and an addition."""
 
@@ -278,7 +280,7 @@ def _base_convolution(p: Problem) -> nn.Conv2d:
     return base.requires_grad_(False)
 
 
-@peft_form.contender("PEFT", compiled=True)
+@peft_form.contender("PEFT", compiled=True, graphed=(TRAIN,))
 def _(p: Problem):
     """The peft package's own layer."""
     peft = optional.package("peft")
@@ -297,7 +299,7 @@ def _(p: Problem):
     return Run(lambda: layer(p.x), parameters=(p.x, down, up))
 
 
-@loralib_form.contender("loralib", compiled=True)
+@loralib_form.contender("loralib", compiled=True, graphed=(TRAIN,))
 def _(p: Problem):
     """The loralib package's own layer, its weights merged at every call as it does in training."""
     loralib = optional.package("loralib")
@@ -342,7 +344,7 @@ def _(p: Problem):
     return lambda: F.conv2d(p.x, weight, p.bias, padding=1)
 
 
-@_both("bare convolution", kind=LIMIT, graphed=True)
+@_both("bare convolution", kind=LIMIT, graphed=MODES)
 def _(p: Problem):
     """The base alone, no adapter; in training with the gradient for x only."""
 

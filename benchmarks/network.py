@@ -299,7 +299,7 @@ def _(p: Problem):
 inference.contender("loralib")(rivals.loralib_layers)
 
 
-@training.contender("loralib-style layers")
+@training.contender("loralib-style layers", graphed=(TRAIN,))
 def _(p: Problem):
     return rivals.with_layers(p, rivals.MergedAtCall)
 
@@ -358,7 +358,7 @@ def _trained(p: Problem, net: lf.LoRun, backend: str | None = None) -> Run:
     return Run(rivals.autocast(p, lambda: net(p.y)), parameters=(net.step_size, *factors), backend=backend)
 
 
-@training.contender("lorun_fast", kind=OURS, ops=("block_cs_step",))
+@training.contender("lorun_fast", kind=OURS, ops=("block_cs_step",), graphed=(TRAIN,))
 def _(p: Problem):
     return _trained(p, _lorun(p).train())
 
@@ -377,7 +377,7 @@ def _(p: Problem):
     return _trained(p, _lorun(p, checkpoint=True).train())
 
 
-@training.contender("untied", kind=LIMIT)
+@training.contender("untied", kind=LIMIT, graphed=(TRAIN,))
 def _(p: Problem):
     """Nine full denoisers, all weights trained: what low-rank stages replace. Another problem, so no rival."""
     copies = rivals.merged_copies(p)

@@ -480,12 +480,42 @@ def test_compiled_variants_take_part_where_the_size_and_the_options_ask_for_them
     assert list(rows_of(one, options)) == ["ours", "lazy"]
 
 
-def test_a_recording_keeps_what_it_reads(monkeypatch):
+@pytest.fixture
+def recording(monkeypatch):
+    """Stands for torch.cuda's graphs; ``fail`` says how a recording ends."""
+    cuda = types.SimpleNamespace(replays=0, stream=mock.MagicMock(), here=mock.MagicMock(), now=None, fail=None)
+
+    class Graph:
+        def replay(self):
+            cuda.replays += 1
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, cuda.now = cuda.now, stream
+        yield
+        cuda.now = before
+
+    @contextlib.contextmanager
+    def graph(_, stream):
+        cuda.now = stream
+        try:
+            yield
+        finally:
+            if cuda.fail is not None:
+                raise RuntimeError(cuda.fail)  # and stays on the stream, as torch does
+            cuda.now = None
+
+    stand_ins = {
+        "Stream": lambda: cuda.stream, "current_stream": lambda: cuda.here, "CUDAGraph": Graph, "stream": on,
+        "graph": graph, "set_stream": lambda stream: setattr(cuda, "now", stream),
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return cuda
+
+
+def test_a_recording_keeps_what_it_reads(recording):
     """Weights merged beforehand belong to the contender alone; freed, they would be overwritten under the graph."""
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
     owned = []
 
     def build(_):
@@ -493,10 +523,85 @@ def test_a_recording_keeps_what_it_reads(monkeypatch):
         owned.append(weakref.ref(weight))
         return lambda: weight.sum()
 
-    run = variants.graphed(build)(None)
+    one, _ = toy(FakeTimer(), ours=1e-3)
+    run = variants.graphed(build)(one.problem(one.sizes[0], "fp32", FORWARD, CPU))
     gc.collect()
     assert owned[0]() is not None
-    assert run.recorded and run.fn() == 3
+    assert run.recorded and run.step is None and run.fn() == 3 and recording.replays == 1
+
+
+@pytest.mark.parametrize("factor", [3, 2], ids=["right", "wrong"])
+def test_a_backward_pass_is_recorded_with_its_forward_pass(factor, recording, monkeypatch):
+    """Called on one stream some times and recorded on the same, then replayed alone; checked as every contender."""
+    monkeypatch.setattr(memory, "peak", lambda *_: 2**20)
+    streams, found = [], []
+
+    def build(p):
+        def run():
+            streams.append(recording.now)
+            return factor * p.x
+
+        return run
+
+    def spied(p):
+        found.append(variants.graphed(build)(p))
+        return found[0]
+
+    one, options = toy(FakeTimer(), TRAIN, ours=1e-3)
+    one.contender("replayed")(spied)
+    row = rows_of(one, replace(options, measure_memory=True))["replayed"]
+    assert streams == [recording.stream] * 4 and recording.now is None
+    y, grad = found[0].step()
+    assert found[0].recorded and not y.requires_grad and y.shape == grad.shape == (4, 5) and len(streams) == 4
+    if factor == 3:
+        assert row.timed and row.correct == "yes" and row.peak_mib == "" and recording.replays > 5
+    else:
+        assert_refused(row)
+
+
+@pytest.mark.parametrize("end", [None, "operation failed due to a previous error"])
+def test_what_a_graph_cannot_hold_is_a_row_that_says_why(end, recording):
+    recording.fail = end
+
+    def build(p):
+        def run():
+            if recording.now is recording.stream and len(calls) == 3:
+                raise RuntimeError("a wait for the device\nwhile recording")
+            calls.append(1)
+            return 3 * p.x
+
+        return run
+
+    calls = []
+    one, options = toy(FakeTimer(), TRAIN, ours=1e-3)
+    one.contender("waits")(variants.graphed(build))
+    rows = rows_of(one, options)
+    assert rows["waits"].note == "no CUDA graph: RuntimeError: a wait for the device"
+    assert rows["waits"].correct == "" and not rows["waits"].timed and rows["ours"].timed
+    assert recording.now is recording.here, "what follows is on the stream of before"
+
+
+def test_graphs_are_of_the_forward_pass_unless_told_otherwise():
+    one, _ = toy(FakeTimer(), ours=1e-3)
+    for name, graphed in (("a", True), ("b", (TRAIN,)), ("c", False)):
+        one.contender(name, graphed=graphed)(lambda p: lambda: 3 * p.x)
+    assert {c.name: (c.modes, c.devices) for c in one.contenders if "graph" in c.name} == {
+        "a, CUDA graph": ((FORWARD,), ("cuda",)), "b, CUDA graph": ((TRAIN,), ("cuda",)),
+    }  # fmt: skip
+    trained = {
+        name: {
+            c.name.removesuffix(", CUDA graph")
+            for c in CASES[name].contenders
+            if "graph" in c.name and TRAIN in c.modes
+        }
+        for name in ("lora_conv2d.peft", "lora_conv2d.loralib", "network.training")
+    }
+    every = {"lorun_fast", "fused kernel", "merged at every call", "bare convolution"}
+    assert trained == {
+        "lora_conv2d.peft": every | {"adapter branch", "PEFT"},
+        "lora_conv2d.loralib": every | {"loralib"},
+        "network.training": {"lorun_fast", "loralib-style layers", "untied"},
+    }
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -30,6 +30,8 @@ def output_gradient(out: Tensor) -> Tensor:
 
 def step(run: Run, p: Problem) -> Callable[[], tuple[Tensor, ...]]:
     """One call in the problem's mode: the result, and in training the gradients for ``wrt``."""
+    if run.step is not None:
+        return run.step
     call = _plain_step(run, p)
     return call if run.backend is None else lf.use_backend(run.backend)(call)
 

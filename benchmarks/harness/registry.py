@@ -125,7 +125,8 @@ class Run:
     the problem; wrt: the names of the inputs that one differentiates, where not the problem's. parameters:
     the tensors to differentiate for, in the order of the names, where they are not the inputs themselves. backend: of
     the LoRA ops, forward and backward, as for lorun_fast.use_backend. recorded: fn replays a CUDA graph, which keeps
-    its memory between calls, so that the peak of a call does not tell what it takes.
+    its memory between calls, so that the peak of a call does not tell what it takes. step: a whole call in the
+    problem's mode, the result and its gradients, where that is not fn with a backward pass of its own.
     """
 
     fn: Callable[[], Tensor]
@@ -134,6 +135,7 @@ class Run:
     parameters: tuple[Tensor, ...] | None = None
     backend: str | None = None
     recorded: bool = False
+    step: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,14 @@ class Case:
         modes: Sequence[str] = MODES,
         devices: Sequence[str] = ("cpu", "cuda"),
         compiled: bool = False,
-        graphed: bool = False,
+        graphed: bool | Sequence[str] = False,
         compiles: bool = False,
         ops: Sequence[str] = (),
     ) -> Callable:
         """Registers a contender.
 
-        compiled: also register it under torch.compile. graphed: also under a CUDA graph (forward, CUDA only).
-        compiles: it calls torch.compile itself, and takes part where the compiled variants do.
+        compiled: also register it under torch.compile. graphed: also as a CUDA graph (CUDA only), of the forward pass
+        or in the modes given. compiles: it calls torch.compile itself, and takes part where the compiled variants do.
         """
         if kind not in (OURS, RIVAL, LIMIT):
             raise ValueError(f"kind: expected {OURS}, {RIVAL} or {LIMIT}, got {kind!r}")
@@ -192,7 +194,8 @@ class Case:
             if compiled:
                 add(f"{name}, compiled", variants.compiled(build), compiled=True)
             if graphed:
-                graph = {"modes": (FORWARD,), "devices": ("cuda",), "compiled": compiles}
+                recorded = (FORWARD,) if graphed is True else tuple(graphed)
+                graph = {"modes": recorded, "devices": ("cuda",), "compiled": compiles}
                 add(f"{name}, CUDA graph", variants.graphed(build), **graph)
             return build
 
