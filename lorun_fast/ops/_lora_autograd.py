@@ -2,9 +2,9 @@
 
 A node of the graph that is a Python function takes a GPU's host longer than all of a small layer: 690 us for a forward
 and backward pass that launches nothing, beside 155 of a bare convolution's own (H200, torch 2.11; the engine's thread
-has to wake up and wait for the interpreter). Here every node is torch's. Beside the op in ops/lora_conv2d.py, which
-this stands for where one stage serves a call, a pass saves x and the merged weight, and GELU and SiLU what they are
-applied to.
+has to wake up and wait for the interpreter). Here every node is torch's, also where the forward pass is a kernel's.
+Beside the op in ops/lora_conv2d.py, which this stands for where one stage serves a call, a pass saves x and the merged
+weight, and GELU and SiLU what they are applied to.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float, transposed: b
     return out
 
 
-def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _operands(x: Tensor, weight, bias, down, up, scale: float, transposed: bool) -> tuple[Tensor | None, ...]:
     """(x, the merged weight, bias) in the dtype to compute in."""
     dtype = narrowed(x)
     if down is not None:
