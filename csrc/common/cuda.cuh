@@ -9,8 +9,14 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
 #include <type_traits>
+#include <utility>
 
 #include "common/tensor.h"
 
@@ -19,10 +25,19 @@ namespace lorun {
 // Makes the tensor's device current while it lives, and knows that device's current stream.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit OnDeviceOf(const Tensor& t) : index_(t.get_device_index()) {
+    int current = -1;
+    STD_CUDA_CHECK(cudaGetDevice(&current));
+    if (current != index_) {
+      guard_.emplace(index_);
+    }
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int index() const {
+    return index_;
   }
 
   cudaStream_t stream() const {
@@ -30,19 +45,39 @@ class OnDeviceOf {
   }
 
   int64_t multiprocessors() const {
-    int device = 0, count = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    static std::array<std::atomic<int>, 64> known{};  // 0: not asked yet
+    const bool remembered = index_ < static_cast<int>(known.size());
+    int count = remembered ? known[index_].load(std::memory_order_relaxed) : 0;
+    if (count == 0) {
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+      if (remembered) {
+        known[index_].store(count, std::memory_order_relaxed);
+      }
+    }
     return count;
   }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  const int index_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_ = nullptr;
 };
 
 // Shared memory that a block may ask for on every device since sm_80, static and dynamic.
 constexpr int64_t kMostShared = 99 << 10;
+
+// Lets a kernel have this much dynamic shared memory on a device. The driver is told once, for it takes its time; a
+// limit above what a launch uses changes nothing.
+inline void allow_shared(const OnDeviceOf& device, const void* kernel, int64_t shared) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  const std::lock_guard lock(mutex);
+  int64_t& limit = allowed[{kernel, device.index()}];
+  if (limit < shared) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    limit = shared;
+  }
+}
 
 // `blocks` blocks of `threads` threads on the tensors' stream, with `shared` bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
@@ -50,8 +85,7 @@ void launch(const OnDeviceOf& device, void (*kernel)(Parameters...), int64_t blo
             const Arguments&... arguments) {
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "expected at most 2^31 - 1 thread blocks, got ", blocks);
   if (shared > 48 << 10) {
-    const void* entry = reinterpret_cast<const void*>(kernel);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    allow_shared(device, reinterpret_cast<const void*>(kernel), shared);
   }
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, device.stream()>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

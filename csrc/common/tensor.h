@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -58,24 +59,24 @@ auto dispatch_wide(ScalarType type, const char* name, const F& f) {
   return type == ScalarType::Float ? f(TypeTag<float>{}) : f(TypeTag<double>{});
 }
 
-inline std::string shape_of(const Tensor& t) {
+template <class Sizes>
+std::string text_of(const Sizes& sizes) {
   std::string text = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(t.size(i));
+  for (const int64_t size : sizes) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   }
   return text + ")";
 }
 
+inline std::string shape_of(const Tensor& t) {
+  return text_of(t.sizes());
+}
+
 // The Python layer words its own, friendlier checks; these keep a direct call of the op inside its memory.
 inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
-  bool same = t.dim() == static_cast<int64_t>(want.size());
-  int64_t axis = 0;
-  std::string expected;
-  for (const int64_t size : want) {
-    same = same && t.size(axis) == size;
-    expected += (axis++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, name, ": expected shape (", expected, "), got ", shape_of(t));
+  const auto got = t.sizes();
+  STD_TORCH_CHECK(std::equal(got.begin(), got.end(), want.begin(), want.end()), name, ": expected shape ",
+                  text_of(want), ", got ", text_of(got));
 }
 
 inline void check_type(const char* name, const Tensor& t, ScalarType want) {
@@ -90,8 +91,14 @@ inline void check_step_size(const Tensor& rho, int64_t n, int64_t channels, Scal
   STD_TORCH_CHECK(shared || each, "rho: expected shape (1) or (", n, ", ", channels, "), got ", shape_of(rho));
 }
 
+// What aten::new_empty gives. Not torch::stable::new_empty(), which finds the operator by its name and packs every
+// argument: most of what a small call costs below Python.
 inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(), static_cast<int64_t>(shape.size()),
+                                                   &dtype, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 inline Tensor dense(const Tensor& t) {
