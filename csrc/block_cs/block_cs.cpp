@@ -86,6 +86,15 @@ struct Work {
   int64_t tile_index(int64_t row, int64_t depth, int64_t k) const {
     return row / rows_of_tile * rows_of_tile * depth + k * rows_of_tile + row % rows_of_tile;
   }
+
+  // Zeros for the rows that the last tile has too many. They are multiplied like the others, only not stored, and what
+  // lies in memory may be subnormal numbers, on which a processor takes a hundred times as long.
+  void fill_last_tile(int64_t rows, int64_t depth) const {
+    const int64_t filled = rows % rows_of_tile;
+    for (int64_t k = 0; filled > 0 && k < depth; ++k) {
+      std::fill_n(tiles + tile_index(rows, depth, k), rows_of_tile - filled, W(0));
+    }
+  }
 };
 
 int64_t threads() {
@@ -196,6 +205,7 @@ template <class W, class Y>
 void spread_all(const Work<W, Y>& work, const Slices& by_row, const W* b, int64_t depth, int64_t cols, bool add, W* c) {
   const Slices by_col(cols, (work.threads + by_row.count - 1) / by_row.count, 96);
   const auto kernel = LORUN_PICK(spread<W>);
+  work.fill_last_tile(by_row.total, depth);
   parallel_pairs(by_row, by_col, [&](int64_t i, int64_t j) {
     alignas(64) W panel[kPanelBytes / sizeof(W)];
     const int64_t row = by_row.begin(i);
