@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lorun_fast.ops._constants import constant
+
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The dtype of parameters beside an image of each of them.
+WIDE = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in STORAGE_DTYPES}
+# What looking at something that is no tensor, or no number, raises: which one, the checks that follow say.
+UNFIT = (AttributeError, TypeError)
 
 
 def shape_of(t: Tensor) -> str:
@@ -77,14 +82,6 @@ def check_flag(name: str, value: bool | None) -> None:
         raise TypeError(f"{name}: expected True, False or None, got {value!r}")
 
 
-def holds(test: Callable[..., bool], *args) -> bool:
-    """test(*args), and False where something is no tensor or no number: which one, the checks that follow say."""
-    try:
-        return test(*args)
-    except (AttributeError, TypeError):
-        return False
-
-
 def batch_of(name: str, t: Tensor) -> int:
     """The length of the first axis."""
     try:
@@ -115,10 +112,10 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
     rho: a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1). A tensor is read on its device;
     nothing is copied to the host.
     """
-    dtype = parameter_dtype(x.dtype)
+    dtype = WIDE.get(x.dtype, torch.float32)
     if not isinstance(rho, Tensor):
         try:
-            return torch.full((1,), rho, dtype=dtype, device=x.device)
+            return constant(rho, dtype, x.device)
         except TypeError:
             raise TypeError(f"{name}: expected a number or a tensor, got {type(rho).__name__}") from None
     if rho.device != x.device:
