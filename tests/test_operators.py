@@ -231,6 +231,30 @@ def test_any_array_of_numbers(change):
             "bands: expected a whole number, got 'a'",
         ),
         (
+            lambda: lf.functional.cassi_adjoint(torch.rand(1, 4, 5), torch.rand(4, 4), bands=2.0, step=1),
+            TypeError,
+            "bands: expected a whole number, got 2.0",
+        ),
+        (
+            lambda: lf.functional.cassi_step(
+                torch.rand(1, 2, 4, 4), torch.rand(1, 4, 5), torch.rand(4, 4), 1, step=1.0
+            ),
+            TypeError,
+            "step: expected a whole number, got 1.0",
+        ),
+        (
+            lambda: lf.functional.block_cs(torch.rand(1, 1, 4, 4), torch.rand(3, 16), block_size=4.0),
+            TypeError,
+            "block_size: expected a whole number, got 4.0",
+        ),
+        (
+            lambda: lf.functional.block_cs_adjoint(
+                torch.rand(1, 3, 1, 1), torch.rand(3, 16), block_size=4.0, size=(4, 4)
+            ),
+            TypeError,
+            "block_size: expected a whole number, got 4.0",
+        ),
+        (
             lambda: lf.functional.blur_downsample(torch.rand(1, 2, 4, 4), None, scale=2),
             TypeError,
             "kernel: expected a tensor, got NoneType",
@@ -258,3 +282,22 @@ def test_shapes_without_values(make):
     for image in (op.initial(y), op.adjoint(y), op.gradient_step(x, y, 0.5), op.prox(x, y, 0.5)):
         assert image.is_meta
         assert image.shape == x.shape
+
+
+@every_operator
+def test_the_parameter_that_it_holds_now(make):
+    """Wherever nn.Module would find it: swapped for a call, in another dtype, behind a parametrization."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    op, x = make()
+    name, held = next(iter(op.state_dict().items()))
+    want = op(x)
+    torch.testing.assert_close(torch.func.functional_call(op, {name: 2 * held}, (x,)), 2 * want)
+    assert op(x.double()).dtype == torch.float64
+    learned = type(op).from_config(op.config() | {"learn": True}, op.state_dict())
+    torch.testing.assert_close(learned(x), want)
+    torch.nn.utils.parametrize.register_parametrization(op, name, Twice())
+    torch.testing.assert_close(op(x), 2 * want)

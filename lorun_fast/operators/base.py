@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.ops._checks import as_dtype, parameter_dtype
+from lorun_fast.ops._checks import WIDE
 
 
 class SensingOperator(nn.Module):
@@ -47,6 +47,16 @@ class SensingOperator(nn.Module):
         """Rebuilds an operator from :meth:`config` and the tensors of its ``state_dict()``."""
         raise NotImplementedError
 
+    def _beside(self, name: str, t: Tensor) -> Tensor:
+        """Phi's parameter in the dtype that it has beside an image or a measurement."""
+        # Where nn.Module looks last, after a microsecond: most of them hold a buffer.
+        held = self._buffers.get(name)
+        if held is None:
+            held = getattr(self, name)
+        # What is no tensor has no dtype, and what is no image another one: the op says so.
+        dtype = WIDE.get(getattr(t, "dtype", None), torch.float32)
+        return held if held.dtype is dtype else held.to(dtype)
+
     def _apply(self, fn, recurse=True):
         # Operator parameters stay fp32 (or fp64): net.half() and net.bfloat16() change the denoiser only.
         def keep_wide(t: Tensor) -> Tensor:
@@ -56,12 +66,6 @@ class SensingOperator(nn.Module):
             return out
 
         return super()._apply(keep_wide, recurse)
-
-
-def beside(parameter: Tensor, t: Tensor) -> Tensor:
-    """An operator's parameter in the dtype that it has beside an image or a measurement."""
-    # What is no tensor has no dtype: the op says so.
-    return as_dtype(parameter, parameter_dtype(getattr(t, "dtype", None)))
 
 
 def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:

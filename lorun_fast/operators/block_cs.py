@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import block_cs as ops
 from lorun_fast.ops._checks import batch_of, check_image, finite, number, step_size, whole
 
@@ -85,22 +85,23 @@ class BlockCS(SensingOperator):
     def from_config(cls, config: dict, state: dict[str, Tensor]) -> BlockCS:
         return cls(state["phi"], config["block_size"], learn=config["learn"])
 
-    def _phi_for(self, t: Tensor) -> Tensor:
-        return beside(self.phi, t)
-
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """``size``, or the size of y's whole blocks."""
         batch_of("y", y)
-        return (y.shape[-2] * self.block_size, y.shape[-1] * self.block_size) if size is None else pair(size)
+        if size is not None:
+            return pair(size)
+        shape = y.shape
+        return shape[-2] * self.block_size, shape[-1] * self.block_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.block_cs(x, self._phi_for(x), block_size=self.block_size)
+        return ops.block_cs(x, self._beside("phi", x), block_size=self.block_size)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return ops.block_cs_adjoint(y, self._phi_for(y), block_size=self.block_size, size=self.image_size(y, size))
+        size = self.image_size(y, size)
+        return ops.block_cs_adjoint(y, self._beside("phi", y), block_size=self.block_size, size=size)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        return ops.block_cs_step(x, y, self._phi_for(x), rho, block_size=self.block_size)
+        return ops.block_cs_step(x, y, self._beside("phi", x), rho, block_size=self.block_size)
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Phi^T y."""

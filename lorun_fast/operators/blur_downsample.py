@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import blur_downsample as ops
 from lorun_fast.ops._checks import check_image, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
@@ -61,9 +61,6 @@ class BlurDownsample(SensingOperator):
     def from_config(cls, config: dict, state: dict[str, Tensor]) -> BlurDownsample:
         return cls(state["kernel"], config["scale"], learn=config["learn"], method=config["method"])
 
-    def _kernel_for(self, t: Tensor) -> Tensor:
-        return beside(self.kernel, t)
-
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""
         own = (y.shape[-2] * self.scale, y.shape[-1] * self.scale)
@@ -72,22 +69,22 @@ class BlurDownsample(SensingOperator):
         return own
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.blur_downsample(x, self._kernel_for(x), scale=self.scale, method=self.method)
+        return ops.blur_downsample(x, self._beside("kernel", x), scale=self.scale, method=self.method)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is not None:
             self.image_size(y, size)
-        return ops.blur_downsample_adjoint(y, self._kernel_for(y), scale=self.scale, method=self.method)
+        return ops.blur_downsample_adjoint(y, self._beside("kernel", y), scale=self.scale, method=self.method)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        return ops.blur_downsample_step(x, y, self._kernel_for(x), rho, scale=self.scale, method=self.method)
+        return ops.blur_downsample_step(x, y, self._beside("kernel", x), rho, scale=self.scale, method=self.method)
 
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
         """argmin_v ||A v - y||^2 / 2 + mu ||v - x||^2 / 2, exact, through the FFT (fp32, or fp64 beside fp64 images).
 
         mu: positive; a number, 0-d, or broadcastable to (N, C, 1, 1). Differentiable in x, y, mu and the kernel.
         """
-        return ops.blur_downsample_prox(x, y, self._kernel_for(x), mu, scale=self.scale)
+        return ops.blur_downsample_prox(x, y, self._beside("kernel", x), mu, scale=self.scale)
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Bicubic upsampling by s (Keys, a = -1/2, circular as A is) onto the grid that A samples.

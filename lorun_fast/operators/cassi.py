@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, beside, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix, pair
 from lorun_fast.ops import cassi as ops
 from lorun_fast.ops._checks import check_image, check_tensor, whole
 
@@ -117,9 +117,6 @@ class CASSI(SensingOperator):
     def from_config(cls, config: dict, state: dict[str, Tensor]) -> CASSI:
         return cls(state["mask"], config["bands"], config["step"], learn=config["learn"])
 
-    def _mask_for(self, t: Tensor) -> Tensor:
-        return beside(self.mask, t)
-
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """(H, W) of the mask; raises if ``size`` says otherwise."""
         height, width = self.mask.shape[-2:]
@@ -129,20 +126,21 @@ class CASSI(SensingOperator):
 
     def _own_bands(self, x: Tensor) -> Tensor:
         # A mask (H, W) alone would take any number of bands.
-        if getattr(x, "ndim", None) == 4 and x.shape[1] != self.bands:
-            raise ValueError(f"x: expected {self.bands} bands, got {x.shape[1]}")
+        shape = getattr(x, "shape", ())
+        if len(shape) == 4 and shape[1] != self.bands:
+            raise ValueError(f"x: expected {self.bands} bands, got {shape[1]}")
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.cassi(self._own_bands(x), self._mask_for(x), step=self.step)
+        return ops.cassi(self._own_bands(x), self._beside("mask", x), step=self.step)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is not None:
             self.image_size(y, size)
-        return ops.cassi_adjoint(y, self._mask_for(y), bands=self.bands, step=self.step)
+        return ops.cassi_adjoint(y, self._beside("mask", y), bands=self.bands, step=self.step)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        return ops.cassi_step(self._own_bands(x), y, self._mask_for(x), rho, step=self.step)
+        return ops.cassi_step(self._own_bands(x), y, self._beside("mask", x), rho, step=self.step)
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """y*step/L, shifted back per band (step 0: y/L), (N, L, H, W)."""
@@ -169,7 +167,7 @@ class CASSI(SensingOperator):
 
         mu: a number >= 0, a 0-d tensor, or broadcastable to (N, 1, 1, 1). Zeros of Phi_s count as 1.
         """
-        return ops.cassi_prox(self._own_bands(x), y, self._mask_for(x), mu, step=self.step)
+        return ops.cassi_prox(self._own_bands(x), y, self._beside("mask", x), mu, step=self.step)
 
     def to_v1(self, x: Tensor) -> Tensor:
         """(N, L, H, W) -> (N, L, H, W + step*(L-1)): each band at its place on the detector, zeros around."""

@@ -25,6 +25,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _without_autocast = torch._C._DisableAutocast
+_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
 
 
 def transforms_active() -> bool:
@@ -46,13 +48,15 @@ def direct_call(
         function transforms and forward mode. python: it is what every device computes, by whatever means.
     """
 
+    below = op._op  # what calling the op calls
+
     def compute(args):
         with below_autograd():
             if _dispatch_modes():
                 tell_counters()
             elif python and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)):
                 return definition(*args)
-            return op(*args)
+            return below(*args)
 
     def forward(ctx, *args):
         output = compute(args)
@@ -61,26 +65,21 @@ def direct_call(
 
     name = op._schema.name.split("::")[1]
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = type(name, (torch.autograd.Function,), methods).apply
-
-    def run(*args):
-        if torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
-                    return apply(*args)
-        return compute(args)
+    node = type(name, (torch.autograd.Function,), methods)
+    # What Function.apply ends in where no transform is active. It would look for that once more, and for signatures.
+    apply = super(torch.autograd.Function, node).apply
 
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)
-        if transforms_active():
+        if _functorch_active() or forward_ad._current_level >= 0:  # transforms_active(), without its call
             return (definition or op)(*args)
-        if not _autocast_active():
-            return run(*args)
-        device = args[0].device.type
-        if autocast is not None and torch.is_autocast_enabled(device):
-            args = autocast(torch.get_autocast_dtype(device), *args)
-        with _without_autocast():
-            return run(*args)
+        if _autocast_active():
+            device = args[0].device.type
+            if autocast is not None and torch.is_autocast_enabled(device):
+                args = autocast(torch.get_autocast_dtype(device), *args)
+            with _without_autocast():
+                return apply(*args) if _grad_enabled() and _any_requires_grad(*args) else compute(args)
+        return apply(*args) if _grad_enabled() and _any_requires_grad(*args) else compute(args)
 
     return call
