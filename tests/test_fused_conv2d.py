@@ -74,7 +74,7 @@ def test_what_the_kernel_does_not_serve():
     assert "float32" in reason(dtype=torch.float32)
     assert "channels of 24 to 32" in reason(channels=24)
     assert "channels of 16 to 8" in reason(out=8)
-    assert "channels of 272 to 32" in reason(channels=272)
+    assert "channels of 144 to 32" in reason(channels=144)
     assert "2^29" in reason(n=1000)
 
 

@@ -373,23 +373,26 @@ int64_t shared_bytes(int64_t depth, int columns, int places) {
   return header_bytes(places) + kTaps * depth * 2 * columns + depth / 8 * plane_bytes(places);
 }
 
-// As many output channels a block as leave room for a ring; then as few strips.
+// As many output channels a block as leave room for a ring, where need be of strips, but of no narrower ones than this.
+constexpr int64_t kNarrow = 32;
+
 Cut cut_of(int64_t depth, int64_t out, int64_t width) {
   for (const int columns : {64, 48, 32, 16}) {
     int places = kMostPlaces;
     while (places > 0 && shared_bytes(depth, columns, places) > kMostSharedHopper) {
       --places;
     }
-    // A strip as wide as 64 pixels is no use, nor is a ring without a place to spare for every group.
-    const int spare = places - groups_for(columns) - 2;
-    if (out % columns != 0 || spare < reach(kPixels)) {
-      continue;
+    // What a tile reads, a place more for every other group, and one that is being filled.
+    const int most_reach = places - groups_for(columns) - 1;
+    for (int strips = 1; out % columns == 0; ++strips) {
+      const int64_t wide = (width + strips - 1) / strips;
+      if (reach(static_cast<int>(wide) + 2) <= most_reach) {
+        return {columns, strips, places};
+      }
+      if (wide <= kNarrow) {
+        break;
+      }
     }
-    int strips = 1;
-    while (reach(static_cast<int>((width + strips - 1) / strips) + 2) > spare) {
-      ++strips;
-    }
-    return {columns, strips, places};
   }
   return {};
 }

@@ -21,8 +21,8 @@ CHANNELS = 16
 """Both channel counts are multiples of it in the kernel."""
 
 _ACTIVATIONS = (None, "relu")
-_MOST_CHANNELS = 256
-"""Of x; more leave no room in shared memory."""
+_MOST_CHANNELS = 128
+"""Of x; many more leave no room in shared memory."""
 _MOST_PIXELS = 2**29
 """Half of what the kernel counts to, for the margins."""
 
@@ -127,7 +127,7 @@ def fused_conv2d(
     x: (N, in, H, W), channels_last without a copy. weight: (out, in, 3, 3), channels_last without a copy. bias: (out,).
     residual: as the result. All of one dtype. activation: None or "relu".
     In bf16 and fp16 sums are in fp32 and the result is rounded once; on a GPU of compute capability 9.0, with channels
-    in multiples of 16 and up to 256 of x, by one kernel, elsewhere by torch in fp32.
+    in multiples of 16 and up to 128 of x, by one kernel, elsewhere by torch in fp32.
     Returns (N, out, H, W) in channels_last. Differentiable. Raises ValueError or TypeError naming the argument that
     does not fit.
     """
