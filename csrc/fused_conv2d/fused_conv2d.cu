@@ -39,9 +39,10 @@ namespace {
 
 constexpr int kTaps = 9;
 constexpr int kGroup = 128;  // threads
+constexpr int kWarps = kGroup / 32;
 constexpr int kPixels = 64;  // of a tile, and of a place in the ring
 constexpr int kChunk = 16;   // bytes: 8 channels of a pixel
-constexpr int kAhead = 8;    // places that copies may be under way to
+constexpr int kAhead = 3;    // places that one warp's copies may be under way to
 constexpr int kMostPlaces = 64;
 
 // The line of pixels. Wide images are strips of columns, each an image of its own but for what lies beside it.
@@ -84,9 +85,10 @@ struct Turn {
   int at = 0;
   uint32_t parity = 0;
 
-  __device__ void next(int places) {
-    if (++at == places) {
-      at = 0;
+  __device__ void next(int by, int places) {
+    at += by;
+    while (at >= places) {
+      at -= places;
       parity ^= 1;
     }
   }
@@ -146,19 +148,30 @@ __device__ void copy_weights(const T* weight, unsigned char* to, const Shape& sh
   __pipeline_commit();
 }
 
-// The last warp group's part: `count` places, the first of which begins at position `from` of the line.
+// The last warp group's part: `count` places, the first of which begins at position `from` of the line. Its warps take
+// turns: a place is one warp's, two pixels a lane, whose addresses lanes then give each other, so that one warp's
+// latencies are hidden behind those of three more.
 template <class T>
 __device__ void copy_line(const T* x, const Line& line, const Shape& shape, const Shared& shared, int from, int count) {
-  const int mine = static_cast<int>(threadIdx.x) % kGroup, chunks = shape.depth / 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32, chunks = shape.depth / 8;
+  const int at0 = lane / chunks, chunk0 = lane % chunks, at_step = 32 / chunks, chunk_step = 32 % chunks;
   Turn filling, told;
   int open = 0;  // places that copies are under way to
   const auto tell = [&] {
     publish_shared();
     barrier_arrive(&shared.full[told.at]);
-    told.next(shape.places);
+    told.next(kWarps, shape.places);
     --open;
   };
-  for (int j = 0; j < count; ++j) {
+  const int first = static_cast<int>(threadIdx.x) / 32 % kWarps;
+  filling.next(first, shape.places);
+  told.next(first, shape.places);
+  for (int j = first; j < count; j += kWarps) {
+    int pixels[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      pixels[half] = static_cast<int>(line.pixel(from + j * kPixels + half * 32 + lane, false));
+    }
     // Before it waits for others, they learn of everything that they might be waiting for.
     if (j >= shape.places && !barrier_done(&shared.empty[filling.at], filling.parity ^ 1)) {
       __pipeline_wait_prior(0);
@@ -167,22 +180,26 @@ __device__ void copy_line(const T* x, const Line& line, const Shape& shape, cons
       }
       barrier_wait(&shared.empty[filling.at], filling.parity ^ 1);
     }
-    int at = mine / chunks, chunk = mine % chunks;
-    for (int i = mine; i < kPixels * chunks; i += kGroup) {
-      const int64_t pixel = line.pixel(from + j * kPixels + at, false);
-      const T* const source = x + (pixel < 0 ? 0 : pixel * shape.depth + chunk * 8);
-      unsigned char* const to = shared.ring + chunk * shape.plane + (filling.at * kPixels + at) * kChunk;
+    unsigned char* const place = shared.ring + filling.at * kPixels * kChunk;
+    const int again = filling.at == 0 ? shape.places * kPixels * kChunk : 0;
+    int at = at0, chunk = chunk0;
+#pragma unroll 4
+    for (int i = 0; i < 2 * chunks; ++i) {
+      const int low = __shfl_sync(0xffffffffu, pixels[0], at % 32), high = __shfl_sync(0xffffffffu, pixels[1], at % 32);
+      const int pixel = at < 32 ? low : high;
+      const T* const source = x + (pixel < 0 ? 0 : static_cast<int64_t>(pixel) * shape.depth + chunk * 8);
+      unsigned char* const to = place + chunk * shape.plane + at * kChunk;
       copy_async<16>(to, source, pixel >= 0);
-      if (filling.at == 0) {
-        copy_async<16>(to + shape.places * kPixels * kChunk, source, pixel >= 0);
+      if (again != 0) {
+        copy_async<16>(to + again, source, pixel >= 0);
       }
-      at += kGroup / chunks, chunk += kGroup % chunks;
+      at += at_step, chunk += chunk_step;
       if (chunk >= chunks) {
         ++at, chunk -= chunks;
       }
     }
     __pipeline_commit();
-    filling.next(shape.places);
+    filling.next(kWarps, shape.places);
     if (++open > kAhead) {
       __pipeline_wait_prior(kAhead);
       tell();
@@ -285,13 +302,13 @@ __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Lin
   int known = 0;                     // places that have been filled
   for (int i = 0; i < group; ++i) {  // others' tiles
     release(mine.at);
-    mine.next(shape.places);
+    mine.next(1, shape.places);
   }
   barrier_wait(shared.weights_there, 0);
   for (int i = group; i < count; i += kGroups) {
     for (; known <= i + reach(pitch); ++known) {
       barrier_wait(&shared.full[ready.at], ready.parity);
-      ready.next(shape.places);
+      ready.next(1, shape.places);
     }
     int at[kTaps];
 #pragma unroll
@@ -314,7 +331,7 @@ __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Lin
     __syncwarp();
     for (int g = 0; g < kGroups; ++g) {
       release(mine.at);
-      mine.next(shape.places);
+      mine.next(1, shape.places);
     }
     ending.store(sums, offset, relu);
   }
@@ -337,8 +354,8 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
   shared.ring = shared.weights + kTaps * shape.depth / 8 * N * kChunk;
   if (threadIdx.x == 0) {
     for (int place = 0; place < shape.places; ++place) {
-      barrier_init(&shared.full[place], kGroup);
-      barrier_init(&shared.empty[place], kGroups * (kGroup / 32));
+      barrier_init(&shared.full[place], 32);
+      barrier_init(&shared.empty[place], kGroups * kWarps);
     }
     barrier_init(shared.weights_there, kGroups * kGroup);
   }
@@ -348,7 +365,7 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
   } else {
     const int column = part * N;
     copy_weights<T, N>(weight + static_cast<int64_t>(column) * kTaps * shape.depth, shared.weights, shape,
-                       kGroups * (kGroup / 32));
+                       kGroups * kWarps);
     __pipeline_wait_prior(0);
     publish_shared();
     barrier_arrive(shared.weights_there);

@@ -275,6 +275,7 @@ inline void wait_for_copies(std::size_t but_the_last) {
 
 #define __syncthreads() ::cuda_on_cpu::wait(::cuda_on_cpu::State::kAtBlock, __LINE__)
 #define __syncwarp() ::cuda_on_cpu::wait(::cuda_on_cpu::State::kAtWarp, __LINE__)
+#define __shfl_sync(mask, value, lane) ::cuda_on_cpu::exchange(value, static_cast<unsigned>(lane), __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) \
   ::cuda_on_cpu::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(lanes), __LINE__)
 
