@@ -40,10 +40,9 @@ namespace {
 constexpr int kTaps = 9;
 constexpr int kGroup = 128;  // threads
 constexpr int kWarps = kGroup / 32;
-constexpr int kPixels = 64;  // of a tile, and of a place in the ring
-constexpr int kChunk = 16;   // bytes: 8 channels of a pixel
-constexpr int kAhead = 3;    // places that one warp's copies may be under way to
-constexpr int kMostPlaces = 64;
+constexpr int kPixels = 64;    // of a tile, and of a place in the ring
+constexpr int kChunk = 16;     // bytes: 8 channels of a pixel
+constexpr int kMostShift = 6;  // of places
 
 // The line of pixels. Wide images are strips of columns, each an image of its own but for what lies beside it.
 struct Line {
@@ -63,8 +62,19 @@ struct Line {
 
 struct Shape {
   int depth, out;  // channels
-  int tiles, places;
+  int tiles;
+  int shift;  // of the number of places: it is a power of two, and place and use of the p-th filling are bits of p
   int plane;  // bytes from 8 channels of the ring to the next
+
+  __device__ int places() const {
+    return 1 << shift;
+  }
+  __device__ int place(int p) const {
+    return p & (places() - 1);
+  }
+  __device__ uint32_t parity(int p) const {
+    return p >> shift & 1;
+  }
 };
 
 __host__ __device__ constexpr int header_bytes(int places) {
@@ -79,20 +89,6 @@ __host__ __device__ constexpr int plane_bytes(int places) {
 __host__ __device__ constexpr int reach(int pitch) {
   return (2 * pitch + 2 + kPixels - 1) / kPixels;
 }
-
-// A place in the ring and how often it was gone past: parity of that use.
-struct Turn {
-  int at = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(int by, int places) {
-    at += by;
-    while (at >= places) {
-      at -= places;
-      parity ^= 1;
-    }
-  }
-};
 
 template <class T>
 __device__ uint32_t pack(float first, float second) {
@@ -145,50 +141,33 @@ __device__ void copy_weights(const T* weight, unsigned char* to, const Shape& sh
       copy_async<16>(to + (chunk * N + n) * kChunk, weight + static_cast<int64_t>(n) * chunks * 8 + chunk * 8, true);
     }
   }
-  __pipeline_commit();
 }
 
 // The last warp group's part: `count` places, the first of which begins at position `from` of the line. Its warps take
-// turns: a place is one warp's, two pixels a lane, whose addresses lanes then give each other, so that one warp's
-// latencies are hidden behind those of three more.
+// turns: a place is one warp's, two pixels a lane, whose addresses lanes then give each other.
 template <class T>
 __device__ void copy_line(const T* x, const Line& line, const Shape& shape, const Shared& shared, int from, int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32, chunks = shape.depth / 8;
   const int at0 = lane / chunks, chunk0 = lane % chunks, at_step = 32 / chunks, chunk_step = 32 % chunks;
-  Turn filling, told;
-  int open = 0;  // places that copies are under way to
-  const auto tell = [&] {
-    publish_shared();
-    barrier_arrive(&shared.full[told.at]);
-    told.next(kWarps, shape.places);
-    --open;
-  };
-  const int first = static_cast<int>(threadIdx.x) / 32 % kWarps;
-  filling.next(first, shape.places);
-  told.next(first, shape.places);
-  for (int j = first; j < count; j += kWarps) {
+  for (int j = static_cast<int>(threadIdx.x) / 32 % kWarps; j < count; j += kWarps) {
     int pixels[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       pixels[half] = static_cast<int>(line.pixel(from + j * kPixels + half * 32 + lane, false));
     }
-    // Before it waits for others, they learn of everything that they might be waiting for.
-    if (j >= shape.places && !barrier_done(&shared.empty[filling.at], filling.parity ^ 1)) {
-      __pipeline_wait_prior(0);
-      while (open > 0) {
-        tell();
-      }
-      barrier_wait(&shared.empty[filling.at], filling.parity ^ 1);
+    const int place = shape.place(j);
+    if (j >= shape.places()) {
+      barrier_wait(&shared.empty[place], shape.parity(j) ^ 1);
     }
-    unsigned char* const place = shared.ring + filling.at * kPixels * kChunk;
-    const int again = filling.at == 0 ? shape.places * kPixels * kChunk : 0;
+    unsigned char* const ring = shared.ring + place * kPixels * kChunk;
+    const int again = place == 0 ? shape.places() * kPixels * kChunk : 0;
     int at = at0, chunk = chunk0;
 #pragma unroll 4
     for (int i = 0; i < 2 * chunks; ++i) {
       const int low = __shfl_sync(0xffffffffu, pixels[0], at % 32), high = __shfl_sync(0xffffffffu, pixels[1], at % 32);
       const int pixel = at < 32 ? low : high;
       const T* const source = x + (pixel < 0 ? 0 : static_cast<int64_t>(pixel) * shape.depth + chunk * 8);
-      unsigned char* const to = place + chunk * shape.plane + at * kChunk;
+      unsigned char* const to = ring + chunk * shape.plane + at * kChunk;
       copy_async<16>(to, source, pixel >= 0);
       if (again != 0) {
         copy_async<16>(to + again, source, pixel >= 0);
@@ -198,16 +177,7 @@ __device__ void copy_line(const T* x, const Line& line, const Shape& shape, cons
         ++at, chunk -= chunks;
       }
     }
-    __pipeline_commit();
-    filling.next(kWarps, shape.places);
-    if (++open > kAhead) {
-      __pipeline_wait_prior(kAhead);
-      tell();
-    }
-  }
-  __pipeline_wait_prior(0);
-  while (open > 0) {
-    tell();
+    barrier_arrive_after_copies(&shared.full[place]);
   }
 }
 
@@ -233,7 +203,7 @@ class Ending {
     }
   }
 
-  __device__ void store(const GroupSums<N>& sums, const float (&bias)[N / 8][2], bool relu) {
+  __device__ void store(const GroupSums<N>& sums, bool relu) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       if (residual_ != nullptr) {
@@ -243,7 +213,7 @@ class Ending {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = (4 * q + i) / (N / 8), j = (4 * q + i) % (N / 8);
-        float first = sums[j][2 * half] + bias[j][0], second = sums[j][2 * half + 1] + bias[j][1];
+        float first = sums[j][2 * half], second = sums[j][2 * half + 1];
         if (relu) {  // NaN stays
           first = first < 0 ? 0 : first, second = second < 0 ? 0 : second;
         }
@@ -282,7 +252,7 @@ template <class T, int N, int kGroups>
 __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Line& line, const Shape& shape,
                                const Shared& shared, int first, int count, bool relu) {
   const int group = warp_group(), lane = static_cast<int>(threadIdx.x) % 32;
-  const int chunks = shape.depth / 8, pitch = line.pitch.value(), around = shape.places * kPixels;
+  const int chunks = shape.depth / 8, pitch = line.pitch.value(), around = shape.places() * kPixels;
   float offset[N / 8][2] = {};
   if (bias != nullptr) {
 #pragma unroll
@@ -291,49 +261,47 @@ __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Lin
       offset[j][1] = static_cast<float>(bias[8 * j + lane % 4 * 2 + 1]);
     }
   }
-  const uint64_t image = factor_at(shared_address(shared.ring), shape.plane, 8 * kChunk);
-  const uint64_t weights = factor_at(shared_address(shared.weights), N * kChunk, 8 * kChunk);
-  const auto release = [&](int place) {  // by each warp, whose lanes are all done with it
+  const Factor image(shared.ring, shape.plane, 8 * kChunk), weights(shared.weights, N * kChunk, 8 * kChunk);
+  const auto release = [&](int p) {  // by each warp, whose lanes are all done with it
     if (lane == 0) {
-      barrier_arrive(&shared.empty[place]);
+      barrier_arrive(&shared.empty[shape.place(p)]);
     }
   };
-  Turn ready, mine;
-  int known = 0;                     // places that have been filled
   for (int i = 0; i < group; ++i) {  // others' tiles
-    release(mine.at);
-    mine.next(1, shape.places);
+    release(i);
   }
   barrier_wait(shared.weights_there, 0);
+  int known = 0;  // places that have been filled
   for (int i = group; i < count; i += kGroups) {
     for (; known <= i + reach(pitch); ++known) {
-      barrier_wait(&shared.full[ready.at], ready.parity);
-      ready.next(1, shape.places);
+      barrier_wait(&shared.full[shape.place(known)], shape.parity(known));
     }
-    int at[kTaps];
+    publish_shared();
+    const int begin = shape.place(i) * kPixels;
+    GroupSums<N> sums;
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
-      at[tap] = mine.at * kPixels + tap / 3 * pitch + tap % 3;
-      at[tap] -= at[tap] >= around ? around : 0;
+    for (int j = 0; j < N / 8; ++j) {
+      sums[j][0] = sums[j][2] = offset[j][0];
+      sums[j][1] = sums[j][3] = offset[j][1];
     }
-    GroupSums<N> sums = {};
 #pragma unroll 1
     for (int k = 0; k < chunks; k += 2) {
       products_begin();
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        products_add<T, N>(sums, image + (at[tap] + k * (shape.plane / kChunk)), weights + (tap * chunks + k) * N);
+        const uint32_t at = (begin + tap / 3 * pitch + tap % 3) & (around - 1);
+        products_add<T, N>(sums, image, at + k * (shape.plane / kChunk), weights, (tap * chunks + k) * N);
       }
     }
     products_commit();
     Ending<T, N> ending(line, (first + i) * kPixels, shape.out, residual, y);
     products_wait<N>(sums);
     __syncwarp();
+#pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      release(mine.at);
-      mine.next(1, shape.places);
+      release(i + g);
     }
-    ending.store(sums, offset, relu);
+    ending.store(sums, relu);
   }
 }
 
@@ -348,12 +316,12 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
   const int count = static_cast<int>(shape.tiles * (run + 1) / runs) - first;
   Shared shared;
   shared.full = reinterpret_cast<uint64_t*>(dynamic_shared());
-  shared.empty = shared.full + shape.places;
-  shared.weights_there = shared.empty + shape.places;
-  shared.weights = dynamic_shared() + header_bytes(shape.places);
+  shared.empty = shared.full + shape.places();
+  shared.weights_there = shared.empty + shape.places();
+  shared.weights = dynamic_shared() + header_bytes(shape.places());
   shared.ring = shared.weights + kTaps * shape.depth / 8 * N * kChunk;
   if (threadIdx.x == 0) {
-    for (int place = 0; place < shape.places; ++place) {
+    for (int place = 0; place < shape.places(); ++place) {
       barrier_init(&shared.full[place], 32);
       barrier_init(&shared.empty[place], kGroups * kWarps);
     }
@@ -366,9 +334,7 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
     const int column = part * N;
     copy_weights<T, N>(weight + static_cast<int64_t>(column) * kTaps * shape.depth, shared.weights, shape,
                        kGroups * kWarps);
-    __pipeline_wait_prior(0);
-    publish_shared();
-    barrier_arrive(shared.weights_there);
+    barrier_arrive_after_copies(shared.weights_there);
     convolve_tiles<T, N, kGroups>(bias == nullptr ? nullptr : bias + column,
                                   residual == nullptr ? nullptr : residual + column, y + column, line, shape, shared,
                                   first, count, relu);
@@ -378,8 +344,12 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
 
 // How a call is cut up.
 struct Cut {
-  int columns = 0;  // of the output, a block's
-  int strips = 1, places = 0;
+  int columns = 0;            // of the output, a block's
+  int strips = 1, shift = 0;  // of places
+
+  int places() const {
+    return 1 << shift;
+  }
 };
 
 int groups_for(int columns) {
@@ -395,16 +365,16 @@ constexpr int64_t kNarrow = 32;
 
 Cut cut_of(int64_t depth, int64_t out, int64_t width) {
   for (const int columns : {64, 48, 32, 16}) {
-    int places = kMostPlaces;
-    while (places > 0 && shared_bytes(depth, columns, places) > kMostSharedHopper) {
-      --places;
+    int shift = kMostShift;
+    while (shift > 0 && shared_bytes(depth, columns, 1 << shift) > kMostSharedHopper) {
+      --shift;
     }
     // What a tile reads, a place more for every other group, and one that is being filled.
-    const int most_reach = places - groups_for(columns) - 1;
+    const int most_reach = (1 << shift) - groups_for(columns) - 1;
     for (int strips = 1; out % columns == 0; ++strips) {
       const int64_t wide = (width + strips - 1) / strips;
       if (reach(static_cast<int>(wide) + 2) <= most_reach) {
-        return {columns, strips, places};
+        return {columns, strips, shift};
       }
       if (wide <= kNarrow) {
         break;
@@ -459,8 +429,8 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
                   Divisor(cut.strips)};
   const int64_t parts = out / cut.columns, groups = groups_for(cut.columns);
   const int64_t runs = std::clamp<int64_t>(device.multiprocessors() / parts, 1, (tiles + groups - 1) / groups);
-  const Shape shape{static_cast<int>(depth), static_cast<int>(out), static_cast<int>(tiles), cut.places,
-                    plane_bytes(cut.places)};
+  const Shape shape{static_cast<int>(depth), static_cast<int>(out), static_cast<int>(tiles), cut.shift,
+                    plane_bytes(cut.places())};
   if (bias) {
     offset = dense(*bias);
   }
@@ -469,7 +439,7 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   }
   const auto run = [&](auto tag, auto kernel, int64_t threads) {
     using T = typename decltype(tag)::type;
-    launch(device, kernel, runs * parts, threads, shared_bytes(depth, cut.columns, cut.places),
+    launch(device, kernel, runs * parts, threads, shared_bytes(depth, cut.columns, cut.places()),
            static_cast<const T*>(aligned(image)), static_cast<const T*>(aligned(kernels)),
            bias ? offset.const_data_ptr<T>() : nullptr, residual ? static_cast<const T*>(aligned(beside)) : nullptr,
            y.mutable_data_ptr<T>(), line, shape, relu);

@@ -52,19 +52,29 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-inline void publish_shared() {}
-
-inline uint64_t factor_at(uint32_t address, uint32_t by_depth, uint32_t by_rows) {
-  if (address % 16 != 0 || by_depth % 16 != 0 || by_rows % 16 != 0 || (address | by_depth | by_rows) >> 18 != 0) {
-    throw std::logic_error("a factor that no product can address");
-  }
-  return address >> 4 | static_cast<uint64_t>(by_depth >> 4) << 16 | static_cast<uint64_t>(by_rows >> 4) << 32;
+inline void barrier_arrive_after_copies(uint64_t* barrier) {
+  cuda_on_cpu::commit_copies();
+  cuda_on_cpu::wait_for_copies(0);
+  barrier_arrive(barrier);
 }
 
+inline void publish_shared() {}
+
+struct Factor {
+  uint32_t at, strides;
+
+  Factor(const void* from, uint32_t by_depth, uint32_t by_rows)
+      : at(shared_address(from) >> 4 | by_depth >> 4 << 16), strides(by_rows >> 4) {
+    if (shared_address(from) % 16 != 0 || by_depth % 16 != 0 || by_rows % 16 != 0 || (by_depth | by_rows) >> 18 != 0) {
+      throw std::logic_error("a factor that no product can address");
+    }
+  }
+};
+
 template <class T>
-float factor_value(uint64_t factor, unsigned row, unsigned depth) {
-  const uint64_t piece =
-      (factor & 0x3fff) + (factor >> 16 & 0x3fff) * (depth / 8) + (factor >> 32 & 0x3fff) * (row / 8);
+float factor_value(const Factor& factor, uint32_t on, unsigned row, unsigned depth) {
+  const uint64_t bits = factor.at + on;
+  const uint64_t piece = (bits & 0x3fff) + (bits >> 16 & 0x3fff) * (depth / 8) + factor.strides * (row / 8);
   T value;
   std::memcpy(&value, cuda_on_cpu::shared_memory() + (piece + row % 8) * 16 + depth % 8 * sizeof(T), sizeof(T));
   return static_cast<float>(value);
@@ -85,15 +95,15 @@ void products_wait(GroupSums<N>&) {
 }
 
 template <class T, int N>
-void products_add(GroupSums<N>& sums, uint64_t a, uint64_t b) {
+void products_add(GroupSums<N>& sums, const Factor& a, uint32_t a_on, const Factor& b, uint32_t b_on) {
   auto& m = cuda_on_cpu::machine();
   const unsigned lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4, column = lane % 4 * 2;
   m.fibers[m.current].products.push_back([=, &sums] {
     for (unsigned depth = 0; depth < 16; ++depth) {
-      const float left[2] = {factor_value<T>(a, row, depth), factor_value<T>(a, row + 8, depth)};
+      const float left[2] = {factor_value<T>(a, a_on, row, depth), factor_value<T>(a, a_on, row + 8, depth)};
       for (unsigned j = 0; j < N / 8; ++j) {
         for (unsigned c = 0; c < 4; ++c) {
-          sums[j][c] += left[c / 2] * factor_value<T>(b, 8 * j + column + c % 2, depth);
+          sums[j][c] += left[c / 2] * factor_value<T>(b, b_on, 8 * j + column + c % 2, depth);
         }
       }
     }
