@@ -3,28 +3,40 @@
 // Forward and adjoint are one matrix product each, a step is two, one launch a product (product.cuh). A product reads
 // its factors where they lie, blocks straight out of the image, and finishes each value itself: the first of a step
 // writes r = rho (y - Phi x), the second z = x + Phi^T r.
-//   fp32, fp64 images: ordinary multiply-adds (no TF32).
+//   fp64 images: ordinary multiply-adds.
+//   fp32 images: tensor cores, as exact as ordinary multiply-adds (never TF32 alone). Factors enter as a sum of two
+//   tf32 numbers, high + low; the three products of these that matter keep 21 bits of each product. Sums are left to
+//   the tensor cores for 16 depths only. Emulated on a CPU, with sums cut off as tensor cores may, results 1024 deep
+//   are 1.2e-7 to 2.1e-7 off (of the norm); ordinary multiply-adds were 1.7e-7 off, cuBLAS in fp32 5e-7. Where a
+//   factor is infinite, the result is NaN.
 //   bf16, fp16 images: tensor cores. fp32 factors enter as a sum of two bf16 numbers, high + low, and the three
-//   products that matter are accumulated in fp32: about 16 bits of each factor, more than the result keeps. Between the
-//   products r is kept as these two, as many bytes as one fp32 number, and so split only once.
+//   products that matter are accumulated in fp32: about 16 bits of each factor, more than the result keeps. Between
+//   the products r is kept as these two, as many bytes as one fp32 number, and so split only once.
 //
-// Tiles. 16 images of 256 x 256, B = 32, m = 256, are two products of 2^28 multiply-adds: 256 x 1024 results 1024 deep,
-// then 1024 x 1024 results 256 deep. An H200 has 132 multiprocessors at 1.85 GHz or so. Each takes 64 bytes a cycle
-// from the L2 cache, 0.7 us or more after asking: 80 KB must be on their way to it, which is what the ring of 96 KB is
-// for. What a multiprocessor has to do, by count, all of it overlapping:
+// Tiles. 16 images of 256 x 256, B = 32, m = 256, are two products of 2^28 multiply-adds: 256 x 1024 results 1024
+// deep, then 1024 x 1024 results 256 deep. An H200 has 132 multiprocessors at 1.85 GHz or so, each with four
+// schedulers, which issue an instruction a cycle, and as many tensor cores: 256 multiply-adds of tf32 numbers a
+// cycle, or 512 of bf16, of which mma.sync is said to reach about two thirds. From the L2 cache a multiprocessor has
+// 64 bytes a cycle at most, nearer 30 if all ask at once, 0.7 us or more after asking: 80 KB must be on their way to
+// it, which is what the ring of 96 KB is for. Eight warps, two a scheduler, take 16 depths of 32 x 32 sums or more
+// at once: fewer values to split for each mma, and enough mma to hide the next values' way from shared memory. What
+// a multiprocessor has to do, all of it overlapping; instructions are counted in the compiled loop, all times
+// estimated:
 //   First product, 128 tiles of 32 x 64; with so few results, the depth is shared out among a tile's warps.
-//     bf16: 256 KB, 2.2 us. 16 steps of some 180 instructions, two warps a scheduler, 3.1 us. 2048 mma, 1.1 us or more.
-//     fp32: 384 KB, 3.3 us. 2^21 multiply-adds, 8.9 us.
-//   Second product.
-//     bf16: two of 256 tiles of 64 x 64 at once. 256 KB, 2.2 us. Instructions 3.4 us. 3072 mma, 1.7 us or more.
-//     fp32: 128 tiles of 64 x 128. 192 KB, 1.7 us. Multiply-adds 8.9 us.
-// To each comes a launch, a first wait for memory and the ending, some 3 us. Measured, both together: fp32 40 us, as
-// long as cuBLAS's two products on blocks that lie ready; bf16 27, where cuBLAS takes 9, and 21 with the copies around
-// it.
+//     fp32: 384 KB, 3.3 us or more. 16 pieces; for each a warp has 48 mma and 239 other instructions: 96 split its
+//     32 values, 32 add up sums, some 80 copy. 5.0 us. 6144 mma, 3.3 us at the full rate and 5.0 at two thirds.
+//     bf16: 256 KB, 2.2 us or more. 8 pieces, 32 mma and 181 others, 1.8 us. 2048 mma, 1.1 to 1.7 us.
+//     fp16: the same bytes, 48 mma and 321 others, for images are split as well: 3.2 us.
+//   Second product, of a step.
+//     fp32: 128 tiles of 64 x 128. 192 KB, 1.7 us or more. 8 pieces, 96 mma and 400 others, 4.3 us. mma 3.3 to 5 us.
+//     bf16: 128 tiles of 128 x 64. 192 KB, 1.7 us or more. 8 pieces, 48 mma and 220 others, 2.3 us. mma 1.7 to 2.5.
+// To each comes a launch, a first wait for memory and the ending, some 3 us. Both together: 16 to 20 us in fp32, 11
+// to 14 in bf16, by estimate. Measured before, with ordinary multiply-adds in fp32 and 32 x 32 sums a warp in bf16:
+// 40 us, as long as cuBLAS's two products on blocks that lie ready, and 27, where cuBLAS takes 9, and 21 with the
+// copies around it.
 //
-// fp32: a thread has 8 x 8 sums, 64 multiply-adds for 16 values from shared memory. Where that makes too few tiles (one
-// 512 x 512 image: 32) it has 4 x 4. Only a gradient for Phi, whose depth is the batch, shares it out among blocks as
-// well; one more launch adds their parts.
+// Where large tiles are too few (one 512 x 512 image: 32) there are small ones, which sum in the same order. Only a
+// gradient for Phi, whose depth is the batch, shares it out among blocks as well; one more launch adds their parts.
 //
 // Every value is one sum in one order, whatever the batch: no atomics, bitwise repeatable.
 
@@ -301,31 +313,42 @@ __global__ void __launch_bounds__(kThreads) add_parts(const W* sums, W* out, int
   }
 }
 
-// Engines for an image stored as T: Deep where the depth is long and results are few, Flat the other way round.
-template <class T, int Side>
-using Deep = std::conditional_t<std::is_same_v<T, Wide<T>>, Simt<Wide<T>, Side, 1, 1, 8, 64>, TensorCores<1, 2, 4, 64>>;
-template <class T, int Side>
-using Flat = std::conditional_t<std::is_same_v<T, Wide<T>>, Simt<Wide<T>, Side, 2, 2, 2, 32>, TensorCores<2, 2, 2, 32>>;
+// Engines for an image stored as T, with large tiles or small ones, which sum in the same order: Deep where the depth
+// is long and results are few, Flat the other way round.
+template <class T, class Double, class Float, class Half>
+using OneFor = std::conditional_t<std::is_same_v<T, double>, Double, std::conditional_t<sizeof(T) == 2, Half, Float>>;
+template <class T, bool Large>
+using Deep = OneFor<T, Simt<double, 4, 1, 1, 8, 64>, TensorCores<AsTf32, Large ? 32 : 16, Large ? 32 : 16, 1, 2, 4, 64>,
+                    TensorCores<AsBf16, Large ? 32 : 16, 64, 1, 1, 8, 128>>;
+template <class T, bool Large>
+using Flat = OneFor<T, Simt<double, 4, 2, 2, 2, 32>, TensorCores<AsTf32, Large ? 32 : 16, Large ? 32 : 16, 2, 4, 1, 32>,
+                    TensorCores<AsBf16, Large ? 64 : 32, Large ? 32 : 16, 2, 2, 2, 32>>;
 
 template <class Engine>
 int64_t tiles_of(int64_t rows, int64_t cols) {
   return (rows + Engine::kRows - 1) / Engine::kRows * ((cols + Engine::kCols - 1) / Engine::kCols);
 }
 
+// What a product takes, in no unit: rounds of tiles, each as long as its arithmetic and, times 32, its reading.
+template <class Engine>
+int64_t time_of(const OnDeviceOf& device, int64_t rows, int64_t cols) {
+  const int64_t at_once = device.multiprocessors();
+  return (tiles_of<Engine>(rows, cols) + at_once - 1) / at_once *
+         (Engine::kRows * Engine::kCols + 32 * (Engine::kRows + Engine::kCols));
+}
+
 // Calls f(TypeTag<Engine>) for the engine that takes a product of this size, on this device, least time.
-template <template <class, int> class EngineFor, class T, class F>
+template <template <class, bool> class EngineFor, class T, class F>
 void with_engine(const OnDeviceOf& device, int64_t rows, int64_t cols, const F& f) {
-  if constexpr (std::is_same_v<T, float>) {
-    // A small tile is a fourth of a large one and takes its multiply-adds some 1.6 times the time.
-    const int64_t at_once = device.multiprocessors();
-    const int64_t small = (tiles_of<EngineFor<T, 4>>(rows, cols) + at_once - 1) / at_once;
-    const int64_t large = (tiles_of<EngineFor<T, 8>>(rows, cols) + at_once - 1) / at_once;
-    if (5 * large <= 2 * small) {
-      f(TypeTag<EngineFor<T, 8>>{});
+  using Large = EngineFor<T, true>;
+  using Small = EngineFor<T, false>;
+  if constexpr (!std::is_same_v<Large, Small>) {
+    if (time_of<Small>(device, rows, cols) < time_of<Large>(device, rows, cols)) {
+      f(TypeTag<Small>{});
       return;
     }
   }
-  f(TypeTag<EngineFor<T, 4>>{});
+  f(TypeTag<Large>{});
 }
 
 // How a product's depth is cut, for blocks of their own to sum.

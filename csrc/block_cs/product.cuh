@@ -3,7 +3,7 @@
 //
 // A block of eight warps computes a tile of C. Pieces of both factors, all of the tile's rows or columns by kDepth of
 // the depth, travel through a ring in shared memory: asynchronous copies, as they lie in memory and in their own type.
-// What they must become (transposed, fp32 as two bf16 numbers) they become in registers. The warps share out the tile
+// What they must become (transposed, fp32 as two numbers) they become in registers. The warps share out the tile
 // and, in kGroups, each piece's depth; at the end groups are added, in their order, in the ring's memory. So every
 // value is summed in the same order whatever tile it is in, and tiles may follow the device and the batch.
 #pragma once
@@ -29,6 +29,18 @@ __device__ inline int lane_id() {
 
 __device__ inline int warp_id() {
   return static_cast<int>(threadIdx.x) / 32;
+}
+
+__device__ inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+__device__ inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 // A piece of a factor in shared memory: Count lines of Length values, in chunks of 16 bytes. Turned: chunks change
@@ -158,7 +170,7 @@ class Reader {
 };
 
 // Engines: what warps do with a piece. C's tile is kRows x kCols, a piece kDepth deep. add() takes this warp's part of
-// a piece; each(f) calls f(row, column, sum), in the tile, for every sum of this thread.
+// a piece, finish() follows the last; each(f) calls f(row, column, sum), in the tile, for every sum of this thread.
 
 // Ordinary multiply-adds, Side x Side sums a thread, threads of a warp 4 x 8, warps of a group WarpRows x WarpCols.
 template <class W, int Side, int WarpRows, int WarpCols, int Groups, int Depth>
@@ -166,7 +178,6 @@ class Simt {
  public:
   using Sum = W;
   static constexpr int kRows = WarpRows * 4 * Side, kCols = WarpCols * 8 * Side, kDepth = Depth, kGroups = Groups;
-  static constexpr int kBlocks = Side * sizeof(W) == 16 ? 2 : 1;  // on a multiprocessor: 128 registers a thread, or 255
   // All threads of a warp read the same depth: of a line that is a depth, neighbouring chunks.
   static constexpr bool turned(Lines lines) {
     return lines == Lines::kOuter;
@@ -195,6 +206,9 @@ class Simt {
       }
     }
   }
+
+  template <class, class>
+  __device__ void finish() {}
 
   template <Lines LinesA, Lines LinesB, class F>
   __device__ void each(const F& f) const {
@@ -270,23 +284,75 @@ struct SplitPair {
 };
 
 __device__ inline SplitPair split(float first, float second) {
-  const auto value = [](uint32_t bits) {
-    float v;
-    memcpy(&v, &bits, sizeof(v));
-    return v;
-  };
   const uint32_t high = pack_bf16(first, second);
-  return {high, pack_bf16(first - value(high << 16), second - value(high & 0xffff0000u))};
+  return {high, pack_bf16(first - float_of(high << 16), second - float_of(high & 0xffff0000u))};
 }
 
-// Tensor cores, 32 x 32 sums a warp, warps of a group WarpRows x WarpCols. Factors enter as bf16 numbers, or as sums
-// high + low of two: of the four products low times low is left out.
-template <int WarpRows, int WarpCols, int Groups, int Depth>
+// Numbers: what tensor cores take a factor as, high + low. A thread's four depths of a row or column fill kRegisters of
+// each part, two an instruction. take() makes the parts; the low one of what is kExact is 0, and left unset. kShort:
+// sums of 16 depths, which ordinary additions add.
+
+// Two bf16 numbers; bf16 images are one.
+struct AsBf16 {
+  static constexpr int kRegisters = 2;
+  static constexpr bool kShort = false;
+  template <class V>
+  static constexpr bool kExact = std::is_same_v<V, BFloat16>;
+
+  template <class V>
+  __device__ static void take(const V (&from)[4], uint32_t (&high)[2], [[maybe_unused]] uint32_t (&low)[2]) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const V first = from[2 * q], second = from[2 * q + 1];
+      if constexpr (kExact<V>) {
+        high[q] = static_cast<uint32_t>(second.x) << 16 | first.x;
+      } else if constexpr (std::is_same_v<V, Split>) {
+        high[q] = static_cast<uint32_t>(second.high) << 16 | first.high;
+        low[q] = static_cast<uint32_t>(second.low) << 16 | first.low;
+      } else {
+        const SplitPair both = split(static_cast<float>(first), static_cast<float>(second));
+        high[q] = both.high, low[q] = both.low;
+      }
+    }
+  }
+
+  __device__ static void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_bf16(sums, a, b);
+  }
+};
+
+// Two tf32 numbers of 11 bits each: the fp32 number rounded, and the rest, at most 12 bits and a sign, of which the
+// instruction drops the last. What is left out of a product is 2^-21 of it or less, as often too much as too little; an
+// unrounded high part would leave out more, always of the same sign. Tensor cores cut sums off instead of rounding
+// them, always towards zero: hence short sums. An infinite number has no rest: inf - inf, all that it is part of is
+// NaN. So is a finite one above 3.4025e38, which rounds up to infinity.
+struct AsTf32 {
+  static constexpr int kRegisters = 4;
+  static constexpr bool kShort = true;
+  template <class V>
+  static constexpr bool kExact = false;
+
+  __device__ static void take(const float (&from)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      high[q] = (bits_of(from[q]) + 0x1000u) & 0xffffe000u;
+      low[q] = bits_of(from[q] - float_of(high[q]));
+    }
+  }
+
+  __device__ static void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_tf32(sums, a, b);
+  }
+};
+
+// Tensor cores, Rows x Cols sums a warp, warps of a group WarpRows x WarpCols. Of the four products of two factors'
+// parts low times low is left out. A warp multiplies the parts that it has while the next values are on their way from
+// shared memory.
+template <class Number, int Rows, int Cols, int WarpRows, int WarpCols, int Groups, int Depth>
 class TensorCores {
  public:
   using Sum = float;
-  static constexpr int kRows = WarpRows * 32, kCols = WarpCols * 32, kDepth = Depth, kGroups = Groups;
-  static constexpr int kBlocks = 2;
+  static constexpr int kRows = WarpRows * Rows, kCols = WarpCols * Cols, kDepth = Depth, kGroups = Groups;
   static constexpr bool turned(Lines) {
     return true;
   }
@@ -297,22 +363,29 @@ class TensorCores {
 
   template <class TileA, Lines LinesA, class TileB, Lines LinesB, class TA, class TB>
   __device__ void add(const TA* a, const TB* b) {
-    // The instruction sums 16 depths, four a thread: which ones is free, if the same for both factors. Neighbours, a
-    // chunk, where both factors' lines run along the depth; else every fourth, so that a warp reads four lines at once.
+    // 16 depths at once, four a thread: which ones is free, if the same for both factors. Neighbours, a chunk, where
+    // both factors' lines run along the depth; else every fourth, so that a warp reads four lines at once.
     constexpr bool kNeighbours = LinesA == Lines::kOuter && LinesB == Lines::kOuter;
 #pragma unroll
     for (int k = 0; k < Depth / Groups; k += 16) {
       const int from = group() * (Depth / Groups) + k;
-      Factor left, right;
+      Values<TA, LinesA, kNeighbours, kLeft> left;
+      Values<TB, LinesB, kNeighbours, kRight> right;
       load<TileA, LinesA, kNeighbours>(a, row0(), from, left);
       load<TileB, LinesB, kNeighbours>(b, col0(), from, right);
-      if constexpr (!kExact<TB>) {
-        multiply(left.high, right.low);
-      }
-      if constexpr (!kExact<TA>) {
-        multiply(left.low, right.high);
-      }
-      multiply(left.high, right.high);
+      finish<TA, TB>();
+      take(left, left_);
+      take(right, right_);
+      waiting_ = true;
+    }
+  }
+
+  // Multiplies the parts taken last. At first these are zeros, cheaper than a branch that keeps the products apart from
+  // what follows. Where more follows in the piece the branch is wanted: nvcc would load all of it at once, and spill.
+  template <class TA, class TB>
+  __device__ void finish() {
+    if (Depth / Groups == 16 || waiting_) {
+      multiply<TA, TB>();
     }
   }
 
@@ -320,117 +393,154 @@ class TensorCores {
   __device__ void each(const F& f) const {
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLeft; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kRight; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          f(row0() + outer<LinesA>(g, i), col0() + outer<LinesB>(2 * t + c, j), sums_[i / 2][j][i % 2 * 2 + c]);
+          f(row0() + outer<LinesA, kLeft>(g, i), col0() + outer<LinesB, kRight>(2 * t + c, j),
+            sums_[i / 2][j][i % 2 * 2 + c]);
         }
       }
     }
   }
 
  private:
-  static_assert(WarpRows * WarpCols * Groups * 32 == kThreads && Depth / Groups % 16 == 0);
+  static constexpr int kLeft = Rows / 8, kRight = Cols / 8;  // groups of rows and columns, one of each a thread's
+  static_assert(WarpRows * WarpCols * Groups * 32 == kThreads && Depth / Groups % 16 == 0 && kLeft % 2 == 0);
 
-  // A thread's four rows or columns at its four depths, two of these to a register.
-  using Parts = uint32_t[4][2];
+  // A thread's rows or columns at its four depths.
+  template <int Count>
   struct Factor {
-    Parts high, low;
+    uint32_t high[Count][Number::kRegisters], low[Count][Number::kRegisters];
   };
+  using Sums = float[kLeft / 2][kRight][4];  // of two row groups and a column group each
 
-  template <class V>
-  static constexpr bool kExact = std::is_same_v<V, BFloat16>;
+  // These as they come from shared memory. Pairs of bf16 that lie there as they are wanted remain pairs.
+  template <class V, Lines L, bool Neighbours>
+  static constexpr bool kPairs = Number::template kExact<V> && L == Lines::kOuter && Neighbours;
+  template <class V, Lines L, bool Neighbours, int Count>
+  using Values = std::conditional_t<kPairs<V, L, Neighbours>, uint32_t[Count][2], V[Count][4]>;
 
-  float sums_[2][4][4] = {};  // of two pairs of row groups and four column groups
+  Sums sums_ = {};
+  Factor<kLeft> left_ = {};
+  Factor<kRight> right_ = {};
+  bool waiting_ = false;  // whether there are parts to multiply
 
   __device__ static int row0() {
-    return warp_id() / WarpCols % WarpRows * 32;
+    return warp_id() / WarpCols % WarpRows * Rows;
   }
 
   __device__ static int col0() {
-    return warp_id() % WarpCols * 32;
+    return warp_id() % WarpCols * Cols;
   }
+
+  // How many neighbours of a line that is a depth a thread takes at once.
+  template <int Count>
+  static constexpr int kRun = Count < 4 ? Count : 4;
 
   // The i-th row or column of lane g of eight.
-  template <Lines L>
+  template <Lines L, int Count>
   __device__ static int outer(int g, int i) {
-    return L == Lines::kOuter ? g + 8 * i : 4 * g + i;
+    constexpr int run = kRun<Count>;
+    return L == Lines::kOuter ? g + 8 * i : (g + i / run * 8) * run + i % run;
   }
 
-  template <class T, Lines L, bool Neighbours, class V>
-  __device__ static void load(const V* tile, int origin, int k, Factor& out) {
+  template <class T, Lines L, bool Neighbours, class V, class To, int Count, int Four>
+  __device__ static void load(const V* tile, int origin, int k, To (&to)[Count][Four]) {
     const int g = lane_id() / 4, t = lane_id() % 4;
-    if constexpr (kExact<V> && L == Lines::kOuter && Neighbours) {  // as they lie there
+    if constexpr (L == Lines::kDepth) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        load_four(tile + origin * T::kLength + T::offset(g, 8 * i, k + 4 * t), out.high[i]);
-      }
-    } else {
-      V values[4][4];  // row or column, depth
+      for (int d = 0; d < 4; ++d) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (L == Lines::kDepth) {
-          V some[4];
-          load_four(tile + T::offset(t, k + 4 * i, origin + 4 * g), some);
+        for (int i = 0; i < Count; i += kRun<Count>) {
+          V some[kRun<Count>];
+          load_some(tile + T::offset(t, k + 4 * d, origin + outer<L, Count>(g, i)), some);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            values[j][i] = some[j];
-          }
-        } else if constexpr (Neighbours) {
-          load_four(tile + origin * T::kLength + T::offset(g, 8 * i, k + 4 * t), values[i]);
-        } else {
-#pragma unroll
-          for (int s = 0; s < 4; ++s) {
-            values[i][s] = tile[origin * T::kLength + T::offset(g, 8 * i, k + 4 * s + t)];
+          for (int j = 0; j < kRun<Count>; ++j) {
+            to[i + j][d] = some[j];
           }
         }
       }
+    } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pack(values[i][0], values[i][1], out.high[i][0], out.low[i][0]);
-        pack(values[i][2], values[i][3], out.high[i][1], out.low[i][1]);
+      for (int i = 0; i < Count; ++i) {
+        if constexpr (Neighbours) {
+          load_some(tile + origin * T::kLength + T::offset(g, 8 * i, k + 4 * t), to[i]);
+        } else {
+#pragma unroll
+          for (int d = 0; d < 4; ++d) {
+            to[i][d] = tile[origin * T::kLength + T::offset(g, 8 * i, k + 4 * d + t)];
+          }
+        }
       }
     }
   }
 
-  template <class V>
-  __device__ static void pack(V first, V second, uint32_t& high, [[maybe_unused]] uint32_t& low) {
-    if constexpr (kExact<V>) {
-      high = static_cast<uint32_t>(second.x) << 16 | first.x;
-    } else if constexpr (std::is_same_v<V, Split>) {
-      high = static_cast<uint32_t>(second.high) << 16 | first.high;
-      low = static_cast<uint32_t>(second.low) << 16 | first.low;
-    } else {
-      const SplitPair both = split(static_cast<float>(first), static_cast<float>(second));
-      high = both.high, low = both.low;
-    }
-  }
-
-  // Four values, in whatever type they are wanted.
+  // As many neighbours as fill `to`, in whatever type they are wanted.
   template <class V, class To>
-  __device__ static void load_four(const V* from, To& to) {
-    static_assert(sizeof(to) == 4 * sizeof(V));
-    if constexpr (sizeof(V) == 4) {
-      struct Four {
-        V at[4];
-      };
-      const Four four = load16<Four>(from);
-      memcpy(&to, &four, sizeof(to));
-    } else {
-      const uint64_t bits = *reinterpret_cast<const uint64_t*>(from);
-      memcpy(&to, &bits, sizeof(to));
+  __device__ static void load_some(const V* from, To& to) {
+    using Words = std::conditional_t<sizeof(to) == 16, uint4, std::conditional_t<sizeof(to) == 8, uint64_t, uint32_t>>;
+    static_assert(sizeof(to) == sizeof(Words));
+    const Words words = *reinterpret_cast<const Words*>(from);
+    memcpy(&to, &words, sizeof(to));
+  }
+
+  template <class V, int Count, int Four>
+  __device__ static void take(const V (&from)[Count][Four], Factor<Count>& to) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      if constexpr (Four == 4) {
+        Number::take(from[i], to.high[i], to.low[i]);
+      } else {
+        to.high[i][0] = from[i][0], to.high[i][1] = from[i][1];
+      }
     }
   }
 
-  __device__ void multiply(const Parts& left, const Parts& right) {
+  template <class TA, class TB>
+  __device__ void multiply() {
+    if constexpr (Number::kShort) {
+      Sums sums = {};
+      multiply_into<TA, TB>(sums);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t rows[4] = {left[2 * i][0], left[2 * i + 1][0], left[2 * i][1], left[2 * i + 1][1]};
+      for (int i = 0; i < kLeft / 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        mma_bf16(sums_[i][j], rows, right[j]);
+        for (int j = 0; j < kRight; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            sums_[i][j][c] += sums[i][j][c];
+          }
+        }
+      }
+    } else {
+      multiply_into<TA, TB>(sums_);
+    }
+  }
+
+  template <class TA, class TB>
+  __device__ void multiply_into(Sums& sums) const {
+#pragma unroll
+    for (int q = 0; q < Number::kRegisters; q += 2) {
+      if constexpr (!Number::template kExact<TB>) {
+        multiply_parts(left_.high, right_.low, q, sums);
+      }
+      if constexpr (!Number::template kExact<TA>) {
+        multiply_parts(left_.low, right_.high, q, sums);
+      }
+      multiply_parts(left_.high, right_.high, q, sums);
+    }
+  }
+
+  __device__ static void multiply_parts(const uint32_t (&left)[kLeft][Number::kRegisters],
+                                        const uint32_t (&right)[kRight][Number::kRegisters], int q, Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < kLeft / 2; ++i) {
+      const uint32_t rows[4] = {left[2 * i][q], left[2 * i + 1][q], left[2 * i][q + 1], left[2 * i + 1][q + 1]};
+#pragma unroll
+      for (int j = 0; j < kRight; ++j) {
+        const uint32_t columns[2] = {right[j][q], right[j][q + 1]};
+        Number::multiply(sums[i][j], rows, columns);
       }
     }
   }
@@ -457,7 +567,7 @@ struct Plan {
 // Each tile is summed in `parts` of the depth, `span` each, by a block of its own; part q gives its values to the
 // ending as rows q * rows, ... .
 template <class Engine, Lines LinesA, Lines LinesB, class A, class B, class End>
-__global__ void __launch_bounds__(kThreads, Engine::kBlocks)
+__global__ void __launch_bounds__(kThreads, 1)
     product(const A a, const B b, const End end, int rows, int cols, int depth, int parts, int span) {
   using Plan = Plan<Engine, LinesA, LinesB, A, B>;
   using TileA = typename Plan::TileA;
@@ -466,7 +576,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kBlocks)
   constexpr int kRows = Engine::kRows, kCols = Engine::kCols, kDepth = Engine::kDepth;
   __shared__ typename End::Row row_table[kRows];
   static_assert(Plan::kBytes + sizeof(row_table) <= kMostShared);
-  unsigned char* const ring = dynamic_shared();
+  unsigned char* const ring = found_once(dynamic_shared());
 
   const int block = static_cast<int>(blockIdx.x), across = (cols + kCols - 1) / kCols;
   const int part = block % parts, tile = block / parts;
@@ -499,6 +609,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kBlocks)
       used = used + 1 == Plan::kSteps ? 0 : used + 1;
     }
   }
+  engine.template finish<typename A::Value, typename B::Value>();
 
   // Groups' sums side by side; then each thread finishes values of one column, in batches whose loads are under way
   // together.
@@ -514,7 +625,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kBlocks)
   if (col0 + c >= cols) {
     return;
   }
-  constexpr int kApart = kThreads / kCols, kMine = kRows / kApart, kBatch = kMine < 8 ? kMine : 8;
+  constexpr int kApart = kThreads / kCols, kMine = kRows / kApart, kBatch = kMine < 16 ? kMine : 16;
   static_assert(kThreads % kCols == 0 && kRows % kApart == 0 && kMine % kBatch == 0);
   const auto column = end.col(col0 + c);
   const int first = static_cast<int>(threadIdx.x) / kCols;
