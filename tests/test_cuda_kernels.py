@@ -336,7 +336,7 @@ BLOCK_SHAPES = [
     (3, 1, 2, 2, 5),
     (1, 4, 3, 1, 1),
     (1, 32, 36, 64, 128),  # whole chunks of 16 bytes everywhere, more steps than the ring has places
-    (10, 16, 64, 64, 64),  # fp32: large tiles
+    (16, 16, 64, 64, 64),  # large tiles
     (2, 16, 21, 40, 56),  # whole chunks, blocks that end outside
     (1, 24, 9, 48, 50),  # Phi in whole chunks, the image not
     (1, 1, 2, 24, 24),  # the gradient for Phi in parts
@@ -368,7 +368,7 @@ def block_cs_results(kernels, x, y, phi, rho, block):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_block_cs_does_not_depend_on_batch_mates(kernels, dtype):
-    n, wide = 400 if kernels.device == "cuda" else 10, wide_of(dtype)  # enough for fp32 to take its large tiles
+    n, wide = 400 if kernels.device == "cuda" else 16, wide_of(dtype)  # enough for large tiles; one image takes small
     x, phi = draw(n, 1, 64, 64, dtype=dtype), draw(64, 256, dtype=wide)
     y, rho = draw(n, 64, 4, 4, dtype=wide), torch.rand(n, 1, dtype=wide)
     alone = block_cs_results(kernels, x[:1], y[:1], phi, rho[:1], 16)
@@ -387,6 +387,58 @@ def test_block_cs_does_not_depend_on_where_memory_lies(kernels, dtype):
     got = [*block_cs_results(kernels, sliced(x), y, off, rho, 16), kernels("block_cs_grad_phi", sliced(x), y, 16)]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+def block_cs_errors(kernels, x, y, phi, block):
+    """What a float32 forward, adjoint and gradient are off, each beside the sums of its products' sizes, in float64."""
+    height, width = x.shape[2:]
+    calls = [("block_cs", (x, phi), (block,)), ("block_cs_adjoint", (y, phi), (block, height, width))]
+    for name, factors, sizes in [*calls, ("block_cs_grad_phi", (x, y), (block,))]:
+        reference, wide = getattr(block_reference, name), [f.double() for f in factors]
+        exact, terms = reference(*wide, *sizes), reference(*(f.abs() for f in wide), *sizes)
+        yield (kernels(name, *factors, *sizes).double() - exact).abs(), exact, terms
+
+
+@pytest.mark.parametrize("signs", [lambda t: t, torch.abs], ids=["any signs", "no cancellation"])
+@pytest.mark.parametrize("n", [1, 16])  # small tiles and large ones
+def test_block_cs_in_float32_is_not_tf32(kernels, n, signs):
+    """Sums 1024 deep. tf32 alone is off by 3e-4, two of the three products by 2e-4."""
+    x, y = signs(draw(n, 1, 64, 64, dtype=torch.float32)), signs(draw(n, 64, 2, 2, dtype=torch.float32))
+    phi = signs(draw(64, 1024, dtype=torch.float32)) / 32
+    for error, exact, _ in block_cs_errors(kernels, x, y, phi, 32):
+        assert error.norm() < 4e-7 * exact.norm()
+    x, y = signs(draw(n, 1, 32, 32, dtype=torch.float32)), signs(draw(n, 1024, 2, 2, dtype=torch.float32))
+    for error, exact, _ in block_cs_errors(kernels, x, y, signs(draw(1024, 256, dtype=torch.float32)) / 32, 16):
+        assert error.norm() < 4e-7 * exact.norm()
+
+
+def test_block_cs_in_float32_of_numbers_of_any_size(kernels):
+    """1e-20 to 1e20, products 1e-35 to 1e35: 2^-21 of each product may go, little more of their sum."""
+
+    def sized(most, *shape):
+        return (draw(*shape) * 10 ** (most * (2 * torch.rand(shape, dtype=torch.float64) - 1))).float()
+
+    for most_x, most_phi in [(20, 15), (15, 20), (0, 20), (20, 0)]:
+        x, y, phi = sized(most_x, 2, 1, 20, 35), sized(most_x, 2, 21, 2, 3), sized(most_phi, 21, 256)
+        for error, _, terms in itertools.islice(block_cs_errors(kernels, x, y, phi, 16), 2):
+            assert (error <= 2**-20 * terms).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_cs_of_what_is_not_finite(kernels, dtype, value):
+    """It reaches the results that it is a part of, as it is or as NaN, and no other."""
+    x, phi = draw(2, 1, 32, 48, dtype=dtype), draw(21, 256, dtype=wide_of(dtype))
+    y = draw(2, 21, 2, 3, dtype=dtype)
+    clean = [kernels("block_cs", x, phi, 16), kernels("block_cs_adjoint", y, phi, 16, 32, 48)]
+    x[1, 0, 20, 7] = y[0, 20, 1, 2] = value
+    measured, image = kernels("block_cs", x, phi, 16), kernels("block_cs_adjoint", y, phi, 16, 32, 48)
+    hit = torch.zeros_like(measured, dtype=torch.bool)
+    hit[1, :, 1, 0] = True
+    assert torch.equal(~measured.isfinite(), hit) and torch.equal(measured[~hit], clean[0][~hit])
+    hit = torch.zeros_like(image, dtype=torch.bool)
+    hit[0, 0, 16:, 32:] = True
+    assert torch.equal(~image.isfinite(), hit) and torch.equal(image[~hit], clean[1][~hit])
 
 
 def test_block_cs_of_nothing(kernels):
