@@ -325,7 +325,7 @@ struct AsBf16 {
 // instruction drops the last. What is left out of a product is 2^-21 of it or less, as often too much as too little; an
 // unrounded high part would leave out more, always of the same sign. Tensor cores cut sums off instead of rounding
 // them, always towards zero: hence short sums. An infinite number has no rest: inf - inf, all that it is part of is
-// NaN. So is a finite one above 3.4025e38, which rounds up to infinity.
+// NaN. So is a finite one from 3.402e38 on, which rounds up to infinity.
 struct AsTf32 {
   static constexpr int kRegisters = 4;
   static constexpr bool kShort = true;
