@@ -40,7 +40,7 @@ def block(dtype, device, *, n, channels, px) -> Problem:
 @block.contender("lorun_fast", kind=OURS, devices=("cuda",), graphed=True)
 @torch.no_grad()
 def _(p: Problem):
-    """The kernel at every size: ReLU and the residual in its last step."""
+    """A kernel at every size, that for Hopper where it gains, else Triton's: ReLU and residual in its last step."""
     if kernels.unavailable():
         raise Unavailable(kernels.unavailable())
     layers = []

@@ -321,6 +321,12 @@ def _(p: Problem):
     return rivals.hand_merged_compiled(p, channels_last=True)
 
 
+@inference.contender("hand-merged nhwc, max-autotune", devices=("cuda",), graphed=True, compiles=True)
+def _(p: Problem):
+    """Inductor's search over its own convolutions and cuDNN's, minutes long; its result is also replayed as a graph."""
+    return rivals.hand_merged_compiled(p, channels_last=True, mode="max-autotune-no-cudagraphs")
+
+
 def _tied(p: Problem) -> Run:
     """No adapters at all: one U-Net for every stage, our gradient step."""
     net = lf.LoRun(p.base.op, p.base.denoiser, stages=p.base.stages, sharing="tied").to(p.device).eval()

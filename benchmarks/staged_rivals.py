@@ -210,15 +210,18 @@ def hand_merged(p: Problem, *, channels_last: bool = False) -> Callable[[], Tens
     return autocast(p, lambda: unfold(p.y, p.base.op.phi, p.step_size, lambda z, k: copies[k](z)))
 
 
-def hand_merged_compiled(p: Problem, *, channels_last: bool = False) -> Callable[[], Tensor]:
-    """One compiled denoiser, called with the weights of each stage: a graph instead of nine of them."""
+def hand_merged_compiled(p: Problem, *, channels_last: bool = False, mode: str | None = None) -> Callable[[], Tensor]:
+    """One compiled denoiser, called with the weights of each stage: a graph instead of nine of them.
+
+    mode: torch.compile's.
+    """
     weights = [dict(one.named_parameters()) for one in merged_copies(p, channels_last=channels_last)]
     if p.dtype == "bf16":
         weights = [{name: w.bfloat16() for name, w in one.items()} for one in weights]
     denoiser = copy.deepcopy(p.base.denoiser)
     dtype = next(iter(weights[0].values())).dtype
 
-    @torch.compile(dynamic=False)
+    @torch.compile(dynamic=False, mode=mode)
     def stage(weights: dict[str, Tensor], z: Tensor) -> Tensor:
         return torch.func.functional_call(denoiser, weights, (z,))
 

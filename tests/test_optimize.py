@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import lorun_fast as lf
 from lorun_fast import optimize
 from lorun_fast.convolutions import FusedConv2d, PackedConv2d, WinogradConv2d, replace_convolutions, residual_block
-from lorun_fast.ops import _backends
+from lorun_fast.ops import _backends, fused_conv2d
 
 SIZE = (20, 13)
 
@@ -663,6 +663,22 @@ class TestFusedConv2d:
         assert fused._pays(torch.empty(n, channels[0], size, size, device="meta")) == pays
 
     @torch.no_grad()
+    @pytest.mark.parametrize(("settings", "taken"), [({"padding": 1}, 1), ({"padding": 2, "dilation": 2}, 0)], ids=str)
+    def test_the_kernel_for_hopper_goes_first_where_it_pays(self, settings, taken, monkeypatch):
+        monkeypatch.setattr(FusedConv2d, "_pays", lambda self, x: False)  # the other kernel
+        monkeypatch.setattr(fused_conv2d, "unfit", lambda x, weight: None)
+        calls = []
+        convolve = fused_conv2d.fused_conv2d
+        counted = lambda *args, **given: (calls.append(given), convolve(*args, **given))[1]  # noqa: E731
+        monkeypatch.setattr(fused_conv2d, "fused_conv2d", counted)
+        fused = FusedConv2d(nn.Conv2d(64, 64, 3, **settings).half())
+        for size, expected in ((512, taken), (8, 0)):
+            x, calls[:] = torch.rand(1, 64, size, size).half(), []
+            want = torch.relu(nn.functional.conv2d(x, fused.weight, fused.bias, **settings)) + x
+            torch.testing.assert_close(fused(x, "relu", x), want, rtol=2e-3, atol=2e-3)
+            assert len(calls) == expected
+
+    @torch.no_grad()
     def test_where_it_does_not_pay_torch_convolves(self, served, monkeypatch):
         fused, x = FusedConv2d(nn.Conv2d(16, 16, 3).half()), torch.randn(1, 16, 4, 4).half()
         monkeypatch.setattr(FusedConv2d, "_pays", lambda self, x: False)
@@ -724,9 +740,9 @@ def test_a_cuda_graph_is_replayed_per_size(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [1, 8])
-def test_fused_convolutions_on_a_gpu(n):
-    net = lf.LoRun(lf.BlockCS.gaussian(0.25), lf.ResUNet(channels=(16, 32, 64)), stages=2).cuda()
+@pytest.mark.parametrize(("n", "channels"), [(1, (16, 32, 64)), (8, (16, 32, 64)), (4, (64, 64))], ids=str)
+def test_fused_convolutions_on_a_gpu(n, channels):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25), lf.ResUNet(channels=channels), stages=2).cuda()
     y = net.op(torch.rand(n, 1, 256, 256, device="cuda"))
     with torch.no_grad():
         expected = net.eval()(y)

@@ -40,6 +40,7 @@ namespace {
 constexpr int kTaps = 9;
 constexpr int kGroup = 128;  // threads
 constexpr int kWarps = kGroup / 32;
+constexpr int kGroups = 4;     // of warps that multiply, beside the one that copies: as many as registers allow
 constexpr int kPixels = 64;    // of a tile, and of a place in the ring
 constexpr int kChunk = 16;     // bytes: 8 channels of a pixel
 constexpr int kMostShift = 6;  // of places
@@ -248,19 +249,11 @@ class Ending {
   }
 };
 
-template <class T, int N, int kGroups>
+template <class T, int N>
 __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Line& line, const Shape& shape,
                                const Shared& shared, int first, int count, bool relu) {
   const int group = warp_group(), lane = static_cast<int>(threadIdx.x) % 32;
   const int chunks = shape.depth / 8, pitch = line.pitch.value(), around = shape.places() * kPixels;
-  float offset[N / 8][2] = {};
-  if (bias != nullptr) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      offset[j][0] = static_cast<float>(bias[8 * j + lane % 4 * 2]);
-      offset[j][1] = static_cast<float>(bias[8 * j + lane % 4 * 2 + 1]);
-    }
-  }
   const Factor image(shared.ring, shape.plane, 8 * kChunk), weights(shared.weights, N * kChunk, 8 * kChunk);
   const auto release = [&](int p) {  // by each warp, whose lanes are all done with it
     if (lane == 0) {
@@ -280,9 +273,13 @@ __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Lin
     const int begin = shape.place(i) * kPixels;
     GroupSums<N> sums;
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      sums[j][0] = sums[j][2] = offset[j][0];
-      sums[j][1] = sums[j][3] = offset[j][1];
+    for (int j = 0; j < N / 8; ++j) {  // read anew for each tile: there are no registers to keep it in
+      float first = 0, second = 0;
+      if (bias != nullptr) {
+        unpack<T>(load_words(reinterpret_cast<const uint32_t*>(bias) + 4 * j + lane % 4), first, second);
+      }
+      sums[j][0] = sums[j][2] = first;
+      sums[j][1] = sums[j][3] = second;
     }
 #pragma unroll 1
     for (int k = 0; k < chunks; k += 2) {
@@ -305,7 +302,7 @@ __device__ void convolve_tiles(const T* bias, const T* residual, T* y, const Lin
   }
 }
 
-template <class T, int N, int kGroups>
+template <class T, int N>
 __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
     convolve(const T* x, const T* weight, const T* bias, const T* residual, T* y, const Line line, const Shape shape,
              bool relu) {
@@ -335,9 +332,8 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
     copy_weights<T, N>(weight + static_cast<int64_t>(column) * kTaps * shape.depth, shared.weights, shape,
                        kGroups * kWarps);
     barrier_arrive_after_copies(shared.weights_there);
-    convolve_tiles<T, N, kGroups>(bias == nullptr ? nullptr : bias + column,
-                                  residual == nullptr ? nullptr : residual + column, y + column, line, shape, shared,
-                                  first, count, relu);
+    convolve_tiles<T, N>(bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + column,
+                         y + column, line, shape, shared, first, count, relu);
   }
 #endif
 }
@@ -351,10 +347,6 @@ struct Cut {
     return 1 << shift;
   }
 };
-
-int groups_for(int columns) {
-  return columns <= 32 ? 4 : 2;
-}
 
 int64_t shared_bytes(int64_t depth, int columns, int places) {
   return header_bytes(places) + kTaps * depth * 2 * columns + depth / 8 * plane_bytes(places);
@@ -370,7 +362,7 @@ Cut cut_of(int64_t depth, int64_t out, int64_t width) {
       --shift;
     }
     // What a tile reads, a place more for every other group, and one that is being filled.
-    const int most_reach = (1 << shift) - groups_for(columns) - 1;
+    const int most_reach = (1 << shift) - kGroups - 1;
     for (int strips = 1; out % columns == 0; ++strips) {
       const int64_t wide = (width + strips - 1) / strips;
       if (reach(static_cast<int>(wide) + 2) <= most_reach) {
@@ -427,8 +419,8 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   const Line line{static_cast<int>(height), static_cast<int>(width), static_cast<int>(columns),
                   static_cast<int>(images), Divisor(pitch),          Divisor(height + 1),
                   Divisor(cut.strips)};
-  const int64_t parts = out / cut.columns, groups = groups_for(cut.columns);
-  const int64_t runs = std::clamp<int64_t>(device.multiprocessors() / parts, 1, (tiles + groups - 1) / groups);
+  const int64_t parts = out / cut.columns;
+  const int64_t runs = std::clamp<int64_t>(device.multiprocessors() / parts, 1, (tiles + kGroups - 1) / kGroups);
   const Shape shape{static_cast<int>(depth), static_cast<int>(out), static_cast<int>(tiles), cut.shift,
                     plane_bytes(cut.places())};
   if (bias) {
@@ -437,24 +429,24 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   if (residual) {
     beside = channels_inside(*residual);
   }
-  const auto run = [&](auto tag, auto kernel, int64_t threads) {
+  const auto run = [&](auto tag, auto kernel) {
     using T = typename decltype(tag)::type;
-    launch(device, kernel, runs * parts, threads, shared_bytes(depth, cut.columns, cut.places()),
+    launch(device, kernel, runs * parts, kGroup * (kGroups + 1), shared_bytes(depth, cut.columns, cut.places()),
            static_cast<const T*>(aligned(image)), static_cast<const T*>(aligned(kernels)),
-           bias ? offset.const_data_ptr<T>() : nullptr, residual ? static_cast<const T*>(aligned(beside)) : nullptr,
-           y.mutable_data_ptr<T>(), line, shape, relu);
+           bias ? static_cast<const T*>(aligned(offset)) : nullptr,
+           residual ? static_cast<const T*>(aligned(beside)) : nullptr, y.mutable_data_ptr<T>(), line, shape, relu);
   };
   const auto pick = [&](auto tag) {
     using T = typename decltype(tag)::type;
     switch (cut.columns) {
       case 16:
-        return run(tag, &convolve<T, 16, 4>, 5 * kGroup);
+        return run(tag, &convolve<T, 16>);
       case 32:
-        return run(tag, &convolve<T, 32, 4>, 5 * kGroup);
+        return run(tag, &convolve<T, 32>);
       case 48:
-        return run(tag, &convolve<T, 48, 2>, 3 * kGroup);
+        return run(tag, &convolve<T, 48>);
       default:
-        return run(tag, &convolve<T, 64, 2>, 3 * kGroup);
+        return run(tag, &convolve<T, 64>);
     }
   };
   if (type == ScalarType::BFloat16) {

@@ -114,6 +114,21 @@ def unfit(x: Tensor, weight: Tensor) -> str | None:
     return _unavailable(x.get_device())
 
 
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel, where it serves these, takes less time than any other way, by an H200 in bf16.
+
+    A residual block of 64 channels, 16 images: 396 us at 256 px and 127 at 128 px, where cuDNN and a pass each take 480
+    and 142 and the Triton kernel 553 and 149. Fewer pixels and other channels are others' (docs/kernels.md).
+    """
+    n, channels, height, width = x.shape
+    return weight.shape == (64, 64, 3, 3) and channels == 64 and n * height * width >= 2**18
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can and should."""
+    return pays(x, weight) and unfit(x, weight) is None
+
+
 def fused_conv2d(
     x: Tensor,
     weight: Tensor,
