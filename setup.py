@@ -138,7 +138,7 @@ def plan() -> tuple[list[Extension], type[build_ext]]:
     include_dirs = recipe.torch_include_dirs(torch_dir)
     # As system headers too, so that the warnings are about this project's code.
     flags = {"cxx": [*recipe.cxx_flags(), *(f"-isystem{folder}" for folder in include_dirs)]}
-    link = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    link = recipe.link_flags(torch_dir)
     home = find_cuda(torch)
     if home:
         archs = cuda_archs(torch)

@@ -59,6 +59,13 @@ def cxx_flags() -> list[str]:
     ]
 
 
+def link_flags(torch_dir: str | Path) -> list[str]:
+    # Some compilers link the C++ library statically. What of it the extension then shows to others mixes with torch's
+    # own: numbers are missing from error messages, or writing one crashes.
+    hidden = ["-Wl,--exclude-libs,libstdc++.a"] if sys.platform == "linux" else []
+    return [f"-L{Path(torch_dir) / 'lib'}", "-ltorch", "-ltorch_cpu", *hidden]
+
+
 def nvcc_flags() -> list[str]:
     return [
         "-std=c++20",

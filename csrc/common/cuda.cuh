@@ -22,6 +22,21 @@
 
 namespace lorun {
 
+// The driver is asked once for each device.
+template <cudaDeviceAttr kWhich>
+int device_attribute(int device) {
+  static std::array<std::atomic<int>, 64> known{};  // 0: not asked yet, or nothing to remember
+  const bool remembered = device >= 0 && device < static_cast<int>(known.size());
+  int value = remembered ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value == 0) {
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, kWhich, device));
+    if (remembered) {
+      known[device].store(value, std::memory_order_relaxed);
+    }
+  }
+  return value;
+}
+
 // Makes the tensor's device current while it lives, and knows that device's current stream.
 class OnDeviceOf {
  public:
@@ -45,16 +60,7 @@ class OnDeviceOf {
   }
 
   int64_t multiprocessors() const {
-    static std::array<std::atomic<int>, 64> known{};  // 0: not asked yet
-    const bool remembered = index_ < static_cast<int>(known.size());
-    int count = remembered ? known[index_].load(std::memory_order_relaxed) : 0;
-    if (count == 0) {
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-      if (remembered) {
-        known[index_].store(count, std::memory_order_relaxed);
-      }
-    }
-    return count;
+    return device_attribute<cudaDevAttrMultiProcessorCount>(index_);
   }
 
  private:
@@ -177,6 +183,14 @@ __device__ void keep(const V*& pointer) {
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char lorun_dynamic_shared[];
   return lorun_dynamic_shared;
+}
+
+// The same place in shared memory, taken for given: otherwise nvcc asks the device where its shared memory lies before
+// every use in a loop, and waits 20 cycles or more for the answer.
+__device__ inline unsigned char* found_once(unsigned char* shared) {
+  size_t at = __cvta_generic_to_shared(shared);
+  asm volatile("" : "+l"(at));
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(at));
 }
 
 }  // namespace lorun

@@ -18,10 +18,9 @@ constexpr int64_t kMostSharedHopper = 227 << 10;
 
 // Whether the tensor's device is of the one generation that has these instructions.
 inline bool is_hopper(const Tensor& t) {
-  int major = 0, minor = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index()));
-  return major == 9 && minor == 0;
+  const int device = t.get_device_index();
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>(device) == 9 &&
+         device_attribute<cudaDevAttrComputeCapabilityMinor>(device) == 0;
 }
 
 __device__ inline uint32_t shared_address(const void* at) {

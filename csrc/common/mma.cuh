@@ -34,12 +34,4 @@ __device__ inline void mma_tf32(float (&sums)[4], const uint32_t (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same place in shared memory, taken for given: otherwise nvcc asks the device where its shared memory lies before
-// every use in a loop, and waits 20 cycles or more for the answer.
-__device__ inline unsigned char* found_once(unsigned char* shared) {
-  size_t at = __cvta_generic_to_shared(shared);
-  asm volatile("" : "+l"(at));
-  return static_cast<unsigned char*>(__cvta_shared_to_generic(at));
-}
-
 }  // namespace lorun

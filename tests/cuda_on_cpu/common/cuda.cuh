@@ -104,4 +104,8 @@ inline unsigned char* dynamic_shared() {
   return cuda_on_cpu::shared_memory();
 }
 
+inline unsigned char* found_once(unsigned char* shared) {
+  return shared;
+}
+
 }  // namespace lorun

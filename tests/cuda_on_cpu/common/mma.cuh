@@ -74,8 +74,4 @@ inline void mma_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&
       __LINE__);
 }
 
-inline unsigned char* found_once(unsigned char* shared) {
-  return shared;
-}
-
 }  // namespace lorun
