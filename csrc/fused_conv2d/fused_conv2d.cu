@@ -12,13 +12,16 @@
 // product reads is 64 neighbouring pixels from any one on. The ring's first 64 pixels lie behind its last ones again,
 // so that no tile has to wrap around. One more pixel to the next 8 channels puts what a warp copies into all banks.
 //
-// Bytes and operations, C channels, 64 pixels: a product of N columns takes a multiprocessor's tensor cores N / 2
-// cycles, and its shared memory 16 for 64 x 16 values of the image and N / 4 for the weights, 128 bytes each. C = 64:
-// 36 products of 32 cycles, either way; 32: 18 of 24 (16 of arithmetic); 16: 9 of 20; 96 in two halves: 2 * 54 of 28.
-// At 1.8 GHz and 132 multiprocessors, 16 images, in microseconds, beside x and y once at 4.2 TB/s:
-//   64 channels, 256 px: 80 (memory 64); 128 px: 20 (16)    32, 256 px: 30 (32)
-//   16, 256 px: 12 (16)                                      96, 64 px: 13 (6)
-// To that come a stretch's first rows, some 4 us where it needs 100 KB of them, and the last tiles.
+// Bytes and operations: a product of 64 x 16 by 16 x N is N / 2 cycles of a multiprocessor's tensor cores. From shared
+// memory come 2 KB of the image and 32 N bytes of weights; measured on an H200, products alone took 43 to 50 cycles for
+// N = 32 to 64, as if the image came at 64 bytes a cycle and the weights at 128: 32 + N / 4. So 64 channels are 36
+// products of 48 cycles a tile, of which 32 would be arithmetic. In microseconds, 16 images of 256 x 256, 64 channels:
+// products alone 119 (by count 119), with what follows and the stores 147, with the copies too 167; x and y once take
+// 64 at 4.2 TB/s, the arithmetic 98. 32 channels: 56, 67, 87 (memory 32); 16: 38, 43, 58 (16): there it is the few
+// hundred instructions around each tile, and the Triton kernel, which has fewer, is faster.
+//
+// To go on: the three rows of the kernel side by side, N = 192, would read the image once for three products, at the
+// price of three rows of sums and tiles that go down the image.
 //
 // Every sum is of the same products in the same order wherever its pixel lies: bitwise repeatable, and independent of
 // batch mates.
