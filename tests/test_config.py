@@ -6,6 +6,8 @@ import torch
 
 import lorun_fast as lf
 from lorun_fast import _native
+from lorun_fast.config import _backend
+from lorun_fast.ops import fused_conv2d
 
 
 def test_show_config_returns_what_it_prints(capsys, monkeypatch):
@@ -49,3 +51,14 @@ def test_the_dispatcher_agrees(monkeypatch):
     table = torch._C._dispatch_dump_table("lorun_fast::block_cs_step")
     line = next(line for line in table.splitlines() if line.startswith("CPU:"))
     assert (served == "C++") == ("[kernel]" in line)
+
+
+def test_a_kernel_for_one_generation_of_gpus_says_which(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
+    for reason, expected in (("it needs 9.0", "reference (PyTorch)"), (None, "CUDA")):
+        monkeypatch.setattr(fused_conv2d, "unavailable", lambda device, reason=reason: reason)
+        assert _backend("fused_conv2d", "cuda") == (expected, reason or "")
+        assert _backend("block_cs", "cuda") == ("CUDA", "")

@@ -89,7 +89,7 @@ _op = define(
 
 
 @functools.cache
-def _unavailable(device: int) -> str | None:
+def unavailable(device: int) -> str | None:
     """Why the kernel cannot run on a GPU; None if it can."""
     if not _native.available():
         return _native.reason()
@@ -111,7 +111,7 @@ def unfit(x: Tensor, weight: Tensor) -> str | None:
         return f"channels of {channels} to {out}, not multiples of {CHANNELS} up to {_MOST_CHANNELS}"
     if x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
         return f"more than 2^29 pixels, {shape_of(x)}"
-    return _unavailable(x.get_device())
+    return unavailable(x.get_device())
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
