@@ -201,10 +201,16 @@ compiled() {
     "$PYTHON" -m benchmarks ops --device cuda --out "$out" --limit "$1" --dtype fp32 --seconds 0.1 --mode forward \
         --case 'cassi.step 1x28x256*' --case 'blur_downsample.step 1x3x288x480 k25*' --case 'block_cs.step 1x1x512*' || status=1
     "$PYTHON" -m benchmarks layers network --device cuda --out "$out" --limit "$1" --dtype bf16 --seconds 0.3 \
-        --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc' || status=1
+        --without '*max-autotune*' --case 'network.cs25 16x1x256x256 wide' --case 'lora_conv2d.peft 16x64x256x256 nhwc' || status=1
     return $status
 }
-export -f compiled
+# searched: the network against Inductor's search, which takes more than a minute by itself.
+searched() {
+    use_site
+    "$PYTHON" -m benchmarks network --device cuda --out "$out" --dtype bf16 --seconds 0.3 --without '*, compiled' \
+        --case 'network.cs25 16x1x256x256 wide'
+}
+export -f compiled searched
 
 printf '\n%s, device %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$device" >>"$summary"
 quick="--quick --threads 1"
@@ -217,7 +223,7 @@ if [ "$device" = cuda ]; then
     ops="--no-compile --seconds 0.1"
     # Nothing compiled, which takes minutes, before all else is measured; tables in the order of the patterns.
     layers="--no-compile --seconds 0.25 --case lora_conv2d.*16x64x256x256* --case lora_conv2d.mixed*
-        --case lora_conv2d.first_experiment* --case lora_conv2d.*x32x256x256* --case lora_conv2d.*1x64x256x256*"
+        --case lora_conv2d.first_experiment* --case lora_conv2d.*x32x256x256* --case lora_conv2d.*1x64x256x256* --case fused_conv2d*"
     network="--no-compile --seconds 0.25 --dtype bf16 --case network.cs25* --case network.training*
         --case network.throughput*"
 fi
@@ -235,6 +241,7 @@ set -f
     run ops 120 suite ops 90 $quick $ops
 }
 [ "$device" = cuda ] && run compiled 150 compiled 45
+[ "$device" = cuda ] && run searched 200 searched
 [ $tune = 1 ] && run tune 400 tune 240
 record total "$([ $failed = 0 ] && echo ok || echo 'with failures')" $((SECONDS - begin)) "$out"
 exit $failed

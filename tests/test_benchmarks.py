@@ -833,10 +833,10 @@ def test_gpu_script_goes_on_without_the_extension_where_it_does_not_build(gpu_sh
 
 
 def test_gpu_script_measures_what_decides_first(gpu_sh):
-    """On a GPU tables come in the order of the patterns, and nothing is compiled by torch before the last part."""
+    """On a GPU tables come in the order of the patterns, and nothing is compiled by torch before the last parts."""
     calls = [line for line in gpu_sh().calls.splitlines() if "-m benchmarks" in line]
-    assert [line.split()[2] for line in calls] == ["layers", "network", "ops", "ops", "layers"]
-    assert ["--no-compile" in line for line in calls] == [True, True, True, False, False]
+    assert [line.split()[2] for line in calls] == ["layers", "network", "ops", "ops", "layers", "network"]
+    assert ["--no-compile" in line for line in calls] == [True, True, True, False, False, False]
     assert "--case lora_conv2d.*16x64x256x256* --case lora_conv2d.mixed*" in calls[0]
 
 
