@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
-from lorun_fast.ops._checks import STORAGE_DTYPES, check_same_device, check_tensor, shape_of
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_finishing, check_tensor, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import fused_conv2d as reference
 
@@ -34,19 +34,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
     if x.dtype not in STORAGE_DTYPES:
         raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
-    n, channels, height, width = x.shape
+    channels = x.shape[1]
     if weight.ndim != 4 or weight.shape[1:] != (channels, 3, 3) or min(weight.shape) < 1:
         raise ValueError(f"weight: expected (out, {channels}, 3, 3), got {shape_of(weight)}")
-    out = weight.shape[0]
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
-    if residual is not None and residual.shape != (n, out, height, width):
-        raise ValueError(f"residual: expected shape ({n}, {out}, {height}, {width}), got {shape_of(residual)}")
-    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
-    for name, t in others:
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
-    check_same_device(("x", x), *others)
+    check_finishing(x, weight.shape[0], weight, bias, residual)
 
 
 def _fake(x, weight, bias, residual, relu):

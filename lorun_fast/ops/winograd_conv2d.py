@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_same_device, check_tensor, shape_of
+from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import winograd_conv2d as reference
 
@@ -29,7 +29,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
-    n, channels, height, width = x.shape
+    channels = x.shape[1]
     if weight.ndim != 3 or weight.shape[:2] != (reference.POINTS, channels):
         raise ValueError(
             f"weight: expected (36, {channels}, out) of winograd_weight for {channels} channels, got {shape_of(weight)}"
@@ -37,15 +37,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     out = weight.shape[2]
     if channels % CHANNELS or out % CHANNELS:
         raise ValueError(f"x, weight: expected multiples of {CHANNELS} channels, got {channels} and {out}")
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
-    if residual is not None and residual.shape != (n, out, height, width):
-        raise ValueError(f"residual: expected shape ({n}, {out}, {height}, {width}), got {shape_of(residual)}")
-    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
-    for name, t in others:
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
-    check_same_device(("x", x), *others)
+    check_finishing(x, out, weight, bias, residual)
 
 
 def _fake(x, weight, bias, relu, residual):
