@@ -11,8 +11,8 @@ import torch
 
 from lorun_fast import _native, functional
 from lorun_fast._version import __version__
-from lorun_fast.ops import _backends, fused_conv2d
-from lorun_fast.ops._library import NAMESPACE, SCHEMAS
+from lorun_fast.ops import _backends
+from lorun_fast.ops._library import NAMESPACE, SCHEMAS, UNAVAILABLE
 
 _VARIABLES = (
     "LORUN_BACKEND",
@@ -77,8 +77,8 @@ def _backend(op: str, device: str) -> tuple[str, str]:
     if device == "cuda" and torch.version.cuda is None:
         return "none", "this torch is built without CUDA"
     key = device.upper()
-    if op == "fused_conv2d" and device == "cuda" and torch.cuda.is_available():
-        reason = fused_conv2d.unavailable(torch.cuda.current_device())  # it is for one generation of GPUs
+    if device == "cuda" and op in UNAVAILABLE and torch.cuda.is_available():
+        reason = UNAVAILABLE[op](torch.cuda.current_device())
         if reason:
             return _REFERENCE, reason
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key):

@@ -7,7 +7,7 @@ import torch
 import lorun_fast as lf
 from lorun_fast import _native
 from lorun_fast.config import _backend
-from lorun_fast.ops import fused_conv2d
+from lorun_fast.ops._library import UNAVAILABLE
 
 
 def test_show_config_returns_what_it_prints(capsys, monkeypatch):
@@ -59,6 +59,6 @@ def test_a_kernel_for_one_generation_of_gpus_says_which(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
     for reason, expected in (("it needs 9.0", "reference (PyTorch)"), (None, "CUDA")):
-        monkeypatch.setattr(fused_conv2d, "unavailable", lambda device, reason=reason: reason)
+        monkeypatch.setitem(UNAVAILABLE, "fused_conv2d", lambda device, reason=reason: reason)
         assert _backend("fused_conv2d", "cuda") == (expected, reason or "")
         assert _backend("block_cs", "cuda") == ("CUDA", "")

@@ -31,9 +31,9 @@
 //     fp32: 128 tiles of 64 x 128. 192 KB, 1.7 us or more. 8 pieces, 96 mma and 400 others, 4.3 us. mma 3.3 to 5 us.
 //     bf16: 128 tiles of 128 x 64. 192 KB, 1.7 us or more. 8 pieces, 48 mma and 220 others, 2.3 us. mma 1.7 to 2.5.
 // To each comes a launch, a first wait for memory and the ending, some 3 us. Both together: 16 to 20 us in fp32, 11
-// to 14 in bf16, by estimate. Measured before, with ordinary multiply-adds in fp32 and 32 x 32 sums a warp in bf16:
-// 40 us, as long as cuBLAS's two products on blocks that lie ready, and 27, where cuBLAS takes 9, and 21 with the
-// copies around it.
+// to 14 in bf16, by estimate. Measured: 33 and 28 us, of which the products alone 15 and 15 (fp32), 8 and 11 (bf16,
+// adjoint); a bf16 step's second product takes what is left of 28, some 20. cuBLAS's two products on blocks that lie
+// ready take 40 and 8.
 //
 // Where large tiles are too few (one 512 x 512 image: 32) there are small ones, which sum in the same order. Only a
 // gradient for Phi, whose depth is the batch, shares it out among blocks as well; one more launch adds their parts.
@@ -55,11 +55,10 @@
 namespace lorun::block_cs {
 namespace {
 
-// Numbers of lines and positions are 32-bit, as divisions are slow.
-
-// Factors. Memory is lines of neighbouring values: line(l) and position(p) prepare what loads share, at(line, position)
-// is an address, and inside(line, position) says whether there is a value; others are zeros. `whole`: 16 bytes from any
-// multiple of that in a line are aligned, and lie together, inside or not.
+// Factors. Memory is lines of neighbouring values, their numbers and places 32-bit, as divisions are slow: line(l) and
+// position(p) prepare what loads share, at(line, position) is an address, and inside(line, position) says whether there
+// is a value; others are zeros. `whole`: 16 bytes from any multiple of that in a line are aligned, and lie together,
+// inside or not.
 
 // What lines without padding share: all of their places hold a value. At: a place in a line.
 template <class T, class At>

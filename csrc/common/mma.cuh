@@ -6,7 +6,6 @@
 // tests/cuda_on_cpu/ holds its counterpart.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace lorun {

@@ -137,9 +137,9 @@ struct Shared {
 // All warp groups but the last copy these N output channels' weights: eight of them by four chunks at a time, so that
 // what a warp writes lies together, and what it reads in pieces of 64 bytes.
 template <class T, int N>
-__device__ void copy_weights(const T* weight, unsigned char* to, const Shape& shape, int warps) {
+__device__ void copy_weights(const T* weight, unsigned char* to, const Shape& shape) {
   const int lane = static_cast<int>(threadIdx.x) % 32, chunks = kTaps * shape.depth / 8;
-  for (int u = static_cast<int>(threadIdx.x) / 32; u < (chunks + 3) / 4 * (N / 8); u += warps) {
+  for (int u = static_cast<int>(threadIdx.x) / 32; u < (chunks + 3) / 4 * (N / 8); u += kGroups * kWarps) {
     const int chunk = u / (N / 8) * 4 + lane / 8, n = u % (N / 8) * 8 + lane % 8;
     if (chunk < chunks) {
       copy_async<16>(to + (chunk * N + n) * kChunk, weight + static_cast<int64_t>(n) * chunks * 8 + chunk * 8, true);
@@ -332,8 +332,7 @@ __global__ void __launch_bounds__(kGroup*(kGroups + 1), 1)
     copy_line(x, line, shape, shared, first * kPixels - line.pitch.value() - 1, count + reach(line.pitch.value()));
   } else {
     const int column = part * N;
-    copy_weights<T, N>(weight + static_cast<int64_t>(column) * kTaps * shape.depth, shared.weights, shape,
-                       kGroups * kWarps);
+    copy_weights<T, N>(weight + static_cast<int64_t>(column) * kTaps * shape.depth, shared.weights, shape);
     barrier_arrive_after_copies(shared.weights_there);
     convolve_tiles<T, N>(bias == nullptr ? nullptr : bias + column, residual == nullptr ? nullptr : residual + column,
                          y + column, line, shape, shared, first, count, relu);

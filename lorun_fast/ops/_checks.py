@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from lorun_fast.ops._constants import constant
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The dtype of parameters beside an image of each of them.
 WIDE = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in STORAGE_DTYPES}
-# What looking at something that is no tensor, or no number, raises: which one, the checks that follow say.
-UNFIT = (AttributeError, TypeError)
 
 
 def shape_of(t: Tensor) -> str:
@@ -80,6 +79,14 @@ def check_tensor(name: str, t: Tensor) -> None:
 def check_flag(name: str, value: bool | None) -> None:
     if value not in (None, True, False):
         raise TypeError(f"{name}: expected True, False or None, got {value!r}")
+
+
+def holds(test: Callable[..., bool], *args) -> bool:
+    """test(*args), and False where something is no tensor or no number: which one, the checks that follow say."""
+    try:
+        return test(*args)
+    except (AttributeError, TypeError):
+        return False
 
 
 def batch_of(name: str, t: Tensor) -> int:

@@ -17,6 +17,8 @@ from lorun_fast.ops._flops import FORMULAS
 NAMESPACE = "lorun_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SCHEMAS: dict[str, str] = {}
+UNAVAILABLE: dict[str, Callable[[int], str | None]] = {}
+"""Of ops whose CUDA kernel runs on some GPUs only: why not on the one of this index, or None."""
 
 
 def define(
@@ -30,6 +32,7 @@ def define(
     direct: bool = False,
     python: bool = False,
     flops: Callable[..., int] | None = None,
+    unavailable: Callable[[int], str | None] | None = None,
 ) -> Callable:
     """Registers one op and returns its overload packet's default overload.
 
@@ -44,6 +47,7 @@ def define(
     python: ``reference`` is what every device computes, so that such a call need not look for another.
     flops: for torch.utils.flop_counter, the op's arguments with shapes in place of tensors, and out_shape; for ops that
         are called directly.
+    unavailable: as in UNAVAILABLE.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -57,6 +61,8 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     SCHEMAS[name] = schema
+    if unavailable is not None:
+        UNAVAILABLE[name] = unavailable
     if flops is not None:
         FORMULAS[packet] = flops
     return direct_call(op, backward, setup_context, autocast, reference, python) if direct else op

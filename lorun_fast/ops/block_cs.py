@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
-    UNFIT,
     WIDE,
     as_dtype,
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     parameter_dtype,
     shape_of,
     step_size,
@@ -62,58 +62,49 @@ def _check_adjoint(y: Tensor, phi: Tensor, block_size: int, height: int, width: 
 
 
 def _fits_forward(x: Tensor, phi: Tensor, block_size: int) -> bool:
-    try:
-        shape = x.shape
-        return (
-            len(shape) == 4
-            and shape[1] == 1
-            and type(block_size) is int
-            and block_size > 0
-            and phi.ndim == 2
-            and phi.shape[1] == block_size * block_size
-            and phi.dtype is WIDE.get(x.dtype)
-            and x.device == phi.device
-        )
-    except UNFIT:
-        return False
+    shape = x.shape
+    return (
+        len(shape) == 4
+        and shape[1] == 1
+        and type(block_size) is int
+        and block_size > 0
+        and phi.ndim == 2
+        and phi.shape[1] == block_size * block_size
+        and phi.dtype is WIDE.get(x.dtype)
+        and x.device == phi.device
+    )
 
 
 def _fits_adjoint(y: Tensor, phi: Tensor, block_size: int, height: int, width: int) -> bool:
-    try:
-        if type(block_size) is not int or block_size < 1 or phi.ndim != 2:
-            return False
-        m, pixels = phi.shape
-        return (
-            pixels == block_size * block_size
-            and y.ndim == 4
-            and y.shape[1:] == (m, -(-height // block_size), -(-width // block_size))
-            and phi.dtype is WIDE.get(y.dtype)
-            and y.device == phi.device
-        )
-    except UNFIT:
+    if type(block_size) is not int or block_size < 1 or phi.ndim != 2:
         return False
+    m, pixels = phi.shape
+    return (
+        pixels == block_size * block_size
+        and y.ndim == 4
+        and y.shape[1:] == (m, -(-height // block_size), -(-width // block_size))
+        and phi.dtype is WIDE.get(y.dtype)
+        and y.device == phi.device
+    )
 
 
 def _fits_step(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> bool:
-    try:
-        if type(block_size) is not int or block_size < 1 or x.ndim != 4 or phi.ndim != 2:
-            return False
-        n, channels, height, width = x.shape
-        m, pixels = phi.shape
-        return (
-            channels == 1
-            and pixels == block_size * block_size
-            and y.shape == (n, m, -(-height // block_size), -(-width // block_size))
-            and phi.dtype is WIDE.get(x.dtype)
-            and y.dtype in WIDE
-            and x.device == phi.device == y.device
-        )
-    except UNFIT:
+    if type(block_size) is not int or block_size < 1 or x.ndim != 4 or phi.ndim != 2:
         return False
+    n, channels, height, width = x.shape
+    m, pixels = phi.shape
+    return (
+        channels == 1
+        and pixels == block_size * block_size
+        and y.shape == (n, m, -(-height // block_size), -(-width // block_size))
+        and phi.dtype is WIDE.get(x.dtype)
+        and y.dtype in WIDE
+        and x.device == phi.device == y.device
+    )
 
 
 def _check_step(x: Tensor, y: Tensor, phi: Tensor, block_size: int) -> None:
-    if _fits_step(x, y, phi, block_size):
+    if holds(_fits_step, x, y, phi, block_size):
         return
     _check_forward(x, phi, block_size)
     _check_adjoint(y, phi, block_size, x.shape[2], x.shape[3])
@@ -305,7 +296,7 @@ def block_cs(x: Tensor, phi: Tensor, *, block_size: int) -> Tensor:
     Returns (N, m, ceil(H/B), ceil(W/B)) in x's dtype, accumulated in phi's. Differentiable in x and phi.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
-    if not _fits_forward(x, phi, block_size):
+    if not holds(_fits_forward, x, phi, block_size):
         _check_forward(x, phi, block_size)
     return _forward(x, phi, block_size)
 
@@ -316,7 +307,7 @@ def block_cs_adjoint(y: Tensor, phi: Tensor, *, block_size: int, size: tuple[int
     y: (N, m, ceil(H/B), ceil(W/B)). Returns (N, 1, H, W) in y's dtype. Differentiable in y and phi.
     """
     height, width = size
-    if not _fits_adjoint(y, phi, block_size, height, width):
+    if not holds(_fits_adjoint, y, phi, block_size, height, width):
         _check_adjoint(y, phi, block_size, height, width)
     return _adjoint(y, phi, block_size, height, width)
 

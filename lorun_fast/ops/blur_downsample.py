@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lorun_fast.ops._blur_downsample_cost import note_compiled, prefer_fft
 from lorun_fast.ops._checks import (
-    UNFIT,
     WIDE,
     as_dtype,
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     number,
     parameter_dtype,
     shape_of,
@@ -87,37 +87,31 @@ def _check_measurement(x: Tensor, y: Tensor, scale: int) -> None:
 
 
 def _fits_forward(x: Tensor, kernel: Tensor, scale: int) -> bool:
-    try:
-        if x.ndim != 4 or not isinstance(scale, int) or scale < 1:
-            return False
-        n, _, height, width = x.shape
-        return (
-            height > 0
-            and width > 0
-            and height % scale == 0
-            and width % scale == 0
-            and _fits_kernel(kernel, n)
-            and kernel.dtype is WIDE.get(x.dtype)
-            and x.device == kernel.device
-        )
-    except UNFIT:
+    if x.ndim != 4 or not isinstance(scale, int) or scale < 1:
         return False
+    n, _, height, width = x.shape
+    return (
+        height > 0
+        and width > 0
+        and height % scale == 0
+        and width % scale == 0
+        and _fits_kernel(kernel, n)
+        and kernel.dtype is WIDE.get(x.dtype)
+        and x.device == kernel.device
+    )
 
 
 def _fits_adjoint(y: Tensor, kernel: Tensor, scale: int) -> bool:
-    try:
-        if y.ndim != 4 or not isinstance(scale, int) or scale < 1:
-            return False
-        n, _, height, width = y.shape
-        return (
-            height > 0
-            and width > 0
-            and _fits_kernel(kernel, n)
-            and kernel.dtype is WIDE.get(y.dtype)
-            and y.device == kernel.device
-        )
-    except UNFIT:
+    if y.ndim != 4 or not isinstance(scale, int) or scale < 1:
         return False
+    n, _, height, width = y.shape
+    return (
+        height > 0
+        and width > 0
+        and _fits_kernel(kernel, n)
+        and kernel.dtype is WIDE.get(y.dtype)
+        and y.device == kernel.device
+    )
 
 
 def _fits_kernel(kernel: Tensor, samples: int) -> bool:
@@ -126,17 +120,14 @@ def _fits_kernel(kernel: Tensor, samples: int) -> bool:
 
 
 def _fits_measurement(x: Tensor, y: Tensor, scale: int) -> bool:
-    try:
-        n, channels, height, width = x.shape
-        return y.shape == (n, channels, height // scale, width // scale) and y.dtype in WIDE and x.device == y.device
-    except UNFIT:
-        return False
+    n, channels, height, width = x.shape
+    return y.shape == (n, channels, height // scale, width // scale) and y.dtype in WIDE and x.device == y.device
 
 
 def _check_step(x: Tensor, y: Tensor, kernel: Tensor, scale: int) -> None:
-    if not _fits_forward(x, kernel, scale):
+    if not holds(_fits_forward, x, kernel, scale):
         _check_forward(x, kernel, scale)
-    if not _fits_measurement(x, y, scale):
+    if not holds(_fits_measurement, x, y, scale):
         _check_measurement(x, y, scale)
 
 
@@ -321,7 +312,7 @@ def blur_downsample(x: Tensor, kernel: Tensor, *, scale: int, method: str = "aut
     Returns (N, C, H/s, W/s) in x's dtype, accumulated in the kernel's. Differentiable in x and kernel.
     Raises ValueError for a shape, scale, method or device that does not fit, TypeError for a dtype.
     """
-    if not _fits_forward(x, kernel, scale):
+    if not holds(_fits_forward, x, kernel, scale):
         _check_forward(x, kernel, scale)
     return _family(method, x.shape, kernel, scale).forward(x, kernel, scale)
 
@@ -331,7 +322,7 @@ def blur_downsample_adjoint(y: Tensor, kernel: Tensor, *, scale: int, method: st
 
     y: (N, C, h, w). Returns (N, C, h*s, w*s) in y's dtype. Differentiable in y and kernel.
     """
-    if not _fits_adjoint(y, kernel, scale):
+    if not holds(_fits_adjoint, y, kernel, scale):
         _check_adjoint(y, kernel, scale)
     n, c, h, w = y.shape
     return _family(method, (n, c, h * scale, w * scale), kernel, scale).adjoint(y, kernel, scale)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
-    UNFIT,
     WIDE,
     as_dtype,
     check_image,
     check_same_device,
     check_tensor,
+    holds,
     number,
     parameter_dtype,
     shape_of,
@@ -72,58 +72,49 @@ def _check_adjoint(y: Tensor, mask: Tensor, bands: int, step: int) -> None:
 
 
 def _fits_forward(x: Tensor, mask: Tensor, step: int) -> bool:
-    try:
-        shape = x.shape
-        return (
-            len(shape) == 4
-            and type(step) is int
-            and step >= 0
-            and (mask.shape == shape[2:] or mask.shape == shape[1:])
-            and shape[1] > 0
-            and mask.dtype is WIDE.get(x.dtype)
-            and x.device == mask.device
-        )
-    except UNFIT:
-        return False
+    shape = x.shape
+    return (
+        len(shape) == 4
+        and type(step) is int
+        and step >= 0
+        and (mask.shape == shape[2:] or mask.shape == shape[1:])
+        and shape[1] > 0
+        and mask.dtype is WIDE.get(x.dtype)
+        and x.device == mask.device
+    )
 
 
 def _fits_adjoint(y: Tensor, mask: Tensor, bands: int, step: int) -> bool:
-    try:
-        shape = mask.shape
-        return (
-            y.ndim == 3
-            and type(step) is int
-            and step >= 0
-            and type(bands) is int
-            and bands > 0
-            and (len(shape) == 2 or (len(shape) == 3 and shape[0] == bands))
-            and y.shape[1:] == (shape[-2], shape[-1] + step * (bands - 1))
-            and mask.dtype is WIDE.get(y.dtype)
-            and y.device == mask.device
-        )
-    except UNFIT:
-        return False
+    shape = mask.shape
+    return (
+        y.ndim == 3
+        and type(step) is int
+        and step >= 0
+        and type(bands) is int
+        and bands > 0
+        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == bands))
+        and y.shape[1:] == (shape[-2], shape[-1] + step * (bands - 1))
+        and mask.dtype is WIDE.get(y.dtype)
+        and y.device == mask.device
+    )
 
 
 def _fits_step(x: Tensor, y: Tensor, mask: Tensor, step: int) -> bool:
-    try:
-        n, bands, height, width = x.shape if x.ndim == 4 else (0, 0, 0, 0)
-        return (
-            bands > 0
-            and type(step) is int
-            and step >= 0
-            and (mask.shape == (height, width) or mask.shape == (bands, height, width))
-            and y.shape == (n, height, width + step * (bands - 1))
-            and mask.dtype is WIDE.get(x.dtype)
-            and y.dtype in WIDE
-            and x.device == mask.device == y.device
-        )
-    except UNFIT:
-        return False
+    n, bands, height, width = x.shape if x.ndim == 4 else (0, 0, 0, 0)
+    return (
+        bands > 0
+        and type(step) is int
+        and step >= 0
+        and (mask.shape == (height, width) or mask.shape == (bands, height, width))
+        and y.shape == (n, height, width + step * (bands - 1))
+        and mask.dtype is WIDE.get(x.dtype)
+        and y.dtype in WIDE
+        and x.device == mask.device == y.device
+    )
 
 
 def _check_step(x: Tensor, y: Tensor, mask: Tensor, step: int) -> None:
-    if _fits_step(x, y, mask, step):
+    if holds(_fits_step, x, y, mask, step):
         return
     _check_forward(x, mask, step)
     _check_measurement(y, mask, x.shape[1], step)
@@ -305,7 +296,7 @@ def cassi(x: Tensor, mask: Tensor, *, step: int) -> Tensor:
     Returns (N, H, W + step*(L-1)) in x's dtype, accumulated in the mask's. Differentiable in x and mask.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
-    if not _fits_forward(x, mask, step):
+    if not holds(_fits_forward, x, mask, step):
         _check_forward(x, mask, step)
     return _forward(x, mask, step)
 
@@ -315,7 +306,7 @@ def cassi_adjoint(y: Tensor, mask: Tensor, *, bands: int, step: int) -> Tensor:
 
     y: (N, H, W + step*(L-1)). Returns (N, L, H, W) in y's dtype, L = ``bands``. Differentiable in y and mask.
     """
-    if not _fits_adjoint(y, mask, bands, step):
+    if not holds(_fits_adjoint, y, mask, bands, step):
         _check_adjoint(y, mask, bands, step)
     return _adjoint(y, mask, bands, step)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
-from lorun_fast.ops._checks import STORAGE_DTYPES, check_finishing, check_tensor, shape_of
+from lorun_fast.ops._checks import check_finishing, check_image, check_tensor, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import fused_conv2d as reference
 
@@ -28,12 +28,8 @@ _MOST_PIXELS = 2**29
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    check_tensor("x", x)
+    check_image("x", x, 4, "(N, C, H, W)")
     check_tensor("weight", weight)
-    if x.ndim != 4:
-        raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
-    if x.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
     channels = x.shape[1]
     if weight.ndim != 4 or weight.shape[1:] != (channels, 3, 3) or min(weight.shape) < 1:
         raise ValueError(f"weight: expected (out, {channels}, 3, 3), got {shape_of(weight)}")
@@ -68,17 +64,6 @@ def _backward(ctx, grad):
     return (*found, grad if ctx.needs_input_grad[3] else None, None)
 
 
-_op = define(
-    "fused_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
-    reference=_definition,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup,
-    direct=True,
-    flops=lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,
-)
-
-
 @functools.cache
 def unavailable(device: int) -> str | None:
     """Why the kernel cannot run on a GPU; None if it can."""
@@ -89,6 +74,18 @@ def unavailable(device: int) -> str | None:
         return f"the CUDA sources were compiled for {archs or 'nothing'}, not for 9.0a"
     capability = torch.cuda.get_device_capability(device)
     return None if capability == (9, 0) else f"compute capability {capability[0]}.{capability[1]}, it needs 9.0"
+
+
+_op = define(
+    "fused_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
+    reference=_definition,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    direct=True,
+    unavailable=unavailable,
+    flops=lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,
+)
 
 
 def unfit(x: Tensor, weight: Tensor) -> str | None:
@@ -108,8 +105,8 @@ def unfit(x: Tensor, weight: Tensor) -> str | None:
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel, where it serves these, takes less time than any other way, by an H200 in bf16.
 
-    A residual block of 64 channels, 16 images: 396 us at 256 px and 127 at 128 px, where cuDNN and a pass each take 480
-    and 142 and the Triton kernel 553 and 149. Fewer pixels and other channels are others' (docs/kernels.md).
+    A residual block of 64 channels, 16 images: 398 us at 256 px and 119 at 128 px, where cuDNN and a pass each take 522
+    and 146 and the Triton kernel 553 and 149. Fewer pixels and other channels are others' (docs/kernels.md).
     """
     n, channels, height, width = x.shape
     return weight.shape == (64, 64, 3, 3) and channels == 64 and n * height * width >= 2**18

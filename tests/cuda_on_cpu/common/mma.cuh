@@ -18,14 +18,23 @@ inline uint32_t pack_bf16(float first, float second) {
   return round(first) | round(second) << 16;
 }
 
-inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Held {
-    uint32_t a[4], b[2];
-  } held;
+// What a lane holds of both factors.
+struct Held {
+  uint32_t a[4], b[2];
+};
+
+// use(of), where of(lane) is what that lane holds.
+template <class F>
+void show_factors(const uint32_t (&a)[4], const uint32_t (&b)[2], const F& use, int line) {
+  Held held;
   std::memcpy(held.a, a, sizeof(a));
   std::memcpy(held.b, b, sizeof(b));
-  cuda_on_cpu::exchange_all(
-      held,
+  cuda_on_cpu::exchange_all(held, use, line);
+}
+
+inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  show_factors(
+      a, b,
       [&](const auto& of) {
         const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         for (unsigned pair = 0; pair < 8; ++pair) {  // of depths
@@ -46,13 +55,8 @@ inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&
 
 // Takes the upper 19 bits of each factor, as the device does, and cuts off the sum: no worse than any device.
 inline void mma_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Held {
-    uint32_t a[4], b[2];
-  } held;
-  std::memcpy(held.a, a, sizeof(a));
-  std::memcpy(held.b, b, sizeof(b));
-  cuda_on_cpu::exchange_all(
-      held,
+  show_factors(
+      a, b,
       [&](const auto& of) {
         const auto value = [](uint32_t bits) { return double{std::bit_cast<float>(bits & 0xffffe000u)}; };
         const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
