@@ -33,16 +33,18 @@ namespace lorun::cassi {
 // What happens to a row: kGather adds it up, kSpread writes its z, kAdjoint writes Phi^T.
 enum class Part { kGather, kSpread, kAdjoint };
 
-// One band of one row. A second band, the partner, is reached by offsets that take a column of the first to the one
-// that lies under it on the detector.
+constexpr int kTogether = 4;  // bands of a group, at most
+
+// One band of one row. `next_*` lead from a column of it to the one that lies under it on the detector, of the next
+// band of its group.
 template <class T>
 struct Band {
   T* z;
   const T* x;
   const Wide<T>*m, *r;
   Wide<T>* a;
-  Wide<T> k, partner_k;
-  int64_t partner_z, partner_x, partner_m;
+  int64_t next_z, next_x, next_m;
+  Wide<T> k[kTogether];
 };
 
 // All bands of a few rows. Rows of z and of the mask are `width` apart, those of r and a `pitch`.
@@ -54,12 +56,18 @@ struct Lines {
   const Wide<T>*m, *r, *k;
   Wide<T>* a;
 
-  Band<T> band(int64_t i, int64_t c, int64_t partner) const {
-    const int64_t bands_on = partner - c, back = bands_on * step;
-    return {z + c * z_band + i * width, x + c * x_band + i * x_row, m + c * m_band + i * width,
-            r + c * step + i * pitch,   a + c * step + i * pitch,   k[c * k_band],
-            k[partner * k_band],        bands_on * z_band - back,   bands_on * x_band - back,
-            bands_on * m_band - back};
+  // Band c of row i, the first of Count that are `distance` apart.
+  template <int Count>
+  LORUN_INLINE Band<T> band(int64_t i, int64_t c, int64_t distance) const {
+    const int64_t back = distance * step;
+    Band<T> b{z + c * z_band + i * width, x + c * x_band + i * x_row, m + c * m_band + i * width,
+              r + c * step + i * pitch,   a + c * step + i * pitch,   distance * z_band - back,
+              distance * x_band - back,   distance * m_band - back,   {}};
+#pragma GCC unroll 4
+    for (int n = 0; n < Count; ++n) {
+      b.k[n] = k[(c + n * distance) * k_band];
+    }
+    return b;
   }
 };
 
@@ -71,7 +79,9 @@ struct Lines {
 namespace lorun::cassi {
 namespace {
 
-constexpr int64_t kRowBytes = 16 << 10;  // of measurements that a thread works on: half a first-level cache
+// What a thread goes through twice: measurements, half a first-level cache; and of x, with as much of z half a
+// second-level one.
+constexpr int64_t kRowBytes = 16 << 10, kImageBytes = 128 << 10;
 
 // An image as the kernels take it, its row pointers, and its mask.
 template <class T>
@@ -128,10 +138,13 @@ void finish_streaming() {
 
 // f(begin, end, pitch, work) over the rows of all samples, a few of one sample at a time; `work` holds as many rows of
 // measurements, `pitch` apart.
-template <class W, class F>
+template <class T, class F>
 void parallel_rows(const Geometry& g, const F& f) {
+  using W = Wide<T>;
   const int64_t pitch = (g.measured() + 15) / 16 * 16;
-  const int64_t together = std::clamp<int64_t>(kRowBytes / (pitch * static_cast<int64_t>(sizeof(W))), 1, 8);
+  const auto rows_in = [](int64_t bytes, int64_t row) { return bytes / std::max<int64_t>(1, row); };
+  const int64_t together = std::clamp<int64_t>(
+      std::min(rows_in(kRowBytes, pitch * sizeof(W)), rows_in(kImageBytes, g.bands * g.width * sizeof(T))), 1, 8);
   parallel(g.rows(), g.bands * g.width, [&](int64_t begin, int64_t end) {
     W* work = static_cast<W*>(scratch<Geometry>(together * pitch * sizeof(W)));
     while (begin < end) {
@@ -165,7 +178,7 @@ Tensor forward(Tensor x, Tensor mask, int64_t step) {
     using W = Wide<T>;
     const Coded<T> image = coded<T>(in, op);
     T* out = y.mutable_data_ptr<T>();
-    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* a) {
+    parallel_rows<T>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* a) {
       image.gather(begin, end, pitch, a);
       for (int64_t row = begin; row < end; ++row) {
         LORUN_PICK(narrow_row<T>)(a + (row - begin) * pitch, out + row * g.measured(), g.measured());
@@ -187,7 +200,7 @@ Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
     const T* measured = in.const_data_ptr<T>();
     T* out = x.mutable_data_ptr<T>();
     const bool stream = past_caches(x.numel() * sizeof(T));
-    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
+    parallel_rows<T>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
       for (int64_t row = begin; row < end; ++row) {
         LORUN_PICK(widen_row<T>)(measured + row * g.measured(), r + (row - begin) * pitch, g.measured());
       }
@@ -217,7 +230,7 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
     const StepArguments<W> with = tensors.arguments<W>(g);
     W* keep = keep_residual ? residual.mutable_data_ptr<W>() : nullptr;
     const bool stream = past_caches(z.numel() * sizeof(T));
-    parallel_rows<W>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
+    parallel_rows<T>(g, [&](int64_t begin, int64_t end, int64_t pitch, W* r) {
       image.gather(begin, end, pitch, r);
       for (int64_t row = begin; row < end; ++row) {
         LORUN_PICK(weigh_row<W>)(r + (row - begin) * pitch, with.y ? with.y + row * g.measured() : nullptr,

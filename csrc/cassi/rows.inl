@@ -2,7 +2,7 @@
 //
 // gather: a[j] += m[j] x[j];  spread: z[j] = x[j] - k m[j] r[j];  adjoint: z[j] = k m[j] r[j].
 // r and a begin at the band's shift, which makes their accesses straddle cache lines. Bands whose shifts differ by
-// whole vectors share them: such a pair loads r, or loads and stores a, once for two bands.
+// whole vectors share them: a group of up to four such bands loads r, or loads and stores a, once.
 
 namespace lorun::cassi::LORUN_VARIANT {
 
@@ -29,69 +29,83 @@ LORUN_TARGET LORUN_INLINE inline void stream(T* at, V v) {
   store(at, v);
 }
 
-// Columns [j, j + lanes) of a band and, if Pair, what lies under them of its partner. Lanes outside `keep` are not
-// gathered; spreading them once more writes the same values once more.
-template <class T, Part P, bool Pair, bool Stream, bool Masked>
+// Columns [j, j + lanes) of a group's first band, or what lies under them in the others, of bands [From, To) of it.
+// Lanes outside `keep` are not gathered; spreading them once more writes the same values once more.
+template <class T, Part P, int From, int To, bool Stream, bool Masked>
 LORUN_TARGET LORUN_INLINE inline void columns(const Band<T>& b, int64_t j, typename Lanes<Wide<T>>::Bits keep) {
   using Vec = typename Lanes<Wide<T>>::Vec;
   using Bits = typename Lanes<Wide<T>>::Bits;
-  if constexpr (P != Part::kGather) {
-    const Vec r = load(b.r + j);
-    const auto spread = [&](Wide<T> k, int64_t z, int64_t x, int64_t m) LORUN_TARGET LORUN_INLINE {
-      const Vec back = k * r * load(b.m + m);
-      if constexpr (P == Part::kAdjoint) {
-        stream<Stream && !Masked>(b.z + z, narrowed<T>(back));
-      } else {
-        stream<Stream && !Masked>(b.z + z, narrowed<T>(load(b.x + x) - back));
-      }
-    };
-    spread(b.k, j, j, j);
-    if constexpr (Pair) {
-      spread(b.partner_k, j + b.partner_z, j + b.partner_x, j + b.partner_m);
-    }
-  }
   if constexpr (P == Part::kGather) {
-    const auto coded = [&](int64_t x, int64_t m, Vec sum) LORUN_TARGET LORUN_INLINE {
-      Vec in = load(b.x + x), mask = load(b.m + m);
+    Vec sum = load(b.a + j);
+#pragma GCC unroll 4
+    for (int n = From; n < To; ++n) {
+      Vec in = load(b.x + j + n * b.next_x), mask = load(b.m + j + n * b.next_m);
       if constexpr (Masked) {
         in = reinterpret_cast<Vec>(reinterpret_cast<Bits>(in) & keep);
         mask = reinterpret_cast<Vec>(reinterpret_cast<Bits>(mask) & keep);
       }
-      return sum + in * mask;
-    };
-    Vec sum = coded(j, j, load(b.a + j));
-    if constexpr (Pair) {
-      sum = coded(j + b.partner_x, j + b.partner_m, sum);
+      sum += in * mask;
     }
     store(b.a + j, sum);
+  } else {
+    const Vec r = load(b.r + j);
+#pragma GCC unroll 4
+    for (int n = From; n < To; ++n) {
+      const Vec back = b.k[n] * r * load(b.m + j + n * b.next_m);
+      T* to = b.z + j + n * b.next_z;
+      if constexpr (P == Part::kAdjoint) {
+        stream<Stream && !Masked>(to, narrowed<T>(back));
+      } else {
+        stream<Stream && !Masked>(to, narrowed<T>(load(b.x + j + n * b.next_x) - back));
+      }
+    }
   }
 }
 
-// Columns [begin, end), at least a vector's lanes. The stores to z, or where there are none the loads of x, are
-// aligned; the ragged ends are whole vectors that overlap the rest.
-// The band comes by value: through a reference, its pointers would be loaded again after every store.
-template <class T, Part P, bool Pair, bool Stream>
-LORUN_TARGET LORUN_INLINE inline void range(const Band<T> b, int64_t begin, int64_t end) {
+template <class T, Part P, int From, int To, bool Stream>
+LORUN_TARGET LORUN_INLINE inline void range(const Band<T>& b, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += Lanes<Wide<T>>::kCount) {
+    columns<T, P, From, To, Stream, false>(b, j, typename Lanes<Wide<T>>::Bits{});
+  }
+}
+
+// One row, at least a vector's lanes, of the Count bands of a group, whose shifts are `apart` columns from one to the
+// next. The stores to the first band's z are aligned, which leaves two ragged ends: whole vectors that overlap the
+// rest. Loads are not, for the order of a sum must not depend on an address. Between them all bands together where they
+// all lie over each other, fewer before and after. The group's pointers are made here, to live in registers: put
+// together by the caller they would be read from memory that was just written, which waits for all stores to z before.
+template <class T, Part P, int Count, bool Stream>
+LORUN_TARGET void row(const Lines<T>& l, int64_t i, int64_t c, int64_t distance) {
   using L = Lanes<Wide<T>>;
   using Bit = typename L::Bit;
-  constexpr int64_t kCount = L::kCount, kBytes = kCount * sizeof(T);
-  typename L::Bits lane;
-  for (int l = 0; l < kCount; ++l) {
-    lane[l] = l;
+  constexpr int64_t kLanes = L::kCount, kBytes = kLanes * sizeof(T);
+  const Band<T> b = l.template band<Count>(i, c, distance);
+  const int64_t width = l.width, apart = distance * l.step;
+  const auto address = reinterpret_cast<uintptr_t>(b.z);
+  const int64_t head = P == Part::kGather ? 0 : static_cast<int64_t>(-address % kBytes / sizeof(T));
+  const int64_t body = (width - head) / kLanes * kLanes, tail = width - head - body;
+  const auto each = [&]<int... N>(const auto& f, std::integer_sequence<int, N...>)
+                        LORUN_TARGET LORUN_INLINE { (f.template operator()<N>(), ...); };
+  if (head + tail != 0) {
+    typename L::Bits lane;
+    for (int n = 0; n < kLanes; ++n) {
+      lane[n] = n;
+    }
+    each(
+        [&]<int N>() LORUN_TARGET LORUN_INLINE {
+          columns<T, P, N, N + 1, Stream, true>(b, N * apart, lane < static_cast<Bit>(head));
+          columns<T, P, N, N + 1, Stream, true>(b, N * apart + width - kLanes, lane >= static_cast<Bit>(kLanes - tail));
+        },
+        std::make_integer_sequence<int, Count>());
   }
-  const auto address = reinterpret_cast<uintptr_t>((P == Part::kGather ? b.x : b.z) + begin);
-  const int64_t head = static_cast<int64_t>(-address % kBytes / sizeof(T));
-  int64_t j = begin + head;
-  if (head != 0) {
-    columns<T, P, Pair, Stream, true>(b, begin, lane < static_cast<Bit>(head));
-  }
-  for (; j + kCount <= end; j += kCount) {
-    columns<T, P, Pair, Stream, false>(b, j, lane);
-  }
-  if (j < end) {
-    const int64_t last = end - kCount;
-    columns<T, P, Pair, Stream, true>(b, last, lane >= static_cast<Bit>(j - last));
-  }
+  const int64_t all = head + (Count - 1) * apart, end = head + body;
+  each([&]<int N>()
+           LORUN_TARGET LORUN_INLINE { range<T, P, 0, N + 1, Stream>(b, head + N * apart, head + (N + 1) * apart); },
+       std::make_integer_sequence<int, Count - 1>());
+  range<T, P, 0, Count, Stream>(b, all, end);
+  each([&]<int N>()
+           LORUN_TARGET LORUN_INLINE { range<T, P, N + 1, Count, Stream>(b, end + N * apart, end + (N + 1) * apart); },
+       std::make_integer_sequence<int, Count - 1>());
 }
 
 // A row narrower than a vector.
@@ -101,47 +115,41 @@ LORUN_TARGET void narrow_range(const Band<T>& b, int64_t width) {
     if constexpr (P == Part::kGather) {
       b.a[j] += widen(b.x[j]) * b.m[j];
     } else if constexpr (P == Part::kAdjoint) {
-      b.z[j] = narrow<T>(b.k * b.r[j] * b.m[j]);
+      b.z[j] = narrow<T>(b.k[0] * b.r[j] * b.m[j]);
     } else {
-      b.z[j] = narrow<T>(widen(b.x[j]) - b.k * b.r[j] * b.m[j]);
+      b.z[j] = narrow<T>(widen(b.x[j]) - b.k[0] * b.r[j] * b.m[j]);
     }
   }
 }
 
 template <class T, Part P, bool Stream>
 LORUN_TARGET void lines(const Lines<T>& l) {
-  constexpr int64_t kCount = Lanes<Wide<T>>::kCount;
-  if (l.width < kCount) {
+  constexpr int64_t kLanes = Lanes<Wide<T>>::kCount;
+  if (l.width < kLanes) {
     for (int64_t c = 0; c < l.bands; ++c) {
       for (int64_t i = 0; i < l.rows; ++i) {
-        narrow_range<T, P>(l.band(i, c, c), l.width);
+        narrow_range<T, P>(l.template band<1>(i, c, 0), l.width);
       }
     }
     return;
   }
-  // The nearest band whose shift differs by whole vectors, unless its rows are aligned differently.
-  const int64_t distance = kCount / std::gcd(kCount, l.step), apart = distance * l.step;
-  const bool aligned = distance * (P == Part::kGather ? l.x_band : l.z_band) % kCount == 0;
-  const bool pairs = aligned && l.width - apart >= kCount;
-  for (int64_t block = 0; block < l.bands; block += 2 * distance) {
+  // The nearest band whose shift differs by whole vectors. Sums over bands are taken in the order of the groups
+  // whatever the layout of x; a store past the caches must be aligned.
+  const int64_t distance = kLanes / std::gcd(kLanes, l.step), apart = distance * l.step;
+  const bool aligned = P == Part::kGather || !Stream || distance * l.z_band % kLanes == 0;
+  int64_t most = aligned ? kTogether : 1;
+  while (most > 1 && l.width - (most - 1) * apart < 2 * kLanes) {
+    --most;
+  }
+  for (int64_t block = 0; block < l.bands; block += most * distance) {
     for (int64_t c = block; c < std::min(block + distance, l.bands); ++c) {
-      const int64_t partner = c + distance;
+      const int count = static_cast<int>(std::min(most, (l.bands - 1 - c) / distance + 1));
+      const auto take = count == 4   ? row<T, P, 4, Stream>
+                        : count == 3 ? row<T, P, 3, Stream>
+                        : count == 2 ? row<T, P, 2, Stream>
+                                     : row<T, P, 1, Stream>;
       for (int64_t i = 0; i < l.rows; ++i) {
-        if (partner >= l.bands) {
-          range<T, P, false, Stream>(l.band(i, c, c), 0, l.width);
-        } else if (!pairs) {
-          range<T, P, false, Stream>(l.band(i, c, c), 0, l.width);
-          range<T, P, false, Stream>(l.band(i, partner, partner), 0, l.width);
-        } else {
-          const Band<T> both = l.band(i, c, partner);
-          if (apart != 0) {
-            range<T, P, false, Stream>(both, 0, apart);
-          }
-          range<T, P, true, Stream>(both, apart, l.width);
-          if (apart != 0) {
-            range<T, P, false, Stream>(l.band(i, partner, partner), l.width - apart, l.width);
-          }
-        }
+        take(l, i, c, distance);
       }
     }
   }
