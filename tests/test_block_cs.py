@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
+from lorun_fast import _native
 from lorun_fast.functional import block_cs, block_cs_adjoint, block_cs_step
 from lorun_fast.reference import block_cs as reference
 
@@ -291,6 +292,19 @@ def test_half_and_bfloat16_leave_phi_wide():
     op = lf.BlockCS.gaussian(0.25, 4).half()
     assert op.phi.dtype == torch.float32
     assert op.double().phi.dtype == torch.float64
+
+
+def test_no_measurements():
+    phi = torch.zeros(0, 16, requires_grad=True)
+    y = block_cs(torch.rand(2, 1, 8, 8), phi, block_size=4)
+    (grad,) = torch.autograd.grad(y.sum(), phi)
+    assert y.shape == (2, 0, 2, 2) and grad.shape == phi.shape
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_a_block_whose_pixels_nobody_can_count():
+    with pytest.raises(RuntimeError, match="block_size: expected 1 to 1048576, got 4294967296"):
+        OPS.block_cs(torch.rand(1, 1, 4, 4), torch.zeros(3, 0), 2**32)
 
 
 def test_empty_batch():

@@ -15,6 +15,7 @@ from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
 from benchmarks.harness.machine import cache_bytes
+from lorun_fast import _native
 from lorun_fast.reference import cassi as reference
 
 OPS = torch.ops.lorun_fast
@@ -370,6 +371,7 @@ def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, 
 
 
 VARIANT_SCRIPT = """
+from lorun_fast import _native
 from lorun_fast.reference import cassi as reference
 for n, bands, height, width, step in shapes:
     for dtype, wide, close in dtypes(single=dict(rtol=1e-4, atol=1e-5), narrow=dict(rtol=1e-2, atol=1e-4)):
@@ -433,6 +435,19 @@ def test_two_threads_at_once():
     for w in workers:
         w.join()
     assert not wrong
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_a_shift_that_64_bits_do_not_hold():
+    x, mask = torch.rand(1, 5, 2, 20), torch.rand(2, 20)  # 4 * 2**62 columns would be none
+    for call in (
+        lambda step: F.cassi(x, mask, step=step),
+        lambda step: OPS.cassi_adjoint(torch.rand(1, 2, 20), mask, 5, step),
+        lambda step: OPS.cassi_step(x, None, mask, torch.ones(1), None, step, False),
+        lambda step: OPS.cassi_grad_mask(x, torch.rand(1, 2, 20), step, False),
+    ):
+        with pytest.raises(RuntimeError, match=r"step: expected 0 to .* beside 5 bands"):
+            call(2**62)
 
 
 def test_errors_say_what_was_expected_and_what_came():

@@ -9,6 +9,7 @@ from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
+from lorun_fast import _native
 from lorun_fast.adapters import FORMS, factor_shapes, merged_weight
 from lorun_fast.functional import packed_block, packed_conv2d, packed_weight
 from lorun_fast.reference import packed_conv2d as reference
@@ -447,6 +448,25 @@ def test_errors_of_a_block(change, error, message):
     arguments = {"x": torch.zeros(1, 8, 4, 4), "first": packed, "second": packed} | change
     with pytest.raises(error, match=message):
         packed_block(arguments.pop("x"), arguments.pop("first"), arguments.pop("second"), **arguments)
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_numbers_whose_products_64_bits_do_not_hold():
+    x, weight = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 16, 32)
+    for stride, padding in ((2**61, 0), (2**61, 2**61)):
+        with pytest.raises(RuntimeError, match="a stride of 1 to"):
+            packed_conv2d(x, weight, out=16, kernel=1, stride=stride, padding=padding)
+    with pytest.raises(RuntimeError, match="out: expected channels in whole cells"):
+        op(x, weight, None, None, 16, 1, 1, 0, 2**32, False)
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_an_image_without_channels():
+    x = torch.zeros(1, 0, 4, 4)
+    with pytest.raises(RuntimeError, match=r"x: expected .* with channels"):
+        op(x, torch.zeros(1, 0, 16, 32), None, None, 16, 1, 1, 0, 1, False)
+    with pytest.raises(RuntimeError, match=r"x: expected .* with channels"):
+        block_op(x, torch.zeros(1, 0, 16, 32), None, torch.zeros(0, 3, 16, 32), None, None, 4)
 
 
 def test_weights_of_another_shape():

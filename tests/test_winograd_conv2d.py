@@ -286,6 +286,12 @@ def test_dtypes_of_the_weights_gradient():
         winograd_weight_gradient(x.double(), x)
 
 
+def test_no_channels():
+    x = torch.zeros(1, 0, 4, 5)
+    assert winograd_conv2d(x, torch.zeros(36, 0, 0)).shape == x.shape
+    assert winograd_weight_gradient(x, x).shape == (0, 0, 3, 3)
+
+
 def test_a_weight_of_another_size():
     with pytest.raises(ValueError, match=r"weight: expected \(out, in, 3, 3\), got shape \(8, 8, 5, 5\)"):
         winograd_weight(torch.zeros(8, 8, 5, 5))

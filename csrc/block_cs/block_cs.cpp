@@ -306,7 +306,7 @@ Tensor grad_phi(Tensor x, Tensor y, int64_t block_size) {
   const int64_t m = y.size(1), each = grid.per_sample();
   const Tensor dense_y = dense(y);
   Tensor out = empty_beside(y, {m, grid.pixels()}, y.scalar_type());
-  if (grid.blocks() == 0) {
+  if (grid.blocks() == 0 || m == 0) {
     return torch::stable::zero_(out);
   }
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {

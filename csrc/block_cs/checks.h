@@ -6,14 +6,22 @@
 
 namespace lorun::block_cs {
 
+// Far from where a block's number of pixels would no longer be represented.
+constexpr int64_t kMostBlock = int64_t{1} << 20;
+
+inline void check_block_size(int64_t block_size) {
+  STD_TORCH_CHECK(block_size > 0 && block_size <= kMostBlock, "block_size: expected 1 to ", kMostBlock, ", got ",
+                  block_size);
+}
+
 inline Grid grid_of(const Tensor& x, int64_t block_size) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
+  check_block_size(block_size);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == 1, "x: expected (N, 1, H, W), got ", shape_of(x));
   return Grid(x.size(0), x.size(2), x.size(3), block_size);
 }
 
 inline Grid grid_of_measurements(const Tensor& y, int64_t block_size, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(block_size > 0, "block_size: expected at least 1, got ", block_size);
+  check_block_size(block_size);
   STD_TORCH_CHECK(y.dim() == 4, "y: expected (N, m, rows, cols), got ", shape_of(y));
   return Grid(y.size(0), height, width, block_size);
 }

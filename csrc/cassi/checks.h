@@ -1,6 +1,8 @@
 // What the ops' arguments must look like, for the CPU and the CUDA implementation.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 
 #include "cassi/cassi.h"
@@ -14,8 +16,16 @@ struct OperatorTensors {
   int64_t m_band;  // from one band's mask to the next one's; 0: all share one
 };
 
+// Columns by which bands may be shifted: far from where their products with a step would no longer be represented.
+constexpr int64_t kMostShift = int64_t{1} << 40;
+
+inline void check_shift(int64_t bands, int64_t step) {
+  STD_TORCH_CHECK(step >= 0 && step <= kMostShift / std::max<int64_t>(bands, 1), "step: expected 0 to ",
+                  kMostShift / std::max<int64_t>(bands, 1), " beside ", bands, " bands, got ", step);
+}
+
 inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step, ScalarType image) {
-  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
+  check_shift(bands, step);
   STD_TORCH_CHECK(bands >= 1, "bands: expected at least 1, got ", bands);
   check_type("mask", mask, wide_type(image));
   STD_TORCH_CHECK(mask.dim() == 2 || (mask.dim() == 3 && mask.size(0) == bands), "mask: expected (H, W) or (", bands,
@@ -41,7 +51,7 @@ inline OperatorTensors operator_of_measurement(const Tensor& y, const Tensor& ma
 // The geometry of an image beside a measurement in the accumulation type.
 inline Geometry geometry_of(const Tensor& x, const Tensor& y, int64_t step) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));
-  STD_TORCH_CHECK(step >= 0, "step: expected at least 0, got ", step);
+  check_shift(x.size(1), step);
   const Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), step};
   check_type("y", y, wide_type(x.scalar_type()));
   check_shape("y", y, {g.samples, g.height, g.measured()});

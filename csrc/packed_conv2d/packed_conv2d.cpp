@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 
@@ -30,6 +31,7 @@ namespace {
 struct Slot;
 
 constexpr int64_t kRingBytes = 512 << 10;  // of all rings of a thread: a part of the second-level cache
+constexpr int64_t kMaxStep = INT32_MAX;    // of strides and padding, whose products with sizes are then represented
 constexpr int64_t kNearBytes = 2 << 20;    // of an image and its results that the caches may hold from call to call
 
 // Computes strips with plain loops.
@@ -295,10 +297,13 @@ std::optional<Tensor> checked_bias(const char* name, const std::optional<Tensor>
 
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t out,
                    int64_t kernel, int64_t stride, int64_t padding, int64_t shuffle, bool relu) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, C, H, W), got shape ", shape_of(x));
-  STD_TORCH_CHECK(kernel >= 1 && kernel <= kMaxKernel && stride >= 1 && padding >= 0 && shuffle >= 1 && out >= 1 &&
-                      out % (shuffle * shuffle) == 0,
-                  "expected a kernel of 1 to 7 pixels, a stride of 1 or more and out in whole cells of the shuffle");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1, "x: expected (N, C, H, W) with channels, got shape ", shape_of(x));
+  STD_TORCH_CHECK(
+      kernel >= 1 && kernel <= kMaxKernel && stride >= 1 && stride <= kMaxStep && padding >= 0 && padding <= kMaxStep,
+      "expected a kernel of 1 to 7 pixels, a stride of 1 to ", kMaxStep, " and a padding of 0 to ", kMaxStep, ", got ",
+      kernel, ", ", stride, " and ", padding);
+  STD_TORCH_CHECK(shuffle >= 1 && out >= 1 && out % shuffle == 0 && out / shuffle % shuffle == 0,
+                  "out: expected channels in whole cells of the shuffle, got ", out, " and ", shuffle);
   STD_TORCH_CHECK(shuffle == 1 || out / shuffle % kChannels == 0,
                   "out: expected rows of a cell in multiples of 16 channels, got ", out, " in ", shuffle, " rows");
   const int64_t n = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3);
@@ -330,7 +335,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
 
 Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor second, std::optional<Tensor> second_bias,
              std::optional<Tensor> residual, int64_t middle) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, C, H, W), got shape ", shape_of(x));
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1, "x: expected (N, C, H, W) with channels, got shape ", shape_of(x));
   STD_TORCH_CHECK(middle >= 1, "middle: expected channels, got ", middle);
   const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const ScalarType type = x.scalar_type();

@@ -29,7 +29,7 @@ template <class T>
 void run(const Problem<T>& p) {
   const auto kernel = LORUN_PICK_FOR(variant_for<T>(p.in, p.out), convolve<T>);
   const int64_t channels = kPoints * (p.in + p.out), bytes = channels * static_cast<int64_t>(sizeof(T));
-  const int64_t together = std::max(kWorkBytes / bytes / kMultiple, int64_t{1}) * kMultiple;
+  const int64_t together = std::max(kWorkBytes / std::max(bytes, int64_t{1}) / kMultiple, int64_t{1}) * kMultiple;
   const int64_t blocks = (p.tiles() + together - 1) / together;
   parallel(blocks, together * channels, [&](int64_t begin, int64_t end) {
     const Work<T> w(together, p.in, p.out);
