@@ -371,7 +371,6 @@ def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, 
 
 
 VARIANT_SCRIPT = """
-from lorun_fast import _native
 from lorun_fast.reference import cassi as reference
 for n, bands, height, width, step in shapes:
     for dtype, wide, close in dtypes(single=dict(rtol=1e-4, atol=1e-5), narrow=dict(rtol=1e-2, atol=1e-4)):
