@@ -301,3 +301,43 @@ def test_the_parameter_that_it_holds_now(make):
     torch.testing.assert_close(learned(x), want)
     torch.nn.utils.parametrize.register_parametrization(op, name, Twice())
     torch.testing.assert_close(op(x), 2 * want)
+
+
+@every_operator
+def test_a_size_of_something_else(make):
+    op, x = make()
+    y = op(x)
+    for size in ((None, 8), ([6], 8), (6.0, 8), "68", (6, 8, 1)):
+        with pytest.raises(ValueError, match=r"size: expected two whole numbers \(H, W\), got"):
+            op.adjoint(y, size)
+    with pytest.raises(ValueError, match=r"y: expected \(N, .*, got shape \(3"):
+        op.initial(torch.ones(3))
+
+
+def test_block_cs_adjoint_says_what_a_size_is():
+    op, x = block_cs()
+    for size in (None, 8, ("a", 8)):
+        with pytest.raises(ValueError, match=r"size: expected two whole numbers \(H, W\), got"):
+            lf.functional.block_cs_adjoint(op(x), op.phi, block_size=4, size=size)
+
+
+def test_blur_downsample_adjoint_of_no_tensor_with_a_size():
+    op, _ = blur()
+    with pytest.raises(TypeError, match="y: expected a tensor, got NoneType"):
+        op.adjoint(None, (8, 8))
+
+
+def test_gaussian_phi_of_a_wrong_seed_or_dtype():
+    for seed in ("a", None, 1.5):
+        with pytest.raises(TypeError, match=f"seed: expected a whole number, got {seed!r}"):
+            lf.BlockCS.gaussian(0.5, 4, seed=seed)
+    with pytest.raises(ValueError, match="seed: expected a whole number of 64 bits, got"):
+        lf.BlockCS.gaussian(0.5, 4, seed=2**64)
+    for dtype in (torch.int32, torch.float16, "float32"):
+        with pytest.raises(TypeError, match=f"dtype: expected float32 or float64, got {dtype}"):
+            lf.BlockCS.gaussian(0.5, 4, dtype=dtype)
+
+
+def test_a_sparse_phi():
+    with pytest.raises(TypeError, match=r"phi: expected a dense tensor, got torch.sparse_coo"):
+        lf.BlockCS(torch.eye(16).to_sparse(), 4)

@@ -77,6 +77,8 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
         t = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(value).__name__}") from error
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {t.layout}")
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
     if t.dtype not in (torch.float32, torch.float64):
@@ -87,10 +89,3 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     if not torch.isfinite(t).all():
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
     return t
-
-
-def pair(size: tuple[int, int]) -> tuple[int, int]:
-    """A user's (H, W)."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(isinstance(s, float | str) for s in size):
-        raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
-    return tuple(size)

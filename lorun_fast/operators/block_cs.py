@@ -8,9 +8,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import block_cs as ops
-from lorun_fast.ops._checks import batch_of, check_image, finite, number, step_size, whole
+from lorun_fast.ops._checks import check_image, finite, number, pair, step_size, whole
 
 
 class BlockCS(SensingOperator):
@@ -58,13 +58,17 @@ class BlockCS(SensingOperator):
     ) -> BlockCS:
         """A Gaussian Phi with orthonormal rows, the same for the same seed.
 
-        ratio: m / B^2 in (0, 1]; m = round(ratio * B^2), at least 1 (so 256 of 1024 at 0.25).
+        ratio: m / B^2 in (0, 1]; m = round(ratio * B^2), at least 1 (so 256 of 1024 at 0.25). dtype: fp32 or fp64.
         """
         if not 0 < finite("ratio", ratio) <= 1:
             raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
         n = whole("block_size", block_size, 1) ** 2
+        if not -(2**63) <= whole("seed", seed, -(2**63)) < 2**64:
+            raise ValueError(f"seed: expected a whole number of 64 bits, got {seed}")
+        if dtype not in (torch.float32, torch.float64):  # an integer's rows would be zeros
+            raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
         m = max(1, math.floor(ratio * n + 0.5))
-        draw = torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        draw = torch.randn(n, m, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
         q, r = torch.linalg.qr(draw)
         # QR leaves the signs open; fixing R's diagonal makes the draw unique across LAPACK versions.
         return cls((q * r.diagonal().sign()).mT.to(dtype), block_size, learn=learn)
@@ -87,7 +91,7 @@ class BlockCS(SensingOperator):
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """``size``, or the size of y's whole blocks."""
-        batch_of("y", y)
+        check_image("y", y, 4, "(N, m, ceil(H/B), ceil(W/B))")
         if size is not None:
             return pair(size)
         shape = y.shape

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import blur_downsample as ops
-from lorun_fast.ops._checks import check_image, parameter_dtype
+from lorun_fast.ops._checks import check_image, pair, parameter_dtype
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -63,6 +63,7 @@ class BlurDownsample(SensingOperator):
 
     def image_size(self, y: Tensor, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """y's size times s; a ``size`` that is given must be that."""
+        check_image("y", y, 4, "(N, C, h, w)")
         own = (y.shape[-2] * self.scale, y.shape[-1] * self.scale)
         if size is not None and pair(size) != own:
             raise ValueError(f"size: expected {own} for y of shape {tuple(y.shape)} at scale {self.scale}, got {size}")
@@ -94,7 +95,6 @@ class BlurDownsample(SensingOperator):
         corners of the pixels, reads y at (p + 1/2)/s - 1/2 instead; it puts y[i] at i*s + (s-1)/2, and needs a shift
         by (s-1)/2 pixels to undo that.
         """
-        check_image("y", y, 4, "(N, C, h, w)")
         self.image_size(y, size)
         # The meta device has no autocast to turn off.
         with nullcontext() if y.is_meta else torch.autocast(y.device.type, enabled=False):

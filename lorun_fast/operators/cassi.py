@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix, pair
+from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import cassi as ops
-from lorun_fast.ops._checks import check_image, check_tensor, whole
+from lorun_fast.ops._checks import check_image, check_tensor, pair, whole
 
 
 def shift_bands(x: Tensor, step: int) -> Tensor:

@@ -71,6 +71,17 @@ def whole(name: str, value: int, least: int) -> int:
     return number
 
 
+def pair(size: tuple[int, int]) -> tuple[int, int]:
+    """A user's (H, W); a size that tracing made a symbol is one too."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(_is_whole(s) for s in size):
+        raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
+    return tuple(size)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) or hasattr(value, "__index__")
+
+
 def check_tensor(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")

@@ -12,6 +12,7 @@ from lorun_fast.ops._checks import (
     check_same_device,
     check_tensor,
     holds,
+    pair,
     parameter_dtype,
     shape_of,
     step_size,
@@ -306,7 +307,7 @@ def block_cs_adjoint(y: Tensor, phi: Tensor, *, block_size: int, size: tuple[int
 
     y: (N, m, ceil(H/B), ceil(W/B)). Returns (N, 1, H, W) in y's dtype. Differentiable in y and phi.
     """
-    height, width = size
+    height, width = pair(size)
     if not holds(_fits_adjoint, y, phi, block_size, height, width):
         _check_adjoint(y, phi, block_size, height, width)
     return _adjoint(y, phi, block_size, height, width)
