@@ -68,7 +68,9 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         raise TypeError(f"dtype: expected a floating-point type, got {dtype!r}")
     if OPERATORS.get(type(net.op).__name__) is not type(net.op):
         raise ValueError(f"net: expected an operator among {', '.join(OPERATORS)}, got {type(net.op).__name__}")
-    path = Path(path)
+    path = _path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: expected a folder to write into, found no {path.parent}")
     config = _config(net)
@@ -76,8 +78,8 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         config["notes"] = notes
     try:
         header = json.dumps(config)
-    except TypeError as error:
-        raise TypeError(f"notes: expected what JSON can hold, got {notes!r} ({error})") from None
+    except (TypeError, ValueError) as error:  # ValueError: something that holds itself
+        raise type(error)(f"notes: expected what JSON can hold, got {notes!r} ({error})") from None
     tensors = {}
     for name, t in net.state_dict().items():
         t = t.detach().cpu()
@@ -99,8 +101,15 @@ def read_config(path: str | os.PathLike) -> dict:
     return _read(path, tensors=False)[0]
 
 
+def _path(path: str | os.PathLike) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path: expected a str or a path, got {path!r}") from None
+
+
 def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:
-    path = Path(path)
+    path = _path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a saved network (.safetensors), found no such file")
     try:
@@ -131,8 +140,14 @@ def _missing(config: dict) -> list[str]:
     missing = []
     for part, fields in _FIELDS.items():
         record = config.get(part)
-        missing += [f"{part}.{f}" for f in fields - record.keys()] if isinstance(record, dict) else [part]
-    if "network" not in missing and config["network"].get("sharing") == "lora" and "adapters" not in config:
+        if not isinstance(record, dict):
+            missing.append(part)
+            continue
+        missing += [f"{part}.{f}" for f in fields - record.keys()]
+        if not isinstance(record.get("type", ""), str):
+            missing.append(f"{part}.type")
+    lora = "network" not in missing and config["network"].get("sharing") == "lora"
+    if lora and not isinstance(config.get("adapters"), dict):
         missing.append("adapters")
     return missing
 
@@ -183,6 +198,8 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
             raise ValueError(
                 f"{path}: expected the layers of a {spec['type']}, got a {type(denoiser).__name__}: {error}"
             ) from None
+        except TypeError as error:
+            raise ValueError(f"{path}: expected stages and adapters in lorun_fast's header, got {error}") from None
     with _rebuilding(path, "LoRun"):
         net = LoRun(op, denoiser, **network)
     net.gamma, net.form = network["gamma"], network["form"]

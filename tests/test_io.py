@@ -278,6 +278,11 @@ def test_headers_of_others(tmp_path, header, message):
         ("operator", "config", None, "expected operator.config in lorun_fast's header, found none"),
         ("denoiser", "type", None, "expected denoiser.type in lorun_fast's header, found none"),
         ("adapters", None, None, "expected adapters in lorun_fast's header, found none"),
+        ("operator", "type", ["BlockCS"], "expected operator.type in lorun_fast's header"),
+        ("denoiser", "type", ["ResUNet"], "expected denoiser.type in lorun_fast's header"),
+        ("adapters", "head", [7], "expected stages and adapters in lorun_fast's header, got .*list"),
+        ("adapters", "head", {"rank": "1"}, "expected stages and adapters in lorun_fast's header, got rank: expected"),
+        ("network", "stages", "2", "expected stages and adapters in lorun_fast's header, got stages: expected"),
         ("operator", "config", {}, "expected the arguments of a BlockCS in lorun_fast's header, got no 'block_size'"),
         ("denoiser", "config", {"width": 3}, "expected the arguments of a ResUNet in lorun_fast's header, got .*width"),
         ("network", "colour", "red", "expected the arguments of a LoRun in lorun_fast's header, got .*colour"),
@@ -315,3 +320,28 @@ def test_a_denoiser_of_another_kind(tmp_path):
         lf.load(path, denoiser=Own)
     with pytest.raises(TypeError, match=r"denoiser: expected the base module, .* got StagedDenoiser"):
         lf.load(path, denoiser=lf.adapt(Own(), 3))
+
+
+def test_adapters_that_are_a_list(tmp_path):
+    path = tmp_path / "net.safetensors"
+    lf.save(network(), path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"lorun_fast": json.dumps(read_config(path) | {"adapters": [1]})})
+    with pytest.raises(ValueError, match=r"net.safetensors: expected adapters in lorun_fast's header"):
+        lf.load(path)
+
+
+def test_what_is_no_path(tmp_path):
+    for path in (None, 3, b"net.safetensors"):
+        with pytest.raises(TypeError, match=f"path: expected a str or a path, got {path!r}"):
+            lf.load(path)
+        with pytest.raises(TypeError, match=f"path: expected a str or a path, got {path!r}"):
+            lf.save(network(), path)
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path.name}: expected a file to write, found a folder"):
+        lf.save(network(), tmp_path)
+
+
+def test_notes_that_hold_themselves(tmp_path):
+    notes = {}
+    notes["notes"] = notes
+    with pytest.raises(ValueError, match=r"notes: expected what JSON can hold, got .*Circular"):
+        lf.save(network(), tmp_path / "net.safetensors", notes=notes)
