@@ -129,7 +129,7 @@ def test_an_older_file_loads(tmp_path, sharing):
     for level, width in (("encoder.0", 4), ("body", 8), ("decoder.0", 4)):
         layers |= {f"{level}.0.{conv}": (width, width, 3) for conv in ("conv1", "conv2")}
     bases = [f"denoiser.copies.{k}" for k in range(2)] if sharing == "untied" else ["denoiser.base"]
-    tensors = {"step_size": torch.tensor([0.5, 1.5]), "op.phi": torch.rand(16, 64)}
+    tensors = {"step_size": torch.tensor([0.5, 1.5]), "op.phi": 0.03 * torch.rand(16, 64)}
     for base in bases:
         tensors |= {f"{base}.{name}.weight": 0.2 * torch.randn(a, b, k, k) for name, (a, b, k) in layers.items()}
     config = {
@@ -147,8 +147,8 @@ def test_an_older_file_loads(tmp_path, sharing):
     if sharing == "lora":
         config["adapters"] = {name: {"rank": 1, "form": "loralib", "scale": 0.5} for name in layers}
         for name, (a, b, k) in layers.items():
-            tensors[f"denoiser.base.{name}.down"] = torch.randn(2, k, (a if name == "up.0" else b) * k)
-            tensors[f"denoiser.base.{name}.up"] = torch.randn(2, (b if name == "up.0" else a) * k, k)
+            tensors[f"denoiser.base.{name}.down"] = 0.2 * torch.randn(2, k, (a if name == "up.0" else b) * k)
+            tensors[f"denoiser.base.{name}.up"] = 0.2 * torch.randn(2, (b if name == "up.0" else a) * k, k)
     save_file(tensors, tmp_path / "net.safetensors", metadata={"lorun_fast": json.dumps(config)})
     net = lf.load(tmp_path / "net.safetensors")
     assert (net.stages, net.gamma, net.form, net.sharing) == (2, 10, "loralib", sharing)
