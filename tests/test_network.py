@@ -241,6 +241,7 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
         (lambda: tiny(stages=0), ValueError, "stages: expected at least 1"),
         (lambda: tiny("tied", stages=3.0), TypeError, "stages: expected a whole number, got 3.0"),
         (lambda: tiny(step_size=[1, 1]), TypeError, r"step_size: expected a number, got \[1, 1\]"),
+        (lambda: tiny(step_size=1e300), ValueError, r"step_size: expected a number that float32 holds, got 1e\+300"),
         (lambda: tiny(step_size=float("nan")), ValueError, "step_size: expected a finite number, got nan"),
         (lambda: tiny(["lora"]), ValueError, r"sharing: expected one of lora, tied, untied, got \['lora'\]"),
         (lambda: tiny()(None), TypeError, "y: expected a tensor, got NoneType"),

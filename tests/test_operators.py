@@ -341,3 +341,16 @@ def test_gaussian_phi_of_a_wrong_seed_or_dtype():
 def test_a_sparse_phi():
     with pytest.raises(TypeError, match=r"phi: expected a dense tensor, got torch.sparse_coo"):
         lf.BlockCS(torch.eye(16).to_sparse(), 4)
+
+
+@every_operator
+def test_a_number_that_the_dtype_does_not_hold(make):
+    op, x = make()
+    y = op(x)
+    for call, name in ((op.gradient_step, "rho"), (op.prox, "mu")):
+        if make is not block_cs or name == "rho":  # block CS divides by 1 + mu
+            with pytest.raises(ValueError, match=rf"{name}: expected a number that float32 holds, got 1e\+300"):
+                call(x, y, 1e300)
+            assert call(x.double(), y.double(), 1e300).isfinite().all()
+    with pytest.raises(TypeError, match="rho: expected a real number, got 1j"):
+        op.gradient_step(x, y, 1j)

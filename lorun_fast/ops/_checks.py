@@ -33,11 +33,19 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 def number_or_tensor(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.as_tensor, but a number is written on the device: a CUDA graph cannot record a copy from the host."""
     if isinstance(value, int | float):
+        _check_range(name, value, dtype)
         return torch.full((), value, dtype=dtype, device=device)
     try:
         return torch.as_tensor(value, dtype=dtype, device=device)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number or a tensor, got {value!r}") from None
+
+
+def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for a finite number that the dtype does not hold; torch's own error has no name."""
+    # In a graph the number may be a symbol, of which nothing is to be asked.
+    if not torch.compiler.is_compiling() and torch.finfo(dtype).max < abs(value) < math.inf:
+        raise ValueError(f"{name}: expected a number that {dtype} holds, got {value}".replace("torch.", ""))
 
 
 def number(name: str, value: float) -> float:
@@ -51,10 +59,11 @@ def number(name: str, value: float) -> float:
 
 
 def finite(name: str, value: float) -> float:
-    """A user's number, neither NaN nor infinite."""
+    """A user's number, neither NaN nor infinite, in fp32 too."""
     found = number(name, value)
     if not math.isfinite(found):
         raise ValueError(f"{name}: expected a finite number, got {found}")
+    _check_range(name, found, torch.float32)
     return found
 
 
@@ -150,6 +159,11 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
             return constant(rho, dtype, x.device)
         except TypeError:
             raise TypeError(f"{name}: expected a number or a tensor, got {type(rho).__name__}") from None
+        except RuntimeError:
+            if isinstance(rho, complex):
+                raise TypeError(f"{name}: expected a real number, got {rho}") from None
+            _check_range(name, rho, dtype)
+            raise
     if rho.device != x.device:
         raise ValueError(f"{name} is on {rho.device}, but x is on {x.device}: move one of them")
     if rho.dtype is not dtype:
