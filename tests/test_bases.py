@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -85,3 +86,14 @@ def test_a_denoiser_has_channels():
     for channels in ((4, -1), (0,)):
         with pytest.raises(ValueError, match="channels: expected at least 1"):
             lf.ResUNet(channels=channels)
+
+
+def test_a_noise_level_for_another_batch():
+    for sigma, shape in ((torch.ones(3), "(3)"), (torch.ones(2, 2), "(2, 2)")):
+        with pytest.raises(ValueError, match=rf"sigma: expected a number, 0-d or \(2,\), got shape {re.escape(shape)}"):
+            lf.ResCNN(channels=4, noise_level=True)(torch.ones(2, 1, 8, 8), sigma)
+
+
+@pytest.mark.parametrize("base", [lf.ResUNet, lf.ResCNN, lf.SpectralTransformer])
+def test_an_empty_batch(base):
+    assert base(4, 4)(torch.ones(0, 4, 8, 8)).shape == (0, 4, 8, 8)

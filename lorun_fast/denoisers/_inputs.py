@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, number_or_tensor, whole
+from lorun_fast.ops._checks import check_image, number_or_tensor, shape_of, whole
 
 
 def sizes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
@@ -43,6 +43,8 @@ def with_noise_map(z: Tensor, sigma: float | Tensor | None, wanted: bool, name: 
         raise ValueError(f"this {name} was built with noise_level=True: pass sigma")
     n, _, h, w = z.shape
     sigma = number_or_tensor("sigma", sigma, z.dtype, z.device)
+    if sigma.numel() not in (1, n):
+        raise ValueError(f"sigma: expected a number, 0-d or ({n},), got shape {shape_of(sigma)}")
     return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
 
 
