@@ -38,7 +38,10 @@ class Report:
 
     def __getitem__(self, what: str) -> tuple[str, str]:
         """(done, why) of one choice."""
-        return next((done, why) for name, done, why in self.rows if name == what)
+        found = {name: (done, why) for name, done, why in self.rows}
+        if what not in found:
+            raise KeyError(f"expected one of {', '.join(found)}, got {what!r}")
+        return found[what]
 
 
 class MergedStages(UntiedDenoiser):
@@ -272,7 +275,7 @@ def optimize(
     def built(to: torch.dtype | None) -> OptimizedLoRun:
         return OptimizedLoRun(net, plain_stages(net.denoiser, to, last))
 
-    own = next(net.denoiser.parameters()).dtype
+    own = next((p.dtype for p in net.denoiser.parameters()), net.step_size.dtype)  # a denoiser may have none
     best, chosen, why = _narrowed(net, built, own, dtype, device, images, sigma)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
     graph = device.type == "cuda" if cuda_graph is None else cuda_graph

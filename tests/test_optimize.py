@@ -449,6 +449,14 @@ def test_the_report_has_a_line_for_each_choice():
     for what in ("merged", "layout", "dtype", "convolutions", "torch.compile", "CUDA graph"):
         assert what in text and what in repr(fast)
     assert fast.report["merged"][0] == f"{len(network().denoiser.adapted)} layers, 3 stages"
+    with pytest.raises(KeyError, match=r"expected one of merged, layout, .*, got 'mergd'"):
+        fast.report["mergd"]
+
+
+def test_a_denoiser_without_parameters(x):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 8), nn.Identity(), stages=2, sharing="tied").eval()
+    y = net.op(x)
+    torch.testing.assert_close(net.optimize()(y), net(y))
 
 
 @pytest.mark.parametrize(
