@@ -61,7 +61,7 @@ class AdaptedLayer:
 
     def reset_adapter(self) -> None:
         """Draws ``down`` as a fresh layer's weight is drawn and sets ``up`` to zero: every stage is the base again."""
-        bound = 1 / math.sqrt(math.prod(self.down.shape[2:]))
+        bound = 1 / math.sqrt(max(1, math.prod(self.down.shape[2:])))  # torch's layers may have no inputs
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.zeros_(self.up)
         self.unmerge()

@@ -205,6 +205,12 @@ def test_stages_and_rank_are_whole_numbers():
         lf.LoRALinear(4, 4, rank="2")
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_is_its_bias():
+    layer = lf.LoRALinear(0, 4, stages=2, rank=1)
+    assert torch.equal(layer(torch.ones(3, 0), 1), layer.bias.expand(3, 4))
+
+
 @pytest.mark.parametrize(
     ("stage", "error", "message"),
     [
