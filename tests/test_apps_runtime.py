@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +114,11 @@ def test_the_users_own_allocator_setting_is_left_alone(variable, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", called)
     monkeypatch.setenv(variable, "glibc.malloc.top_pad=1" if variable == "GLIBC_TUNABLES" else "4")
     assert runtime.keep_freed_memory() is False
+
+
+def test_noise_that_fp32_does_not_hold_is_refused():
+    assert runtime.not_negative("0") == 0
+    assert runtime.not_negative("25.5") == 25.5
+    for text, wanted in (("1e300", "at most 1e+30"), ("-1", "at least 0"), ("nan", "at least 0")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number of {re.escape(wanted)}, got '{text}'"):
+            runtime.not_negative(text)

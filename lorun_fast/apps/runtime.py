@@ -20,6 +20,7 @@ from lorun_fast.ops import _backends
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 1, "cuda": 8}
+_LARGEST = 1e30  # noise of some times more would be infinite in fp32
 _MOST_THREADS = 1024  # thousands more and the thread pool ends the process
 
 
@@ -66,7 +67,8 @@ def percentage(text: str) -> float:
 
 def not_negative(text: str) -> float:
     """The argparse type of noise levels."""
-    return _number(text, lambda value: value >= 0, "of at least 0")
+    _number(text, lambda value: value >= 0, "of at least 0")
+    return _number(text, lambda value: value <= _LARGEST, f"of at most {_LARGEST:g}")
 
 
 def share(text: str) -> float:
