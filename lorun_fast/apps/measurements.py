@@ -180,11 +180,14 @@ def _check(
             raise UserError(f"{path}: name: expected a plain file name, got {name!r}")
     known = {*KEYS, *operator_keys}
     noise = np.asarray(arrays.get("noise", 0.0))
+    noise = float(noise) if noise.ndim == 0 and noise.dtype.kind in "fiu" else 0.0
+    if not 0 <= noise <= float(np.finfo(np.float32).max):
+        raise UserError(f"{path}: noise: expected a number of at least 0 that fp32 holds, got {noise:g}")
     return MeasurementFile(
         items=[Measurement(*parts) for parts in zip(names, ys, sizes, channels, strict=True)],
         operator={key: arrays[key] for key in operator_keys if key in arrays},
         task=task,
-        noise=float(noise) if noise.ndim == 0 and noise.dtype.kind in "fiu" else 0.0,
+        noise=noise,
         unknown=tuple(sorted(key for key in arrays if key not in known and not _is_numbered(key))),
     )
 
