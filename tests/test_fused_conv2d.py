@@ -108,6 +108,8 @@ def test_which_gpus_it_runs_on(monkeypatch, built, capability, expected):
         ({"bias": torch.empty(5, device="meta")}, ValueError, "bias is on meta"),
         ({"activation": "gelu"}, ValueError, "activation: expected None or 'relu'"),
         ({"x": None}, TypeError, "x"),
+        ({"bias": "a"}, TypeError, "bias: expected a tensor, got str"),
+        ({"residual": 1.0}, TypeError, "residual: expected a tensor, got float"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -407,8 +407,12 @@ def test_lesser_cpu_variants(variant):
             ValueError,
             "kernel, stride, padding: expected 1 to 7, 1 or more and 0 or more, got 9, 1 and 1",
         ),
-        ({"stride": 0}, ValueError, "got 3, 0 and 1"),
-        ({"padding": -1}, ValueError, "got 3, 1 and -1"),
+        ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
+        ({"out": "8"}, TypeError, "out: expected a whole number, got '8'"),
+        ({"kernel": None}, TypeError, "kernel: expected a whole number, got None"),
+        ({"bias": 1.0}, TypeError, "bias: expected a tensor, got float"),
+        ({"residual": 1.0}, TypeError, "residual: expected a tensor, got float"),
         ({"shuffle": 3}, ValueError, "out: expected channels in whole cells of 3 x 3, got 8"),
         ({"shuffle": 2}, ValueError, "out: expected rows of a cell in multiples of 16 channels, got 8 in 2 rows"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(8\), got \(3\)"),
@@ -486,3 +490,8 @@ def test_factors_that_do_not_fit_the_packed_weight():
     ):
         with pytest.raises(error, match=message):
             packed_weight(weight, *given)
+
+
+def test_a_scale_that_is_no_number():
+    with pytest.raises(TypeError, match="scale: expected a number, got 'a'"):
+        packed_weight(torch.zeros(8, 8, 3, 3), scale="a")

@@ -182,7 +182,10 @@ def test_lesser_cpu_variants(variant):
         ({"down": torch.zeros(2, 8, 9, 9)}, ValueError, "kernel, padding: expected 1 to 7 and 0 or more, got 9 and 1"),
         ({"up": torch.zeros(3, 4)}, ValueError, r"up: expected \(out, 2\) beside down \(2, 8, 3, 3\), got \(3, 4\)"),
         ({"up": torch.zeros(3, 2, dtype=torch.bfloat16)}, TypeError, "up: expected torch.float32 as x has"),
-        ({"padding": -1}, ValueError, "got 3 and -1"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
+        ({"padding": 1.0}, TypeError, "padding: expected a whole number, got 1.0"),
+        ({"down": None}, TypeError, "down: expected a tensor, got NoneType"),
+        ({"up": None}, TypeError, "up: expected a tensor, got NoneType"),
         ({"grad": torch.zeros(1, 3, 4, 4, device="meta")}, ValueError, "meta"),
     ],
 )

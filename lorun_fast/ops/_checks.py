@@ -136,11 +136,13 @@ def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) ->
 def check_finishing(x: Tensor, out: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     """Of a convolution to ``out`` channels that keeps x's size: what follows it, and that all is as x is."""
     want = (x.shape[0], out, *x.shape[2:])
+    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
+    for name, t in others:
+        check_tensor(name, t)
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
     if residual is not None and residual.shape != want:
         raise ValueError(f"residual: expected shape {want}, got {shape_of(residual)}")
-    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
     for name, t in others:
         if t.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")

@@ -187,6 +187,8 @@ def lora_merge(
     check_flag("channels_last", channels_last)
     n = len(weights)
     scales = [number("scales", s) for s in (scales if isinstance(scales, list | tuple) else [scales] * n)]
-    transposed = [transposed] * n if isinstance(transposed, bool) else list(transposed)
+    transposed = list(transposed) if isinstance(transposed, list | tuple) else [transposed] * n
+    if not all(isinstance(flipped, bool) for flipped in transposed):
+        raise TypeError(f"transposed: expected True or False, or one of them per layer, got {transposed!r}")
     _check(weights, downs, ups, scales, transposed, dtype)
     return _op(list(weights), list(downs), list(ups), scales, transposed, dtype, channels_last) if n else []

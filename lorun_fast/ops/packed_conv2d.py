@@ -11,7 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, check_same_device, check_tensor, parameter_dtype, shape_of
+from lorun_fast.ops._checks import (
+    check_image,
+    check_same_device,
+    check_tensor,
+    number,
+    parameter_dtype,
+    shape_of,
+    whole,
+)
 from lorun_fast.ops._library import define
 from lorun_fast.ops.lora import check_floating, check_update
 from lorun_fast.reference import packed_conv2d as reference
@@ -34,6 +42,8 @@ def _check_packed(name: str, packed: Tensor, x: Tensor, out: int, channels: int,
 
 
 def _check_bias(name: str, bias: Tensor | None, x: Tensor, out: int) -> None:
+    if bias is not None:
+        check_tensor(name, bias)
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"{name}: expected shape ({out}), got {shape_of(bias)}")
     if bias is not None and bias.dtype != parameter_dtype(x.dtype):
@@ -41,6 +51,8 @@ def _check_bias(name: str, bias: Tensor | None, x: Tensor, out: int) -> None:
 
 
 def _check_residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if residual is not None:
+        check_tensor("residual", residual)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {shape_of(residual)}")
     if residual is not None and residual.dtype != x.dtype:
@@ -231,6 +243,7 @@ def packed_weight(
         takes a gradient back to x.
     Differentiable. Raises ValueError or TypeError naming the argument that does not fit.
     """
+    scale = number("scale", scale)
     _check_layer(weight, down, up)
     return weight_op(weight, down, up, scale, dtype, adjoint)
 
@@ -261,6 +274,8 @@ def packed_conv2d(
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
+    out, kernel = whole("out", out, 1), whole("kernel", kernel, 1)
+    stride, padding, shuffle = whole("stride", stride, 1), whole("padding", padding, 0), whole("shuffle", shuffle, 1)
     _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
     return _op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, activation == "relu")
 

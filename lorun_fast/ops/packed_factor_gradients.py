@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
+from lorun_fast.ops._checks import check_image, check_same_device, check_tensor, parameter_dtype, shape_of, whole
 from lorun_fast.ops._library import define
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL
 from lorun_fast.reference import packed_factor_gradients as reference
@@ -75,5 +75,8 @@ def packed_factor_gradients(
     the sums does not depend on the number of threads. Raises ValueError or TypeError naming the argument that does not
     fit.
     """
+    for name, t in (("down", down), ("up", up)):
+        check_tensor(name, t)
+    padding = whole("padding", padding, 0)
     _check(grad, x, down, up, padding)
     return _op(grad, x, down, up, padding)
