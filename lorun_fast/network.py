@@ -103,6 +103,7 @@ class LoRun(nn.Module):
         self.gamma, self.form, self.sharing = gamma, form, sharing
         self.data_step, self.noise_map = data_step, noise_map
         self.checkpoint = checkpoint
+        self._tells_noise = staged.takes_noise()
         self.step_size = nn.Parameter(torch.full((staged.stages,), rho))
         self.register_load_state_dict_post_hook(LoRun._merge_again)
 
@@ -179,6 +180,8 @@ class LoRun(nn.Module):
         dtype = z.dtype if parameter is None else parameter.dtype
         if self.noise_map == "stage":
             sigma = self._variance(self._rho(k), _noise(sigma, z)).sqrt()
+        elif self.data_step == "prox" and not self._tells_noise:
+            sigma = None  # it was for the data step
         return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
 
     def _rho(self, k: int) -> Tensor:

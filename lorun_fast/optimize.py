@@ -192,10 +192,6 @@ def fast_bf16(device: torch.device) -> tuple[bool, str]:
     return False, "this CPU has neither AMX nor AVX512-bf16"
 
 
-def _base(net: LoRun) -> nn.Module:
-    return net.denoiser.copies[0] if isinstance(net.denoiser, UntiedDenoiser) else net.denoiser.base
-
-
 def demo_images(net: LoRun) -> Tensor:
     """Two of scikit-image's photographs, (2, C, H, W) in [0, 1], in the channels and size that the operator measures.
 
@@ -205,7 +201,7 @@ def demo_images(net: LoRun) -> Tensor:
 
     mask = getattr(net.op, "mask", None)
     channels = {"cs": 1, "cassi": getattr(net.op, "bands", None)}.get(
-        net.op.task, getattr(_base(net), "out_channels", 3)
+        net.op.task, getattr(net.denoiser.one(), "out_channels", 3)
     )
     height, width = (240, 240) if mask is None else mask.shape[-2:]
     photographs = [torch.from_numpy(image()).permute(2, 0, 1).float() / 255 for image in (data.astronaut, data.coffee)]
@@ -392,7 +388,7 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
         except ImportError:
             return math.inf, "score not checked (pass images=, or install scikit-image for its photographs)"
     images = images.to(net.step_size.device)
-    if sigma is None and getattr(_base(net), "noise_level", False):
+    if sigma is None and getattr(net.denoiser.one(), "noise_level", False):
         sigma = 0.0
     training = net.training
     net.eval()

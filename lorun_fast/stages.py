@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -149,6 +150,19 @@ class Stages(nn.Module):
                     module.eval()
         return self
 
+    def one(self) -> nn.Module:
+        """The denoiser of a stage, of the first if each has its own."""
+        return self.base
+
+    def takes_noise(self) -> bool:
+        """Whether the denoiser's forward takes a noise level beside the image."""
+        own = getattr(self.one(), "noise_level", None)
+        if own is not None:
+            return bool(own)
+        kinds = [p.kind for p in inspect.signature(type(self.one()).forward).parameters.values()]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 2  # self, z, sigma
+
     def parameter_report(self) -> ParameterReport:
         """Counts: base, per stage, total, ratio to untied."""
         raise NotImplementedError
@@ -251,6 +265,9 @@ class UntiedDenoiser(Stages):
         super().__init__()
         self.stages = stages
         self.copies = nn.ModuleList(copy.deepcopy(base) for _ in range(stages))
+
+    def one(self) -> nn.Module:
+        return self.copies[0]
 
     def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
         stage = self._resolve(z, stage)

@@ -47,6 +47,30 @@ def test_sigma_none_and_zero_are_one(net):
     assert torch.equal(net._mu(net.step_size[0], x, None), net._mu(net.step_size[0], x, 0.0))
 
 
+class Halves(torch.nn.Module):
+    def forward(self, z):
+        return z / 2
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+@pytest.mark.parametrize("plain", [lf.ResCNN(in_channels=1, out_channels=1, channels=4, blocks=1), Halves()])
+@torch.no_grad()
+def test_a_denoiser_without_a_noise_level_is_told_none(plain, sharing):
+    """sigma then weighs y in the data step alone; a gradient step, which has no use for it, still refuses it."""
+    if sharing == "lora" and isinstance(plain, Halves):
+        plain = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), plain)
+    op = lf.BlurDownsample(torch.ones(3, 3) / 9, 2)
+    net = lf.LoRun(op, plain, stages=2, sharing=sharing, data_step="prox")
+    y, x = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 12, 12)
+    z = net.data_update(0, x, y, sigma=0.1)
+    assert torch.equal(net.stage_step(0, x, y, sigma=0.1), net.denoiser(z, stage=0))
+    assert not torch.allclose(net(y, sigma=0.1), net(y))
+    fast = net.optimize(dtype=torch.float32)
+    torch.testing.assert_close(fast(y, sigma=0.1), net.eval()(y, sigma=0.1), atol=1e-5, rtol=1e-5)
+    with pytest.raises((TypeError, ValueError)):
+        lf.LoRun(op, plain, stages=2, sharing=sharing)(y, sigma=0.1)
+
+
 def test_step_sizes_learn_through_it(net):
     y = net.op(torch.rand(1, 3, 12, 16))
     net.step_size.grad = None

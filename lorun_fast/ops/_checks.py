@@ -82,9 +82,11 @@ def whole(name: str, value: int, least: int) -> int:
 
 def pair(size: tuple[int, int]) -> tuple[int, int]:
     """A user's (H, W); a size that tracing made a symbol is one too."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(_is_whole(s) for s in size):
-        raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
-    return tuple(size)
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        height, width = size
+        if _is_whole(height) and _is_whole(width):
+            return height, width
+    raise ValueError(f"size: expected two whole numbers (H, W), got {size!r}")
 
 
 def _is_whole(value: object) -> bool:
