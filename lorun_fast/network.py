@@ -125,7 +125,7 @@ class LoRun(nn.Module):
 
         y: as the operator gives it. op: another operator of the same task for this call (another kernel, mask
         or Phi). size: (H, W) where y alone cannot tell. sigma: noise level, for denoisers that take one and for
-        data_step="prox"; a number, 0-d or (N,).
+        data_step="prox"; a number of at least 0, 0-d or (N,).
         return_stages: return [x_0, x_1, ..., x_K] instead of x_K.
         Returns (N, C, H, W) in y's dtype; the denoiser runs in its own dtype or under autocast.
         """
@@ -133,6 +133,8 @@ class LoRun(nn.Module):
         if not isinstance(op, SensingOperator) or op.task != self.op.task:
             got = f"{type(op).__name__} ({op.task})" if isinstance(op, SensingOperator) else type(op).__name__
             raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
+        if isinstance(sigma, float | int) and not torch.compiler.is_compiling() and not sigma >= 0:
+            raise ValueError(f"sigma: expected at least 0, got {sigma}")
         x = op.initial(y, size)
         outputs = [x]
         recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)

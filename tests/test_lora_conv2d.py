@@ -141,8 +141,9 @@ def test_error_is_that_of_torch_with_the_merged_weight(backend, dtype, layout):
     assert got.is_contiguous(
         memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
     )
-    digit = 10 if backend == "winograd" else 2  # minimal filtering loses one
-    assert (got - truth).abs().max() <= digit * (own - truth).abs().max() + 1e-6 * truth.abs().max()
+    # Minimal filtering loses a digit of the values' size, however well torch's own convolution sums on this CPU.
+    least = 1e-5 if backend == "winograd" else 1e-6
+    assert (got - truth).abs().max() <= 2 * (own - truth).abs().max() + least * truth.abs().max()
 
 
 @pytest.mark.parametrize("form", adapters.FORMS)
@@ -278,6 +279,8 @@ def test_an_empty_batch_stays_empty(backend):
         ({"up": 3}, TypeError, "down, up: expected two tensors, .* got Tensor and int"),
         ({"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
         ({"scale": None}, TypeError, "scale: expected a number, got None"),
+        ({"scale": 1e300}, ValueError, r"scale: expected a number that float32 holds, got 1e\+300"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
         ({"stride": 1.5}, TypeError, "stride: expected one or two whole numbers of at least 1, got 1.5"),
         ({"stride": (1, 1.5)}, TypeError, r"stride: expected one or two whole numbers .* got \(1, 1.5\)"),
         ({"padding": None}, TypeError, "padding: expected one or two whole numbers of at least 0, got None"),

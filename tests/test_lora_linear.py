@@ -97,6 +97,7 @@ def test_gradients_of_an_empty_batch_are_zero(backend):
         ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
         ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
         ({"scale": "a"}, TypeError, "scale: expected a number, got 'a'"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         ({"down": torch.randn(3, 2, 5)}, ValueError, r"down, up: expected \(2, 6\) and \(7, 2\)"),
         ({"stage": torch.tensor([0, 1, 2, 3])}, IndexError, "stage: expected 0 to 2, got 3"),
         ({"stage": 5}, IndexError, "stage: expected 0 to 2, got 5"),

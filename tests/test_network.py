@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -251,6 +252,8 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
             "checkpoint: expected True, False or a number of stages up to 3, got 4",
         ),
         (lambda: tiny(checkpoint="all"), ValueError, "checkpoint: expected True, False or .* up to 3, got 'all'"),
+        (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=-0.1), ValueError, "sigma: expected at least 0, got -0.1"),
+        (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=math.nan), ValueError, "sigma: expected at least 0, got nan"),
         (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
         (

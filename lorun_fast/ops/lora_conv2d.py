@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import number, shape_of, whole
+from lorun_fast.ops._checks import finite, shape_of, whole
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -309,8 +309,8 @@ def lora_conv2d(
         padding = 0
     padding = _pair("padding", padding, 0)
     groups = whole("groups", groups, 1)
-    if type(scale) is not float:
-        scale = number("scale", scale)
+    if type(scale) is not float or not abs(scale) < 1e30:
+        scale = finite("scale", scale)
     per_sample = isinstance(stage, Tensor)
     args = (scale, stride, padding, dilation, groups, activation, False, (0, 0))
     if stage is not None and not per_sample:

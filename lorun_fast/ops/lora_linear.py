@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import batch_of, number, shape_of
+from lorun_fast.ops._checks import batch_of, finite, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -168,8 +168,8 @@ def lora_linear(
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         check_floating("x", x)
         check_floating("weight", weight)
-    if type(scale) is not float:
-        scale = number("scale", scale)
+    if type(scale) is not float or not abs(scale) < 1e30:
+        scale = finite("scale", scale)
     per_sample = isinstance(stage, Tensor)
     if stage is not None and not per_sample:
         check_factors(weight, down, up, stacked=True)

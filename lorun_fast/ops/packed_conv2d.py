@@ -15,7 +15,7 @@ from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
     check_tensor,
-    number,
+    finite,
     parameter_dtype,
     shape_of,
     whole,
@@ -243,7 +243,7 @@ def packed_weight(
         takes a gradient back to x.
     Differentiable. Raises ValueError or TypeError naming the argument that does not fit.
     """
-    scale = number("scale", scale)
+    scale = finite("scale", scale)
     _check_layer(weight, down, up)
     return weight_op(weight, down, up, scale, dtype, adjoint)
 
