@@ -97,3 +97,26 @@ def test_a_noise_level_for_another_batch():
 @pytest.mark.parametrize("base", [lf.ResUNet, lf.ResCNN, lf.SpectralTransformer])
 def test_an_empty_batch(base):
     assert base(4, 4)(torch.ones(0, 4, 8, 8)).shape == (0, 4, 8, 8)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_network_under_transforms(base, task):
+    """torch.vmap, and one gradient per sample, are what a loop over the samples gives."""
+    op, shape = TASKS[task]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="adapt: .* grouped layers")
+        net = lf.LoRun(op, BASES[base](shape[1]), stages=2, step_size=0.1)
+    size = shape[-2:]
+    y = op(torch.rand(3, *shape[1:])).unsqueeze(1)
+    torch.testing.assert_close(torch.vmap(lambda v: net(v, size=size))(y), torch.stack([net(v, size=size) for v in y]))
+    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+    def loss(learned, v):
+        return torch.func.functional_call(net, learned, v, {"size": size}).square().mean()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(learned, y)
+    for n, v in enumerate(y):
+        wanted = torch.autograd.grad(net(v, size=size).square().mean(), list(learned.values()))
+        for (name, got), want in zip(each.items(), wanted, strict=True):
+            torch.testing.assert_close(got[n], want, msg=lambda m, name=name: f"{name}: {m}")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorun_fast.ops._checks import check_image, number_or_tensor, shape_of, whole
+from lorun_fast.ops._direct import transforms_active
 
 
 def sizes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
@@ -55,3 +56,8 @@ def whole_cells(x: Tensor, cell: int) -> Tensor:
         # On a CPU autocast takes this for an operation that needs fp32.
         return F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate").to(x.dtype)
     return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in that layout; as it is under transforms of torch.func, where torch.vmap has no layouts."""
+    return x if transforms_active() else x.contiguous(memory_format=torch.channels_last)

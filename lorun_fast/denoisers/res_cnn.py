@@ -58,5 +58,5 @@ class ResCNN(nn.Module):
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         _inputs.check_images(z, self.in_channels)
         x = self.head(_inputs.with_noise_map(z, sigma, self.noise_level, "ResCNN"))
-        x = self.tail(self.body(x.contiguous(memory_format=torch.channels_last)))
+        x = self.tail(self.body(_inputs.channels_last(x)))
         return z[:, : self.out_channels] + x if self.residual else x

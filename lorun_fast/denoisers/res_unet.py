@@ -85,7 +85,7 @@ class ResUNet(nn.Module):
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "ResUNet")
         x = _inputs.whole_cells(x, 2 ** len(self.down))
         # One-channel inputs cannot say which layout they are in; without this, CPU convolutions train 2x slower.
-        x = self.head(x).contiguous(memory_format=torch.channels_last)
+        x = _inputs.channels_last(self.head(x))
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             skips.append(x)

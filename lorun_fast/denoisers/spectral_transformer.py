@@ -124,7 +124,7 @@ class SpectralTransformer(nn.Module):
         height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "SpectralTransformer")
         x = _inputs.whole_cells(x, 2 ** len(self.down))
-        x = self.head(x).contiguous(memory_format=torch.channels_last)
+        x = _inputs.channels_last(self.head(x))
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             x = blocks(x)
