@@ -167,8 +167,13 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
 
     denoiser: the base module, needed only if its class was not registered with
         :func:`lorun_fast.denoisers.register_denoiser`; its weights are overwritten.
-    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file and for a device that torch does not reach.
     """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that this torch reaches, got {device!r} ({reason})") from None
     config, state = _read(path)
     state = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in state.items()}
     spec = config["denoiser"]

@@ -345,3 +345,10 @@ def test_notes_that_hold_themselves(tmp_path):
     notes["notes"] = notes
     with pytest.raises(ValueError, match=r"notes: expected what JSON can hold, got .*Circular"):
         lf.save(network(), tmp_path / "net.safetensors", notes=notes)
+
+
+def test_a_device_that_is_none(tmp_path):
+    """Told before the file is read."""
+    for device in ("foo", "xpu:77", 1.5):
+        with pytest.raises(ValueError, match=f"device: expected one that this torch reaches, got {device!r}"):
+            lf.load(tmp_path / "missing.safetensors", device=device)
