@@ -195,7 +195,9 @@ def test_a_staged_denoiser_within_another_keeps_its_own_stage():
         nn.init.normal_(p)
     within, last = outer.base
     assert set(outer.adapted) == {"1"}
-    assert torch.equal(outer(Z, stage=1), last(within.staged(Z, stage=2), 1))
+    got = outer(Z, stage=1)  # merges in another op than a layer by itself, which may round otherwise
+    torch.testing.assert_close(got, last(within.staged(Z, stage=2), 1))
+    assert not torch.allclose(got, last(within.staged(Z, stage=1), 1))
 
 
 def test_a_single_layer_is_a_denoiser_too():
