@@ -31,7 +31,7 @@ _FIELDS = {
 
 
 def _config(net: LoRun) -> dict:
-    base = net.denoiser.copies[0] if net.sharing == "untied" else net.denoiser.base
+    base = net.denoiser.one()
     known = denoisers.registered(type(base).__name__) is type(base)
     config = {
         "version": _VERSION,

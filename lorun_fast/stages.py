@@ -284,7 +284,7 @@ class UntiedDenoiser(Stages):
         return z if out is None else out
 
     def parameter_report(self) -> ParameterReport:
-        return ParameterReport(_count(self.copies[0].parameters()), 0, self.stages, copies=self.stages)
+        return ParameterReport(_count(self.one().parameters()), 0, self.stages, copies=self.stages)
 
 
 def _patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -204,6 +204,7 @@ def test_compiles_into_one_graph(graph_counter):
             "layer 0: weight: expected .* got torch.int64",
         ),
         ({"ups": [torch.randn(K, 6, 2, device="meta")]}, ValueError, "layer 0: up is on meta"),
+        ({"scales": [float("nan")]}, ValueError, "scales: expected a finite number, got nan"),
         ({"transposed": None}, TypeError, "transposed: expected True or False, or one of them per layer, got"),
         ({"transposed": ["a", "b"]}, TypeError, "transposed: expected True or False, or one of them per layer, got"),
         ({"dtype": torch.int8}, TypeError, "dtype: expected float32, float64, bfloat16 or float16, got torch.int8"),

@@ -20,8 +20,8 @@ struct OperatorTensors {
 constexpr int64_t kMostShift = int64_t{1} << 40;
 
 inline void check_shift(int64_t bands, int64_t step) {
-  STD_TORCH_CHECK(step >= 0 && step <= kMostShift / std::max<int64_t>(bands, 1), "step: expected 0 to ",
-                  kMostShift / std::max<int64_t>(bands, 1), " beside ", bands, " bands, got ", step);
+  const int64_t most = kMostShift / std::max<int64_t>(bands, 1);
+  STD_TORCH_CHECK(step >= 0 && step <= most, "step: expected 0 to ", most, " beside ", bands, " bands, got ", step);
 }
 
 inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t bands, int64_t step, ScalarType image) {

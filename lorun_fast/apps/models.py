@@ -95,7 +95,7 @@ def load(name: str, device: str | torch.device = "cpu", task: str | None = None)
     own = tasks.get(net.op.task)
     if task not in (None, own.NAME):
         raise UserError(f"--model: expected a network for task {task!r}, got {name} for {own.NAME!r}")
-    base = net.denoiser.copies[0] if net.sharing == "untied" else net.denoiser.base
+    base = net.denoiser.one()
     if getattr(base, "noise_level", False) and not own.NOISE_LEVEL:
         raise UserError(f"expected a network that restores from y alone, got {path}, which also takes a noise level")
     # Convolutions of this size run 1.3 to 1.6 times faster channels-last on a CPU, and no slower on a GPU.

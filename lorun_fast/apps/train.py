@@ -399,7 +399,7 @@ def _phase_two(net: LoRun, path: Path, base: LoRun, args: argparse.Namespace) ->
 
 def _copy_what_fits(source: LoRun, target: LoRun) -> None:
     """Base tensors of the same name and shape; the adapters, steps and operator of the source stay behind."""
-    known = (source.denoiser.copies[0] if source.sharing == "untied" else source.denoiser.base).state_dict()
+    known = source.denoiser.one().state_dict()
     own = target.denoiser.base.state_dict()
     fitting = {name: known[name] for name, t in own.items() if name in known and known[name].shape == t.shape}
     if not fitting:

@@ -63,7 +63,7 @@ class BlockCS(SensingOperator):
         if not 0 < finite("ratio", ratio) <= 1:
             raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
         n = whole("block_size", block_size, 1) ** 2
-        if not -(2**63) <= whole("seed", seed, -(2**63)) < 2**64:
+        if whole("seed", seed, -(2**63)) >= 2**64:
             raise ValueError(f"seed: expected a whole number of 64 bits, got {seed}")
         if dtype not in (torch.float32, torch.float64):  # an integer's rows would be zeros
             raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
@@ -101,7 +101,8 @@ class BlockCS(SensingOperator):
         return ops.block_cs(x, self._beside("phi", x), block_size=self.block_size)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = self.image_size(y, size)
+        if size is None:
+            size = self.image_size(y, size)
         return ops.block_cs_adjoint(y, self._beside("phi", y), block_size=self.block_size, size=size)
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:

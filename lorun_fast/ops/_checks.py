@@ -14,6 +14,7 @@ from lorun_fast.ops._constants import constant
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The dtype of parameters beside an image of each of them.
 WIDE = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in STORAGE_DTYPES}
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def shape_of(t: Tensor) -> str:
@@ -60,6 +61,8 @@ def number(name: str, value: float) -> float:
 
 def finite(name: str, value: float) -> float:
     """A user's number, neither NaN nor infinite, in fp32 too."""
+    if type(value) is float and abs(value) <= _LARGEST:  # at every call of a layer
+        return value
     found = number(name, value)
     if not math.isfinite(found):
         raise ValueError(f"{name}: expected a finite number, got {found}")

@@ -309,8 +309,7 @@ def lora_conv2d(
         padding = 0
     padding = _pair("padding", padding, 0)
     groups = whole("groups", groups, 1)
-    if type(scale) is not float or not abs(scale) < 1e30:
-        scale = finite("scale", scale)
+    scale = finite("scale", scale)
     per_sample = isinstance(stage, Tensor)
     args = (scale, stride, padding, dilation, groups, activation, False, (0, 0))
     if stage is not None and not per_sample:

@@ -168,8 +168,7 @@ def lora_linear(
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         check_floating("x", x)
         check_floating("weight", weight)
-    if type(scale) is not float or not abs(scale) < 1e30:
-        scale = finite("scale", scale)
+    scale = finite("scale", scale)
     per_sample = isinstance(stage, Tensor)
     if stage is not None and not per_sample:
         check_factors(weight, down, up, stacked=True)

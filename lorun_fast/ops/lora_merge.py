@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops import _backends
-from lorun_fast.ops._checks import STORAGE_DTYPES, check_flag, number
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_flag, finite
 from lorun_fast.ops._direct import below_autograd
 from lorun_fast.ops._library import define
 from lorun_fast.ops.lora import check_factors, check_floating
@@ -186,7 +186,7 @@ def lora_merge(
             raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
     check_flag("channels_last", channels_last)
     n = len(weights)
-    scales = [number("scales", s) for s in (scales if isinstance(scales, list | tuple) else [scales] * n)]
+    scales = [finite("scales", s) for s in (scales if isinstance(scales, list | tuple) else [scales] * n)]
     transposed = list(transposed) if isinstance(transposed, list | tuple) else [transposed] * n
     if not all(isinstance(flipped, bool) for flipped in transposed):
         raise TypeError(f"transposed: expected True or False, or one of them per layer, got {transposed!r}")

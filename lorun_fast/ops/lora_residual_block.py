@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, lora_conv2d
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import batch_of, check_tensor, number, shape_of
+from lorun_fast.ops._checks import batch_of, check_tensor, finite, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -290,7 +290,7 @@ def lora_residual_block(
             raise ValueError(f"{name}: expected (weight, bias, down, up), got {len(layer)} of them")
     if not isinstance(scales, tuple | list) or len(scales) != 2:
         raise ValueError(f"scales: expected two numbers, got {scales!r}")
-    first_scale, second_scale = (number("scales", scale) for scale in scales)
+    first_scale, second_scale = (finite("scales", scale) for scale in scales)
     batch = batch_of("x", x)
     if stage is not None and not isinstance(stage, Tensor):
         for layer in (first, second):

@@ -42,20 +42,22 @@ def _check_packed(name: str, packed: Tensor, x: Tensor, out: int, channels: int,
 
 
 def _check_bias(name: str, bias: Tensor | None, x: Tensor, out: int) -> None:
-    if bias is not None:
-        check_tensor(name, bias)
-    if bias is not None and bias.shape != (out,):
+    if bias is None:
+        return
+    check_tensor(name, bias)
+    if bias.shape != (out,):
         raise ValueError(f"{name}: expected shape ({out}), got {shape_of(bias)}")
-    if bias is not None and bias.dtype != parameter_dtype(x.dtype):
+    if bias.dtype != parameter_dtype(x.dtype):
         raise TypeError(f"{name}: expected {parameter_dtype(x.dtype)} beside {x.dtype}, got {bias.dtype}")
 
 
 def _check_residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
-    if residual is not None:
-        check_tensor("residual", residual)
-    if residual is not None and residual.shape != shape:
+    if residual is None:
+        return
+    check_tensor("residual", residual)
+    if residual.shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {shape_of(residual)}")
-    if residual is not None and residual.dtype != x.dtype:
+    if residual.dtype != x.dtype:
         raise TypeError(f"residual: expected {x.dtype} as x has, got {residual.dtype}")
 
 
