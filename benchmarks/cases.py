@@ -8,5 +8,6 @@ from benchmarks import (  # noqa: F401
     lora_conv2d,
     network,
     packed_conv2d,
+    thin_conv2d,
     winograd_conv2d,
 )

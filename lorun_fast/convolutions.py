@@ -4,10 +4,10 @@ A denoiser that calls :func:`convolve` and :func:`residual_block` gets every fus
 that learn become one op a block, and those of inference, modules that stand for torch's and compute the same
 otherwise, apply what follows a convolution on the way.
 
-On a CPU :class:`WinogradConv2d`: minimal filtering, for fp32 (ops/winograd_conv2d.py); :class:`PackedConv2d`: matrix
-tiles, for bf16 (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`, where that takes less time than cuDNN's and what
-follows: a kernel for Hopper (ops/fused_conv2d.py), or that of LoRA convolutions, without an adapter
-(kernels/lora_conv2d.py).
+On a CPU in fp32 :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), and :class:`ThinConv2d`, from or
+to few channels (ops/fused_conv2d.py); in bf16 :class:`PackedConv2d`: matrix tiles (ops/packed_conv2d.py). On a GPU
+:class:`FusedConv2d`, where that takes less time than cuDNN's and what follows: a kernel for Hopper
+(ops/fused_conv2d.py), or that of LoRA convolutions, without an adapter (kernels/lora_conv2d.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lorun_fast.layers import LoRAConv2d
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
-from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_conv2d, winograd_weight
+from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_block, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
 
 
@@ -62,6 +62,19 @@ class StandIn(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
 
 
+def _unfit_same_size(conv: nn.Module) -> str | None:
+    """Why a module is no fp32 convolution of 3 x 3 with stride and padding 1; None if it is one."""
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}"
+    if conv.kernel_size != (3, 3):
+        return "its kernel is not 3 x 3"
+    if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding not in ((1, 1), "same"):
+        return "its stride or dilation is not 1, or its result not of the image's size"
+    if conv.groups != 1 or conv.padding_mode != "zeros":
+        return "it is grouped or does not pad with zeros"
+    return None if conv.weight.dtype == torch.float32 else f"its weight is {conv.weight.dtype}"
+
+
 class WinogradConv2d(StandIn):
     """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
 
@@ -80,23 +93,41 @@ class WinogradConv2d(StandIn):
     @staticmethod
     def unfit(conv: nn.Module) -> str | None:
         """Why this cannot stand for a module; None if it can."""
-        if type(conv) is not nn.Conv2d:
-            return f"a {type(conv).__name__}"
-        if conv.kernel_size != (3, 3):
-            return "its kernel is not 3 x 3"
-        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding not in ((1, 1), "same"):
-            return "its stride or dilation is not 1, or its result not of the image's size"
-        if conv.groups != 1 or conv.padding_mode != "zeros":
-            return "it is grouped or does not pad with zeros"
-        if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
+        reason = _unfit_same_size(conv)
+        if reason is None and (conv.in_channels % CHANNELS or conv.out_channels % CHANNELS):
             return f"its channels are not multiples of {CHANNELS}"
-        return None if conv.weight.dtype == torch.float32 else f"its weight is {conv.weight.dtype}"
+        return reason
 
     def form_weight(self) -> None:
         self.points = winograd_weight(self.weight)
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         return winograd_conv2d(input, self.points, self.bias, activation=activation, residual=residual)
+
+
+class ThinConv2d(StandIn):
+    """An nn.Conv2d of 3 x 3 with stride and padding 1 from or to at most four channels, for inference.
+
+    A network's first layer and its last: torch's takes up to ten times as long on channels_last images. Raises
+    ValueError for a layer that this does not fit.
+    """
+
+    method = "thin kernel"
+    expected = "a 3 x 3 convolution with stride and padding 1 from or to few channels"
+
+    @staticmethod
+    def unfit(conv: nn.Module) -> str | None:
+        """Why this cannot stand for a module; None if it can."""
+        reason = _unfit_same_size(conv)
+        if reason is None and not fused_conv2d.is_thin(conv.weight):
+            return f"it has {conv.in_channels} channels in and {conv.out_channels} out"
+        return reason
+
+    def form_weight(self) -> None:
+        """The kernel reads the weight as it is."""
+
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
 
 
 def _padding(conv: nn.Conv2d) -> int | None:
@@ -248,9 +279,11 @@ class FusedConv2d(StandIn):
 
 def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """act(conv(x)) + residual, in one pass where the layer can. activation: None or "relu"."""
-    if isinstance(conv, StandIn):
-        return conv(x, activation, residual)
-    return _finish(conv(x), activation, residual)
+    if not isinstance(conv, StandIn):
+        return _finish(conv(x), activation, residual)
+    if residual is not None and residual.dtype != conv.weight.dtype:
+        return _finish(conv(x, activation), None, residual)
+    return conv(x, activation, residual)
 
 
 def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
@@ -267,6 +300,10 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
+    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d):
+        return winograd_block(
+            x, first.points, second.points, first_bias=first.bias, second_bias=second.bias, residual=residual
+        )
     if x.ndim == 4 and _are_a_lora_block(first, second):
         stage = first.stage_now(x.shape[0])
         if isinstance(stage, Tensor) or x.device.type not in _lora_autograd.DEVICES:
@@ -295,7 +332,16 @@ def _are_a_lora_block(*layers: nn.Module) -> bool:
     )
 
 
-KINDS: dict[str, type[StandIn]] = {"winograd": WinogradConv2d, "packed": PackedConv2d, "fused": FusedConv2d}
+KINDS: dict[str, tuple[type[StandIn], ...]] = {
+    "winograd": (WinogradConv2d, ThinConv2d),
+    "packed": (PackedConv2d,),
+    "fused": (FusedConv2d,),
+}
+"""Of each method: what stands for a layer, the first that fits it; the first of all names the method."""
+
+
+def _stand_in_for(conv: nn.Module, kind: str) -> type[StandIn] | None:
+    return next((stand_in for stand_in in KINDS[kind] if stand_in.unfit(conv) is None), None)
 
 
 def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int]:
@@ -303,7 +349,6 @@ def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int
 
     kind: one of KINDS.
     """
-    stand_in = KINDS[kind]
     made: dict[tuple[int, int | None], StandIn] = {}
     counts = (0, 0)
     for network in dict.fromkeys(networks):
@@ -313,9 +358,11 @@ def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int
             for name, child in parent._modules.items()
             if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))
         ]
-        fitting = [slot for slot in slots if not _has_hooks(slot[2]) and stand_in.unfit(slot[2]) is None]
-        counts = (len(fitting), len(slots))
-        for parent, name, conv in fitting:
+        kinds = [None if _has_hooks(conv) else _stand_in_for(conv, kind) for _, _, conv in slots]
+        counts = (len(slots) - kinds.count(None), len(slots))
+        for (parent, name, conv), stand_in in zip(slots, kinds, strict=True):
+            if stand_in is None:
+                continue
             key = (id(conv.weight), None if conv.bias is None else id(conv.bias))
             if key not in made:
                 made[key] = stand_in(conv)

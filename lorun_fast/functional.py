@@ -16,7 +16,12 @@ from lorun_fast.ops.lora_residual_block import lora_residual_block
 from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.packed_factor_gradients import packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
-from lorun_fast.ops.winograd_conv2d import winograd_conv2d, winograd_weight, winograd_weight_gradient
+from lorun_fast.ops.winograd_conv2d import (
+    winograd_block,
+    winograd_conv2d,
+    winograd_weight,
+    winograd_weight_gradient,
+)
 
 __all__ = [
     "block_cs",
@@ -40,6 +45,7 @@ __all__ = [
     "packed_factor_gradients",
     "packed_weight",
     "packed_weight_gradient",
+    "winograd_block",
     "winograd_conv2d",
     "winograd_weight",
     "winograd_weight_gradient",

@@ -247,8 +247,8 @@ def optimize(
     if convolutions not in (None, "direct", *KINDS):
         known = ", ".join(repr(kind) for kind in ("direct", *KINDS))
         raise ValueError(f"convolutions: expected {known} or None, got {convolutions!r}")
-    if convolutions in KINDS and device.type != KINDS[convolutions].device:
-        where = {"cpu": "CPU", "cuda": "GPU"}[KINDS[convolutions].device]
+    if convolutions in KINDS and device.type != (wanted := KINDS[convolutions][0].device):
+        where = {"cpu": "CPU", "cuda": "GPU"}[wanted]
         raise ValueError(f"convolutions: {convolutions!r} expects a network on a {where}, got one on {device}")
     if isinstance(sigma, Tensor):
         raise TypeError("sigma: expected a number, got a tensor")
@@ -345,7 +345,7 @@ def _convolutions(
             "packed": "no bfloat16 convolution of square kernels",
             "fused": "no bfloat16 or float16 convolution of 3 x 3 with stride 1 and up to 128 channels",
         }[kind]
-    return KINDS[kind].method, f"{replaced} of {convolutions} layers a stage; {why}"
+    return KINDS[kind][0].method, f"{replaced} of {convolutions} layers a stage; {why}"
 
 
 def fastest_convolutions(dtype: torch.dtype, device: torch.device, launched: bool = False) -> tuple[str, str]:

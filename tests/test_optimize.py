@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 import lorun_fast as lf
 from lorun_fast import optimize
-from lorun_fast.convolutions import FusedConv2d, PackedConv2d, WinogradConv2d, replace_convolutions, residual_block
+from lorun_fast.convolutions import (
+    FusedConv2d,
+    PackedConv2d,
+    ThinConv2d,
+    WinogradConv2d,
+    convolve,
+    replace_convolutions,
+    residual_block,
+)
 from lorun_fast.ops import _backends, fused_conv2d
 
 SIZE = (20, 13)
@@ -91,14 +99,15 @@ def test_stands_alone_and_stays(x):
         fast.train()
 
 
-def test_a_foreign_denoiser_keeps_its_other_parts_once(x):
+@pytest.mark.parametrize(("convolutions", "kind"), [("direct", nn.Conv2d), ("winograd", ThinConv2d)])
+def test_a_foreign_denoiser_keeps_its_other_parts_once(x, convolutions, kind):
     with pytest.warns(UserWarning, match="grouped"):
         net = network(denoiser=Base(), form="peft")
     net.denoiser.base.norm.running_var.fill_(2.0)
-    fast, y = net.optimize(), net.op(x)
+    fast, y = net.optimize(convolutions=convolutions), net.op(x)
     torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE))
     first, last = fast.denoiser.copies[0], fast.denoiser.copies[2]
-    assert type(first.head) is nn.Conv2d and first.alias is first.head
+    assert type(first.head) is kind and first.alias is first.head
     assert first.depthwise.weight is last.depthwise.weight and first.norm.running_var is last.norm.running_var
     assert first.head.bias.data_ptr() == last.head.bias.data_ptr()
     assert first.head.weight.untyped_storage().data_ptr() == last.head.weight.untyped_storage().data_ptr()
@@ -196,9 +205,9 @@ def test_minimal_filtering_computes_the_same(x, sharing):
     fast, y = net.optimize(convolutions="winograd"), net.op(x)
     torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE), rtol=0, atol=1e-5)
     done, why = fast.report["convolutions"]
-    assert done == "F(4x4, 3x3)" and "6 of 10 layers a stage; asked for" in why
+    assert done == "F(4x4, 3x3)" and "8 of 10 layers a stage; asked for" in why
     block = fast.denoiser.copies[1].encoder[0][0]
-    assert type(block.conv1) is WinogradConv2d and type(fast.denoiser.copies[1].head) is nn.Conv2d
+    assert type(block.conv1) is WinogradConv2d and type(fast.denoiser.copies[1].head) is ThinConv2d
     assert (block.conv1 is fast.denoiser.copies[0].encoder[0][0].conv1) == (sharing == "tied")
     assert all(type(layer) is not WinogradConv2d for layer in net.modules())
 
@@ -226,6 +235,7 @@ def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
     assert done == ("F(4x4, 3x3)" if found in ("avx2", "avx512") else "direct")
     assert ("this CPU's loops are" in why) == (done == "direct")
     assert stand_ins(fast, WinogradConv2d) == (0 if done == "direct" else 3 * 6)
+    assert stand_ins(fast, ThinConv2d) == (0 if done == "direct" else 3 * 2)
     direct = wide().optimize(convolutions="direct")
     assert direct.report["convolutions"] == ("direct", "asked for") and not stand_ins(direct, WinogradConv2d)
     narrow = network(denoiser=lf.ResUNet(channels=(4,), blocks=1)).optimize(convolutions="winograd")
@@ -317,6 +327,38 @@ def test_what_matrix_tiles_stand_for():
     shared = nn.Conv2d(3, 3, 3, padding=1, **bf16)
     module = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3))
     assert replace_convolutions([module], "packed") == (2, 3) and module[0] is module[1]
+
+
+def test_thin_layers_and_what_they_leave_alone():
+    layers = {
+        "channels": nn.Conv2d(5, 8, 3, padding=1),
+        "multiple": nn.Conv2d(4, 12, 3, padding=1),
+        "stride": nn.Conv2d(1, 8, 3, padding=1, stride=2),
+        "size": nn.Conv2d(8, 1, 5, padding=2),
+        "dtype": nn.Conv2d(8, 1, 3, padding=1, dtype=torch.float64),
+        "kind": nn.ConvTranspose2d(8, 1, 3, padding=1),
+    }
+    for layer in layers.values():
+        with pytest.raises(ValueError, match=r"conv: expected a 3 x 3 convolution .* from or to few channels, got"):
+            ThinConv2d(layer)
+    last = nn.Conv2d(8, 3, 3, padding="same")
+    module = nn.Sequential(*layers.values(), nn.Conv2d(3, 8, 3, padding=1, bias=False), last)
+    z, residual = torch.rand(2, 3, 6, 7), torch.rand(2, 3, 6, 7)
+    expected = last(module[-2](z).relu()) + residual
+    assert replace_convolutions([module], "winograd") == (2, 8)
+    assert type(module[-1]) is type(module[-2]) is ThinConv2d
+    torch.testing.assert_close(convolve(module[-1], convolve(module[-2], z, "relu"), residual=residual), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 1, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)], ids=["thin", "wide"])
+def test_a_residual_of_another_dtype_is_added_as_torch_adds_it(layer):
+    x, residual = torch.rand(1, 8, 6, 7), torch.rand(1, layer.out_channels, 6, 7, dtype=torch.float64)
+    module = nn.Sequential(layer)
+    expected = layer(x).relu() + residual
+    replace_convolutions([module], "winograd")
+    y = convolve(module[0], x, "relu", residual)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
 def test_layers_that_share_a_weight_alone_keep_their_biases():

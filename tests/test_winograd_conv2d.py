@@ -9,10 +9,11 @@ from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
-from lorun_fast.functional import winograd_conv2d, winograd_weight, winograd_weight_gradient
+from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
 from lorun_fast.reference import winograd_conv2d as reference
 
 op = torch.ops.lorun_fast.winograd_conv2d.default
+block_op = torch.ops.lorun_fast.winograd_block.default
 gradient_op = torch.ops.lorun_fast.winograd_weight_gradient.default
 
 # N, in, out, H, W: whole tiles, ragged ends, less than a tile, many tiles of more than one thread
@@ -216,8 +217,129 @@ def test_does_not_depend_on_threads_or_batch_mates():
     check_threads(lambda: winograd_weight_gradient(whole, x))
 
 
+# N, C, middle, H, W: one tile, ragged ends, less than a tile, rows for more than one thread, several panels of columns,
+# filters too large for the cache, more columns in a panel's row than fit
+BLOCKS = [
+    (1, 8, 8, 4, 4),
+    (2, 8, 24, 9, 6),
+    (1, 16, 16, 1, 1),
+    (3, 16, 8, 2, 17),
+    (1, 16, 16, 75, 47),
+    (2, 32, 32, 21, 190),
+    (1, 32, 16, 13, 700),
+    (1, 64, 64, 20, 21),
+    (0, 8, 8, 4, 4),
+]
+
+
+def block_problem(case, dtype=torch.float32):
+    n, channels, middle, height, width = case
+    x, first, first_bias, _ = problem((n, channels, middle, height, width), dtype)
+    _, second, second_bias, residual = problem((n, middle, channels, height, width), dtype, seed=1)
+    return x, first, first_bias, second, second_bias, residual
+
+
+@pytest.mark.parametrize("epilogue", [False, True])
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_is_two_convolutions_to_the_last_bit(poisoned, dtype, case, epilogue):
+    x, first, first_bias, second, second_bias, residual = block_problem(case, dtype)
+    points = winograd_weight(first), winograd_weight(second)
+    biases = (first_bias, second_bias) if epilogue else (None, None)
+    settings = {"first_bias": biases[0], "second_bias": biases[1], "residual": residual if epilogue else None}
+    y = winograd_block(x, *points, **settings)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    between = winograd_conv2d(x, points[0], biases[0], activation="relu")
+    expected = winograd_conv2d(between, points[1], biases[1], residual=x)
+    assert torch.equal(y, expected + residual if epilogue else expected)
+    exact = x + direct(direct(x, first, biases[0], "relu"), second, biases[1])
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), exact + residual if epilogue else exact, **close)
+    definition = reference.winograd_block(x, points[0], biases[0], points[1], biases[1], settings["residual"])
+    torch.testing.assert_close(definition, y, **close)
+
+
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_a_blocks_gradients(epilogue):
+    x, first, first_bias, second, second_bias, residual = block_problem((1, 8, 16, 5, 6), torch.float64)
+    biases = (first_bias, second_bias, residual) if epilogue else (None, None, None)
+    args = [x, winograd_weight(first), biases[0], winograd_weight(second), *biases[1:]]
+    args = [t if t is None else t.requires_grad_() for t in args]
+    opcheck(block_op, args)
+    assert torch.autograd.gradcheck(block_op, args, fast_mode=True)
+    for i, wanted in enumerate(args):
+        if wanted is not None:
+            alone = [t if t is None else t.detach() for t in args]
+            alone[i].requires_grad_()
+            (grad,) = torch.autograd.grad(block_op(*alone).sum(), alone[i])
+            assert grad.shape == wanted.shape and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_block_takes_any_layout(layout):
+    x, first, _, second, _, residual = block_problem((2, 16, 8, 10, 13))
+    x, residual = LAYOUTS[layout](x), LAYOUTS[layout](residual)
+    y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
+    expected = x + direct(direct(x, first, None, "relu"), second) + residual
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_block_compiles_as_one_graph():
+    x, first, first_bias, second, _, residual = block_problem((1, 8, 8, 9, 7))
+    points = winograd_weight(first), winograd_weight(second)
+
+    def call(x):
+        return winograd_block(2 * x, *points, first_bias=first_bias, residual=residual) + 1
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), call(x))
+
+
+def test_a_block_does_not_depend_on_threads_or_batch_mates():
+    x, first, first_bias, second, second_bias, _ = block_problem((3, 16, 16, 90, 331))
+    points, biases = (winograd_weight(first), winograd_weight(second)), (first_bias, second_bias)
+
+    def call(x):
+        return winograd_block(x, *points, first_bias=biases[0], second_bias=biases[1])
+
+    whole = call(x)
+    for i in range(3):
+        assert torch.equal(call(x[i : i + 1]), whole[i : i + 1])
+    check_threads(lambda: call(x))
+
+
+def test_a_block_lets_nan_reach_its_neighbourhood():
+    x, first, _, second, _, _ = block_problem((1, 8, 8, 20, 20))
+    x[0, 3, 9, 10] = float("nan")
+    lost = winograd_block(x, winograd_weight(first), winograd_weight(second)).isnan().any(1)[0]
+    assert lost[7:12, 8:13].all() and not lost[:4].any() and not lost[:, :4].any() and not lost[:, 17:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x: expected \(N, C, H, W\), got shape \(8, 4, 4\)"),
+        ({"first": torch.zeros(36, 16, 8)}, ValueError, r"first: expected \(36, 8, out\)"),
+        ({"second": torch.zeros(36, 8, 8)}, ValueError, r"second: expected \(36, 16, out\)"),
+        ({"second": torch.zeros(36, 16, 16)}, ValueError, r"second: expected \(36, 16, 8\), back to x's channels"),
+        ({"second": torch.zeros(36, 16, 8).double()}, TypeError, "second: expected torch.float32 as x has"),
+        ({"first_bias": torch.zeros(8)}, ValueError, r"first_bias: expected shape \(16\), got \(8\)"),
+        ({"second_bias": torch.zeros(16)}, ValueError, r"second_bias: expected shape \(8\), got \(16\)"),
+        ({"residual": torch.zeros(1, 8, 4, 5)}, ValueError, r"residual: expected shape \(1, 8, 4, 4\), got \(1, 8"),
+        ({"first": None}, TypeError, "first: expected a tensor, got NoneType"),
+    ],
+)
+def test_errors_of_a_block(change, error, message):
+    arguments = {
+        "x": torch.zeros(1, 8, 4, 4),
+        "first": torch.zeros(36, 8, 16),
+        "second": torch.zeros(36, 16, 8),
+    } | change
+    with pytest.raises(error, match=message):
+        winograd_block(**arguments)
+
+
 VARIANTS = """
-from lorun_fast.functional import winograd_conv2d, winograd_weight, winograd_weight_gradient
+from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
 for dtype in (torch.float32, torch.float64):
     for n, i, o, h, w in ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)):
         x, weight = torch.randn(n, i, h, w, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype) / 12
@@ -230,6 +352,12 @@ for dtype in (torch.float32, torch.float64):
         F.conv2d(x.double(), weight, padding=1).backward(y.double())
         scale = weight.grad.abs().max()
         torch.testing.assert_close(winograd_weight_gradient(y, x).double() / scale, weight.grad / scale, **close)
+    x, residual = torch.randn(2, 2, 16, 37, 90, dtype=dtype)
+    first, second = torch.randn(24, 16, 3, 3, dtype=dtype) / 12, torch.randn(16, 24, 3, 3, dtype=dtype) / 12
+    y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
+    between = F.relu(F.conv2d(x.double(), first.double(), padding=1))
+    expected = x + F.conv2d(between, second.double(), padding=1) + residual
+    torch.testing.assert_close(y.double(), expected, **close | {"atol": 10 * close["atol"]})
 """
 
 
@@ -289,6 +417,7 @@ def test_dtypes_of_the_weights_gradient():
 def test_no_channels():
     x = torch.zeros(1, 0, 4, 5)
     assert winograd_conv2d(x, torch.zeros(36, 0, 0)).shape == x.shape
+    assert winograd_block(x, torch.zeros(36, 0, 8), torch.zeros(36, 8, 0)).shape == x.shape
     assert winograd_weight_gradient(x, x).shape == (0, 0, 3, 3)
 
 

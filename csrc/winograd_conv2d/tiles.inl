@@ -34,9 +34,9 @@ LORUN_TARGET LORUN_INLINE inline void from_points(const V (&m)[6], V (&y)[4]) {
   y[3] = d + T(8) * q + m[5];
 }
 
-// d: the first of 6 x 6 pixels, `row` apart. v: this tile's channels at point 0.
+// d: the first pixel of 6 rows of 6. v: this tile's channels at point 0.
 template <class T>
-LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t channels, T* v, int64_t pitch) {
+LORUN_TARGET inline void transform(const T* const (&d)[kSpan], int64_t channels, T* v, int64_t pitch) {
   for (int64_t c = 0; c < channels; c += Lanes<T>::kCount) {
     Vec<T> half[6][6];
 #pragma GCC unroll 6
@@ -44,7 +44,7 @@ LORUN_TARGET inline void transform(const T* d, int64_t row, int64_t channels, T*
       Vec<T> from[6], to[6];
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
-        from[i] = load(d + i * row + j * channels + c);
+        from[i] = load(d[i] + j * channels + c);
       }
       to_points<T>(from, to);
 #pragma GCC unroll 6
@@ -94,7 +94,9 @@ template <class T>
 LORUN_TARGET inline void image_points(const Images& images, const T* x, int64_t channels, const Place& place, T* padded,
                                       T* v, int64_t pitch) {
   const Pixels<T> d = tile_at(images, x, channels, place.image, place.top - 1, place.left - 1, kSpan, padded);
-  transform(d.first, d.row, channels, v, pitch);
+  const T* const rows[kSpan] = {
+      d.first, d.first + d.row, d.first + 2 * d.row, d.first + 3 * d.row, d.first + 4 * d.row, d.first + 5 * d.row};
+  transform(rows, channels, v, pitch);
 }
 
 // m (Rows, out) = v (Rows, pitch) u over `length` columns of v, or m += v^T u over as many rows of it (length, pitch);
@@ -138,74 +140,94 @@ LORUN_TARGET inline void product(const T* v, int64_t pitch, const T* u, int64_t 
 
 template <class T, int Vecs>
 LORUN_TARGET inline void columns(const T* v, int64_t tiles, int64_t in, const T* u, int64_t out, T* m) {
+  constexpr int kFew = 4;  // as many sums as hide a multiply-add's latency
   int64_t i = 0;
   for (; i + kTogether <= tiles; i += kTogether) {
     product<T, kTogether, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
+  }
+  for (; i + kFew <= tiles; i += kFew) {
+    product<T, kFew, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
   }
   for (; i < tiles; ++i) {
     product<T, 1, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
   }
 }
 
+// The products of `tiles` tiles' points with a filter's.
 template <class T>
-LORUN_TARGET inline void multiply(const Problem<T>& p, const Work<T>& w, int64_t tiles) {
+LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<T>& w, int64_t tiles) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   for (int64_t point = 0; point < kPoints; ++point) {
-    const T *v = w.v + point * w.v_pitch, *u = p.u + point * p.in * p.out;
+    const T *v = w.v + point * w.v_pitch, *u = f.u + point * f.in * f.out;
     T* m = w.m + point * w.m_pitch;
     int64_t j = 0;
-    for (; j + 2 * kCount <= p.out; j += 2 * kCount) {
-      columns<T, 2>(v, tiles, p.in, u + j, p.out, m + j);
+    for (; j + 2 * kCount <= f.out; j += 2 * kCount) {
+      columns<T, 2>(v, tiles, f.in, u + j, f.out, m + j);
     }
-    if (j < p.out) {
-      columns<T, 1>(v, tiles, p.in, u + j, p.out, m + j);
+    if (j < f.out) {
+      columns<T, 1>(v, tiles, f.in, u + j, f.out, m + j);
     }
   }
 }
 
-// Of a tile that ends inside the image if Whole; `at` is its first value in y, `rows` and `width` what it has of both.
+// m: the products of a tile that ends inside the image if Whole; `at` is its first value in the result, `rows` and
+// `width` what it has of both.
 template <class T, bool Whole>
-LORUN_TARGET inline void finish(const Problem<T>& p, const T* m, int64_t pitch, int64_t at, int64_t rows,
+LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, int64_t at, int64_t rows,
                                 int64_t width) {
-  for (int64_t c = 0; c < p.out; c += Lanes<T>::kCount) {
+  for (int64_t c = 0; c < to.channels; c += Lanes<T>::kCount) {
     Vec<T> half[4][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
-      Vec<T> from[6], to[4];
+      Vec<T> from[6], to_half[4];
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
         from[i] = load(m + (i * 6 + j) * pitch + c);
       }
-      from_points<T>(from, to);
+      from_points<T>(from, to_half);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        half[i][j] = to[i];
+        half[i][j] = to_half[i];
       }
     }
-    const Vec<T> bias = p.bias ? load(p.bias + c) : Vec<T>{};
+    const Vec<T> bias = to.bias ? load(to.bias + c) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       if (!Whole && i >= rows) {
         break;
       }
-      Vec<T> to[4];
-      from_points<T>(half[i], to);
+      Vec<T> found[4];
+      from_points<T>(half[i], found);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         if (!Whole && j >= width) {
           break;
         }
-        const int64_t o = at + (i * p.width + j) * p.out + c;
-        Vec<T> y = to[j] + bias;
-        if (p.relu) {
+        const int64_t o = at + i * to.row + j * to.channels + c;
+        Vec<T> y = found[j] + bias;
+        if (to.relu) {
           y = y < T(0) ? Vec<T>{} : y;  // NaN stays
         }
-        if (p.residual) {
-          y += load(p.residual + o);
+        if (to.added) {
+          y += load(to.added + o);
         }
-        store(p.y + o, y);
+        if (to.more) {
+          y += load(to.more + o);
+        }
+        store(to.y + o, y);
       }
     }
+  }
+}
+
+// The one of both that serves this tile.
+template <class T>
+LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, int64_t at, int64_t rows,
+                                int64_t width) {
+  if (rows >= kTile && width >= kTile) {
+    finish<T, true>(to, m, pitch, at, rows, width);
+  } else {
+    finish<T, false>(to, m, pitch, at, rows, width);
   }
 }
 
@@ -213,18 +235,68 @@ LORUN_TARGET inline void finish(const Problem<T>& p, const T* m, int64_t pitch, 
 template <class T>
 LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
-    image_points(p, p.x, p.in, Place(p, t), w.padded, w.v + (t - begin) * p.in, w.v_pitch);
+    image_points(p, p.x, p.filter.in, Place(p, t), w.padded, w.v + (t - begin) * p.filter.in, w.v_pitch);
   }
-  multiply(p, w, end - begin);
+  multiply(p.filter, w, end - begin);
   for (int64_t t = begin; t < end; ++t) {
     const Place place(p, t);
-    const int64_t at = ((place.image * p.height + place.top) * p.width + place.left) * p.out;
-    const int64_t rows = p.height - place.top, width = p.width - place.left;
-    const T* m = w.m + (t - begin) * p.out;
-    if (rows >= kTile && width >= kTile) {
-      finish<T, true>(p, m, w.m_pitch, at, rows, width);
-    } else {
-      finish<T, false>(p, m, w.m_pitch, at, rows, width);
+    const int64_t at = ((place.image * p.height + place.top) * p.width + place.left) * p.filter.out;
+    finish(p.to, w.m + (t - begin) * p.filter.out, w.m_pitch, at, p.height - place.top, p.width - place.left);
+  }
+}
+
+// One row of tiles of the first convolution, into its slot of the ring.
+template <class T>
+LORUN_TARGET inline void between(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel,
+                                 int64_t row) {
+  const int64_t in = p.first.in, middle = p.first.out, top = row * kTile;
+  const int64_t begin = std::max<int64_t>(panel.begin - 1, 0), end = std::min(panel.end + 1, p.tile_columns());
+  const Finish<T> to{middle, ring.slot(row), ring.row, p.first_bias, nullptr, nullptr, true};
+  for (int64_t from = begin; from < end; from += w.tiles) {
+    const int64_t count = std::min(w.tiles, end - from);
+    for (int64_t t = 0; t < count; ++t) {
+      const Place place{panel.image, top, (from + t) * kTile};
+      image_points(p, p.x, in, place, w.padded, w.v + t * in, w.v_pitch);
+    }
+    multiply(p.first, w, count);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t left = (from + t) * kTile;
+      finish(to, w.m + t * middle, w.m_pitch, ring.column(panel, left), p.height - top, p.width - left);
+    }
+  }
+}
+
+// Rows [begin, end) of tiles of a panel.
+template <class T>
+LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel, int64_t begin,
+                        int64_t end) {
+  const int64_t out = p.second.out, middle = p.first.out, last = p.tile_rows() - 1;
+  ring.clear_margins(panel, p.width);
+  for (int64_t row = std::max<int64_t>(begin - 1, 0); row <= begin; ++row) {
+    between(p, w, ring, panel, row);
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    if (row < last) {
+      between(p, w, ring, panel, row + 1);
+    }
+    const int64_t top = row * kTile;
+    const T* rows[kSpan];
+    for (int64_t i = 0; i < kSpan; ++i) {
+      const int64_t y = top - 1 + i;
+      rows[i] = y < 0 || y >= p.height ? ring.zeros() : ring.slot(y / kTile) + y % kTile * ring.row;
+    }
+    for (int64_t from = panel.begin; from < panel.end; from += w.tiles) {
+      const int64_t count = std::min(w.tiles, panel.end - from);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t at = ring.column(panel, (from + t) * kTile - 1);
+        const T* const d[kSpan] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at, rows[4] + at, rows[5] + at};
+        transform(d, middle, w.v + t * middle, w.v_pitch);
+      }
+      multiply(p.second, w, count);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t left = (from + t) * kTile, at = ((panel.image * p.height + top) * p.width + left) * out;
+        finish(p.to, w.m + t * out, w.m_pitch, at, p.height - top, p.width - left);
+      }
     }
   }
 }

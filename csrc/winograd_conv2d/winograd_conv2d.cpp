@@ -24,53 +24,141 @@ namespace {
 
 constexpr int64_t kMultiple = 12;          // of tiles, as the products want them
 constexpr int64_t kWorkBytes = 128 << 10;  // a part of the second-level cache
+// Other parts of it: a block's filters, and what lies between its convolutions. Larger ones are two passes.
+constexpr int64_t kFilterBytes = 320 << 10, kRingBytes = 256 << 10;
+constexpr int64_t kFewColumns = 8;  // of a panel, whose neighbours' are computed twice
+
+// Tiles that a thread takes at a time.
+template <class T>
+int64_t tiles_together(int64_t channels) {
+  const int64_t bytes = kPoints * channels * static_cast<int64_t>(sizeof(T));
+  return std::max(kWorkBytes / std::max(bytes, int64_t{1}) / kMultiple, int64_t{1}) * kMultiple;
+}
 
 template <class T>
 void run(const Problem<T>& p) {
-  const auto kernel = LORUN_PICK_FOR(variant_for<T>(p.in, p.out), convolve<T>);
-  const int64_t channels = kPoints * (p.in + p.out), bytes = channels * static_cast<int64_t>(sizeof(T));
-  const int64_t together = std::max(kWorkBytes / std::max(bytes, int64_t{1}) / kMultiple, int64_t{1}) * kMultiple;
+  const int64_t in = p.filter.in, out = p.filter.out, together = tiles_together<T>(in + out);
+  const auto kernel = LORUN_PICK_FOR(variant_for<T>(in, out), convolve<T>);
   const int64_t blocks = (p.tiles() + together - 1) / together;
-  parallel(blocks, together * channels, [&](int64_t begin, int64_t end) {
-    const Work<T> w(together, p.in, p.out);
+  parallel(blocks, together * kPoints * (in + out), [&](int64_t begin, int64_t end) {
+    const Work<T> w(together, in, out);
     for (int64_t b = begin; b < end; ++b) {
       kernel(p, w, b * together, std::min((b + 1) * together, p.tiles()));
     }
   });
 }
 
+// A thread takes rows of tiles of one panel, and first those of the first convolution that its neighbours compute too.
+template <class T>
+void run(const Block<T>& p, int64_t columns) {
+  const int64_t channels = p.first.in, middle = p.first.out, together = tiles_together<T>(channels + middle);
+  const auto kernel = LORUN_PICK_FOR(variant_for<T>(channels, middle), block<T>);
+  const Slices panels(p.tile_columns(), (p.tile_columns() + columns - 1) / columns, 1);
+  const int64_t rows = p.tile_rows(), work = panels.size * kPoints * 2 * (channels + middle);
+  parallel(p.n * panels.count * rows, work, [&](int64_t begin, int64_t end) {
+    const Work<T> w(together, std::max(channels, middle), std::max(channels, middle));
+    const Ring<T> ring(panels.size, middle);
+    for (int64_t at = begin, next; at < end; at = next) {
+      const int64_t panel = at / rows, first = at % rows;
+      next = std::min(end, (panel + 1) * rows);
+      const int64_t i = panel % panels.count;
+      kernel(p, w, ring, {panel / panels.count, panels.begin(i), panels.end(i)}, first, first + next - at);
+    }
+  });
+}
+
+// What a call's arguments are: dense, channels innermost, once they are found to fit.
+struct Image {
+  int64_t n, channels, height, width;
+  ScalarType type;
+  Tensor dense;
+
+  explicit Image(const Tensor& x)
+      : n(x.size(0)),
+        channels(x.size(1)),
+        height(x.size(2)),
+        width(x.size(3)),
+        type(x.scalar_type()),
+        dense(channels_inside(x)) {}
+
+  Tensor filter(const char* name, const Tensor& weight, int64_t in, int64_t out) const {
+    STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
+                    out);
+    check_shape(name, weight, {kPoints, in, out});
+    check_type(name, weight, wide_type(type));
+    return lorun::dense(weight);
+  }
+
+  std::optional<Tensor> bias(const char* name, const std::optional<Tensor>& t, int64_t out) const {
+    if (!t) {
+      return std::nullopt;
+    }
+    check_shape(name, *t, {out});
+    check_type(name, *t, wide_type(type));
+    return lorun::dense(*t);
+  }
+
+  std::optional<Tensor> added(const std::optional<Tensor>& t, int64_t out) const {
+    if (t) {
+      check_shape("residual", *t, {n, out, height, width});
+      check_type("residual", *t, wide_type(type));
+    }
+    return channels_inside(t);
+  }
+};
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, std::optional<Tensor> residual) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 3, "x, weight: expected 4 and 3 dimensions, got ", shape_of(x),
                   " and ", shape_of(weight));
-  const int64_t n = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = weight.size(2);
-  STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
-                  out);
-  check_shape("weight", weight, {kPoints, in, out});
-  const ScalarType type = x.scalar_type();
-  check_type("weight", weight, wide_type(type));
-  if (bias) {
-    check_shape("bias", *bias, {out});
-    check_type("bias", *bias, wide_type(type));
-  }
-  if (residual) {
-    check_shape("residual", *residual, {n, out, height, width});
-    check_type("residual", *residual, wide_type(type));
-  }
-  const Tensor image = channels_inside(x), points = dense(weight);
-  const std::optional<Tensor> added = channels_inside(residual);
-  const std::optional<Tensor> offset = bias ? std::optional(dense(*bias)) : std::nullopt;
-  const Tensor y = empty_beside(x, {n, height, width, out}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
+  const Image image(x);
+  const int64_t in = image.channels, out = weight.size(2), width = image.width;
+  const Tensor points = image.filter("weight", weight, in, out);
+  const std::optional<Tensor> offset = image.bias("bias", bias, out), added = image.added(residual, out);
+  const Tensor y = empty_beside(x, {image.n, image.height, width, out}, image.type);
+  dispatch_wide(image.type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run(Problem<T>{{n, height, width},
-                   in,
-                   out,
-                   image.const_data_ptr<T>(),
-                   points.const_data_ptr<T>(),
-                   offset ? offset->const_data_ptr<T>() : nullptr,
-                   added ? added->const_data_ptr<T>() : nullptr,
-                   y.mutable_data_ptr<T>(),
-                   relu});
+    const Finish<T> to{out, y.mutable_data_ptr<T>(), width * out, pointer<T>(offset), pointer<T>(added), nullptr, relu};
+    run(Problem<T>{
+        {image.n, image.height, width}, {in, out, points.const_data_ptr<T>()}, image.dense.const_data_ptr<T>(), to});
+  });
+  return channels_outside(y);
+}
+
+Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor second,
+                      std::optional<Tensor> second_bias, std::optional<Tensor> residual) {
+  STD_TORCH_CHECK(x.dim() == 4 && first.dim() == 3, "x, first: expected 4 and 3 dimensions, got ", shape_of(x), " and ",
+                  shape_of(first));
+  const Image image(x);
+  const int64_t channels = image.channels, middle = first.size(2), width = image.width;
+  const Tensor points = image.filter("first", first, channels, middle);
+  const Tensor other_points = image.filter("second", second, middle, channels);
+  const std::optional<Tensor> offset = image.bias("first_bias", first_bias, middle);
+  const std::optional<Tensor> other_offset = image.bias("second_bias", second_bias, channels);
+  const std::optional<Tensor> more = image.added(residual, channels);
+  const Tensor y = empty_beside(x, {image.n, image.height, width, channels}, image.type);
+  dispatch_wide(image.type, "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Images images{image.n, image.height, width};
+    const Filter<T> one{channels, middle, points.const_data_ptr<T>()};
+    const Filter<T> other{middle, channels, other_points.const_data_ptr<T>()};
+    const T* pixels = image.dense.const_data_ptr<T>();
+    const Finish<T> to{
+        channels, y.mutable_data_ptr<T>(), width * channels, pointer<T>(other_offset), pixels, pointer<T>(more), false};
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t columns = kRingBytes / std::max<int64_t>(Ring<T>::kRows * kTile * middle * kBytes, 1) - 2;
+    if (2 * kPoints * channels * middle * kBytes <= kFilterBytes && columns >= kFewColumns) {
+      run(Block<T>{images, one, other, pixels, pointer<T>(offset), to}, columns);
+      return;
+    }
+    const Tensor between = empty_beside(x, {image.n, image.height, width, middle}, image.type);
+    T* values = between.mutable_data_ptr<T>();
+    run(Problem<T>{images, one, pixels, {middle, values, width * middle, pointer<T>(offset), nullptr, nullptr, true}});
+    run(Problem<T>{images, other, values, to});
   });
   return channels_outside(y);
 }
@@ -152,6 +240,7 @@ Tensor weight_points(Tensor weight, bool adjoint) {
 
 STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("winograd_conv2d", TORCH_BOX(&convolution));
+  m.impl("winograd_block", TORCH_BOX(&residual_block));
   m.impl("winograd_weight", TORCH_BOX(&weight_points));
 }
 

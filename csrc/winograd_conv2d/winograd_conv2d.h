@@ -50,15 +50,86 @@ struct Place {
       : image(tile / (i.tile_rows() * i.tile_columns())),
         top(tile / i.tile_columns() % i.tile_rows() * kTile),
         left(tile % i.tile_columns() * kTile) {}
+
+  Place(int64_t image, int64_t top, int64_t left) : image(image), top(top), left(left) {}
 };
 
-// Channels innermost everywhere: x (n, height, width, in); y and residual (n, height, width, out); u (36, in, out).
+// u: (36, in, out).
+template <class T>
+struct Filter {
+  int64_t in, out;
+  const T* u;
+};
+
+// What becomes of results: y = act(result + bias) + added + more, whose rows lie `row` values apart. bias, added and
+// more, both as y, may be null.
+template <class T>
+struct Finish {
+  int64_t channels;
+  T* y;
+  int64_t row;
+  const T *bias, *added, *more;
+  bool relu;
+};
+
+// Channels innermost everywhere: x (n, height, width, in); y and what is added (n, height, width, out).
 template <class T>
 struct Problem : Images {
-  int64_t in, out;
-  const T *x, *u, *bias, *residual;  // the last two may be null
-  T* y;
-  bool relu;
+  Filter<T> filter;
+  const T* x;
+  Finish<T> to;
+};
+
+// Two convolutions, a ReLU between them, to other channels and back.
+template <class T>
+struct Block : Images {
+  Filter<T> first, second;
+  const T *x, *first_bias;
+  Finish<T> to;
+};
+
+// Columns [begin, end) of an image's tiles.
+struct Panel {
+  int64_t image, begin, end;
+};
+
+// What lies between a block's convolutions, of the 12 rows of pixels that are needed at a time: three rows of tiles in
+// turns, wide enough for a panel's columns and one more on each side. One row of zeros stands for those outside the
+// image.
+template <class T>
+struct Ring {
+  static constexpr int64_t kSlots = 3, kRows = kSlots * kTile + 1;
+  int64_t channels, row;
+  T* values;
+
+  Ring(int64_t columns, int64_t channels) : channels(channels), row((columns + 2) * kTile * channels) {
+    values = static_cast<T*>(scratch<Ring>(kRows * row * sizeof(T)));
+    std::fill_n(values + (kRows - 1) * row, row, T(0));
+  }
+
+  // The first pixel row of a row of tiles.
+  T* slot(int64_t tile_row) const {
+    return values + tile_row % kSlots * kTile * row;
+  }
+
+  const T* zeros() const {
+    return values + (kRows - 1) * row;
+  }
+
+  // Where a column of the image's pixels lies in a row.
+  int64_t column(const Panel& panel, int64_t x) const {
+    return (x - (panel.begin - 1) * kTile) * channels;
+  }
+
+  // Zeros in all columns outside the image: no result is written there.
+  void clear_margins(const Panel& panel, int64_t width) const {
+    const int64_t left = std::max<int64_t>(column(panel, 0), 0);
+    const int64_t right = std::min(column(panel, width), row);
+    for (int64_t i = 0; i + 1 < kRows; ++i) {
+      std::fill_n(values + i * row, left, T(0));
+      std::fill(values + i * row + right, values + (i + 1) * row, T(0));
+    }
+  }
 };
 
 // grad (n, height, width, out): of the result.
@@ -81,10 +152,11 @@ CpuVariant variant_for(int64_t in, int64_t out) {
 // pass the same of the gradient; padded, a tile that leaves the image.
 template <class T>
 struct Work {
+  int64_t tiles;             // at a time
   int64_t v_pitch, m_pitch;  // from point to point
   T *v, *m, *padded;
 
-  Work(int64_t tiles, int64_t in, int64_t out) {
+  Work(int64_t tiles, int64_t in, int64_t out) : tiles(tiles) {
     // Points a multiple of 4 KB apart would compete for the same places of the first-level cache.
     constexpr int64_t kApart = 64 / sizeof(T);
     v_pitch = tiles * in + kApart;

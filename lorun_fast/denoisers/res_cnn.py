@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.convolutions import convolve
 from lorun_fast.denoisers import _inputs
 from lorun_fast.denoisers.res_unet import ResidualBlock
 from lorun_fast.ops._checks import whole
@@ -58,5 +59,5 @@ class ResCNN(nn.Module):
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         _inputs.check_images(z, self.in_channels)
         x = self.head(_inputs.with_noise_map(z, sigma, self.noise_level, "ResCNN"))
-        x = self.tail(self.body(_inputs.channels_last(x)))
-        return z[:, : self.out_channels] + x if self.residual else x
+        x = self.body(_inputs.channels_last(x))
+        return convolve(self.tail, x, residual=z[:, : self.out_channels] if self.residual else None)

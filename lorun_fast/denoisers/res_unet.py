@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.convolutions import residual_block
+from lorun_fast.convolutions import convolve, residual_block
 from lorun_fast.denoisers import _inputs
 from lorun_fast.ops._checks import whole
 
@@ -96,5 +96,7 @@ class ResUNet(nn.Module):
             for module in blocks:
                 x = module(x)
             x = last(x, skip) if isinstance(last, ResidualBlock) else last(x) + skip
+        if self.residual and x.shape[2:] == z.shape[2:]:
+            return convolve(self.tail, x, residual=z[:, : self.out_channels])
         x = self.tail(x)[:, :, :height, :width]
         return z[:, : self.out_channels] + x if self.residual else x

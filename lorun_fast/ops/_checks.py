@@ -138,14 +138,23 @@ def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) ->
             raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
 
 
-def check_finishing(x: Tensor, out: int, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def check_finishing(
+    x: Tensor,
+    out: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    names: tuple[str, str] = ("weight", "bias"),
+) -> None:
     """Of a convolution to ``out`` channels that keeps x's size: what follows it, and that all is as x is."""
     want = (x.shape[0], out, *x.shape[2:])
-    others = [(name, t) for name, t in (("weight", weight), ("bias", bias), ("residual", residual)) if t is not None]
+    weight_name, bias_name = names
+    others = [(weight_name, weight), (bias_name, bias), ("residual", residual)]
+    others = [(name, t) for name, t in others if t is not None]
     for name, t in others:
         check_tensor(name, t)
     if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape ({out}), got {shape_of(bias)}")
+        raise ValueError(f"{bias_name}: expected shape ({out}), got {shape_of(bias)}")
     if residual is not None and residual.shape != want:
         raise ValueError(f"residual: expected shape {want}, got {shape_of(residual)}")
     for name, t in others:

@@ -14,7 +14,14 @@ from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
-from lorun_fast.ops.winograd_conv2d import CHANNELS, DTYPES, winograd_conv2d, winograd_weight, winograd_weight_gradient
+from lorun_fast.ops.winograd_conv2d import (
+    CHANNELS,
+    DTYPES,
+    winograd_block,
+    winograd_conv2d,
+    winograd_weight,
+    winograd_weight_gradient,
+)
 
 
 def supports(
@@ -81,8 +88,9 @@ def block_supports(*args) -> str | None:
 def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
     weights = lora_residual_block.merged(x, first, second, scales)
-    y = _convolve(_convolve(x, weights[0], first[1], activation="relu"), weights[1], second[1], residual=x)
-    return y if residual is None else y.add_(residual)
+    one, other = (winograd_weight(weight) for weight in weights)
+    bias, other_bias = (None if layer[1] is None else layer[1].to(x.dtype) for layer in (first, second))
+    return winograd_block(x, one, other, first_bias=bias, second_bias=other_bias, residual=residual)
 
 
 def missing() -> str | None:

@@ -1,7 +1,7 @@
-"""A 3 x 3 convolution, its bias, ReLU and a residual in one pass over a 16-bit image, on Hopper GPUs.
+"""A 3 x 3 convolution, its bias, ReLU and a residual in one pass over the image.
 
-Elsewhere, and for what that kernel does not fit, torch's convolution and a pass each. Definition:
-reference/fused_conv2d.py.
+By one kernel in 16 bits on Hopper GPUs, by another, thin_conv2d, in fp32 and fp64 on CPUs from or to few channels.
+Elsewhere, and for what these do not fit, torch's convolution and a pass each. Definition: reference/fused_conv2d.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from lorun_fast.ops._library import define
 from lorun_fast.reference import fused_conv2d as reference
 
 CHANNELS = 16
-"""Both channel counts are multiples of it in the kernel."""
+"""Both channel counts are multiples of it in the GPU's kernel."""
+FEW, MANY = 4, 8
+"""Of thin_conv2d: 1 to so many channels on one side, multiples of so many on the other."""
 
 _ACTIVATIONS = (None, "relu")
 _MOST_CHANNELS = 128
@@ -64,6 +66,10 @@ def _backward(ctx, grad):
     return (*found, grad if ctx.needs_input_grad[3] else None, None)
 
 
+def _flops(x, *_, out_shape, **__) -> int:
+    return 2 * math.prod(out_shape) * x[1] * 3**2
+
+
 @functools.cache
 def unavailable(device: int) -> str | None:
     """Why the kernel cannot run on a GPU; None if it can."""
@@ -84,12 +90,29 @@ _op = define(
     setup_context=_setup,
     direct=True,
     unavailable=unavailable,
-    flops=lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,
+    flops=_flops,
 )
 
 
+_thin_op = define(
+    "thin_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
+    reference=_definition,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+    direct=True,
+    flops=_flops,
+)
+
+
+def is_thin(weight: Tensor) -> bool:
+    """Whether thin_conv2d takes such a weight, (out, in, 3, 3)."""
+    few, many = sorted(weight.shape[:2])
+    return 1 <= few <= FEW and many % MANY == 0 and weight.dtype in (torch.float32, torch.float64)
+
+
 def unfit(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel does not serve these; None if it does."""
+    """Why the GPU's kernel does not serve these; None if it does."""
     if x.device.type != "cuda":
         return f"{x.device.type} device"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -130,13 +153,17 @@ def fused_conv2d(
     x: (N, in, H, W), channels_last without a copy. weight: (out, in, 3, 3), channels_last without a copy. bias: (out,).
     residual: as the result. All of one dtype. activation: None or "relu".
     In bf16 and fp16 sums are in fp32 and the result is rounded once; on a GPU of compute capability 9.0, with channels
-    in multiples of 16 and up to 128 of x, by one kernel, elsewhere by torch in fp32.
+    in multiples of 16 and up to 128 of x, by one kernel, elsewhere by torch in fp32. In fp32 and fp64 on a CPU, with 1
+    to 4 channels on one side and a multiple of 8 on the other, by another.
     Returns (N, out, H, W) in channels_last. Differentiable. Raises ValueError or TypeError naming the argument that
     does not fit.
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     _check(x, weight, bias, residual)
+    relu = activation == "relu"
+    if x.device.type == "cpu" and is_thin(weight):
+        return _thin_op(x, weight, bias, residual, relu)
     if x.device.type == "cuda" and unfit(x, weight) is not None:
-        return _definition(x, weight, bias, residual, activation == "relu")
-    return _op(x, weight, bias, residual, activation == "relu")
+        return _definition(x, weight, bias, residual, relu)
+    return _op(x, weight, bias, residual, relu)

@@ -22,28 +22,51 @@ DTYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = (None, "relu")
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check_x(x: Tensor) -> None:
     check_tensor("x", x)
-    check_tensor("weight", weight)
     if x.ndim != 4:
         raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
-    channels = x.shape[1]
-    if weight.ndim != 3 or weight.shape[:2] != (reference.POINTS, channels):
+
+
+def _channels_to(name: str, points: Tensor, channels: int) -> int:
+    """Of a weight for so many channels, to how many it leads."""
+    check_tensor(name, points)
+    if points.ndim != 3 or points.shape[:2] != (reference.POINTS, channels):
         raise ValueError(
-            f"weight: expected (36, {channels}, out) of winograd_weight for {channels} channels, got {shape_of(weight)}"
+            f"{name}: expected (36, {channels}, out) of winograd_weight for {channels} channels, got {shape_of(points)}"
         )
-    out = weight.shape[2]
+    out = points.shape[2]
     if channels % CHANNELS or out % CHANNELS:
-        raise ValueError(f"x, weight: expected multiples of {CHANNELS} channels, got {channels} and {out}")
-    check_finishing(x, out, weight, bias, residual)
+        raise ValueError(f"x, {name}: expected multiples of {CHANNELS} channels, got {channels} and {out}")
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    _check_x(x)
+    check_finishing(x, _channels_to("weight", weight, x.shape[1]), weight, bias, residual)
+
+
+def _check_block(x, first, first_bias, second, second_bias, residual):
+    _check_x(x)
+    channels = x.shape[1]
+    middle = _channels_to("first", first, channels)
+    check_finishing(x, middle, first, first_bias, None, ("first", "first_bias"))
+    out = _channels_to("second", second, middle)
+    if out != channels:
+        raise ValueError(f"second: expected (36, {middle}, {channels}), back to x's channels, got {shape_of(second)}")
+    check_finishing(x, channels, second, second_bias, residual, ("second", "second_bias"))
+
+
+def _empty(x: Tensor, channels: int) -> Tensor:
+    n, _, height, width = x.shape
+    return x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
 
 
 def _fake(x, weight, bias, relu, residual):
     _check(x, weight, bias, residual)
-    n, _, height, width = x.shape
-    return x.new_empty((n, height, width, weight.shape[2])).permute(0, 3, 1, 2)
+    return _empty(x, weight.shape[2])
 
 
 def _setup(ctx, inputs, output):
@@ -79,6 +102,39 @@ _op = define(
     setup_context=_setup,
     direct=True,
     flops=lambda x, *_, out_shape, **__: 2 * math.prod(out_shape) * x[1] * 3**2,  # of a direct convolution
+)
+
+
+def _fake_block(x, first, first_bias, second, second_bias, residual):
+    _check_block(x, first, first_bias, second, second_bias, residual)
+    return _empty(x, x.shape[1])
+
+
+def _setup_block(ctx, inputs, output):
+    x, first, first_bias, second, *_ = inputs
+    ctx.save_for_backward(x, first, first_bias, second)
+
+
+def _backward_block(ctx, grad):
+    x, first, first_bias, second = ctx.saved_tensors
+    between = _op(x, first, first_bias, True, None)
+    inner, grad_second = reference.winograd_conv2d_backward(grad, between, second)
+    inner = inner * (between > 0)
+    outer, grad_first = reference.winograd_conv2d_backward(inner, x, first)
+    biases = (None if first_bias is None else inner.sum((0, 2, 3)), grad.sum((0, 2, 3)))
+    found = (grad + outer, grad_first, biases[0], grad_second, biases[1], grad)
+    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+_block_op = define(
+    "winograd_block(Tensor x, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, Tensor? residual)"
+    " -> Tensor",
+    reference=reference.winograd_block,
+    fake=_fake_block,
+    backward=_backward_block,
+    setup_context=_setup_block,
+    direct=True,
+    flops=lambda x, first, *_, **__: 2 * 2 * math.prod(x) * first[2] * 3**2,  # of direct convolutions
 )
 
 
@@ -194,3 +250,22 @@ def winograd_conv2d(
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     _check(x, weight, bias, residual)
     return _op(x, weight, bias, activation == "relu", residual)
+
+
+def winograd_block(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    first_bias: Tensor | None = None,
+    second_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x + conv(relu(conv(x) + first_bias)) + second_bias + residual: a residual block of two :func:`winograd_conv2d`.
+
+    x, residual: (N, C, H, W). first, second: of :func:`winograd_weight`, (36, C, middle) and (36, middle, C). Up to
+        some 32 channels what lies between the convolutions stays in the cache; its values are those of two calls.
+    Returns (N, C, H, W) in channels_last. Errors and gradients as :func:`winograd_conv2d`'s.
+    """
+    _check_block(x, first, first_bias, second, second_bias, residual)
+    return _block_op(x, first, first_bias, second, second_bias, residual)

@@ -87,6 +87,19 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def winograd_block(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """x + conv(relu(conv(x) + first_bias)) + second_bias + residual."""
+    y = winograd_conv2d(winograd_conv2d(x, first, first_bias, True, None), second, second_bias, False, x)
+    return y if residual is None else (y + residual).contiguous(memory_format=torch.channels_last)
+
+
 def _gradient_points(grad: Tensor) -> Tensor:
     """A g A^T of every tile, (6, 6, N, out, tile rows, tile columns)."""
     height, width = grad.shape[2:]

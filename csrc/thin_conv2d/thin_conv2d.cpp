@@ -1,0 +1,110 @@
+// 3x3 convolution from or to few channels on the CPU (formulas in thin_conv2d.h).
+
+#include "thin_conv2d/thin_conv2d.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "common/tensor.h"
+
+#define LORUN_KERNELS "thin_conv2d/rows.inl"
+#include "common/for_each_variant.h"
+
+namespace lorun::thin_conv2d {
+namespace {
+
+// Pixels of a step at most, and one on each side.
+constexpr int64_t kMostPixels = 16 + 2;
+
+// The widest vectors that the many channels fill.
+template <class T>
+CpuVariant variant_for(int64_t channels) {
+  const CpuVariant active = active_variant();
+  const bool fill = channels % static_cast<int64_t>(64 / sizeof(T)) == 0;
+  return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
+}
+
+template <class T>
+using Rows = void (*)(const Problem<T>&, T*, int64_t, int64_t);
+
+template <class T>
+Rows<T> rows_of(const Problem<T>& p) {
+  if (p.in <= kFew) {
+    return LORUN_PICK_FOR(variant_for<T>(p.out), from_few<T>);
+  }
+  const CpuVariant variant = variant_for<T>(p.in);
+  switch (p.out) {
+    case 1:
+      return LORUN_PICK_FOR(variant, to_few<T, 1>);
+    case 2:
+      return LORUN_PICK_FOR(variant, to_few<T, 2>);
+    case 3:
+      return LORUN_PICK_FOR(variant, to_few<T, 3>);
+    default:
+      return LORUN_PICK_FOR(variant, to_few<T, 4>);
+  }
+}
+
+struct Padded;
+
+Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x, weight: expected 4 dimensions, got ", shape_of(x), " and ",
+                  shape_of(weight));
+  const int64_t n = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = weight.size(0);
+  check_shape("weight", weight, {out, in, 3, 3});
+  const bool from = in >= 1 && in <= kFew && out % kChannels == 0, to = out >= 1 && out <= kFew && in % kChannels == 0;
+  STD_TORCH_CHECK(from || to, "expected 1 to 4 channels on one side and multiples of 8 on the other, got ", in, " and ",
+                  out);
+  const ScalarType type = x.scalar_type();
+  check_type("weight", weight, wide_type(type));
+  if (bias) {
+    check_shape("bias", *bias, {out});
+    check_type("bias", *bias, wide_type(type));
+  }
+  if (residual) {
+    check_shape("residual", *residual, {n, out, height, width});
+    check_type("residual", *residual, wide_type(type));
+  }
+  const Tensor image = channels_inside(x);
+  // (out, 3, 3, in) to few channels, (3, 3, in, out) from few.
+  const Tensor taps = channels_inside(weight);
+  const Tensor w =
+      from ? dense(torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(taps, 0, 1), 1, 2), 2, 3))
+           : taps;
+  const std::optional<Tensor> added = channels_inside(residual);
+  const std::optional<Tensor> offset = bias ? std::optional(dense(*bias)) : std::nullopt;
+  const Tensor y = empty_beside(x, {n, height, width, out}, type);
+  dispatch_wide(type, "x", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Problem<T> p{n,
+                       height,
+                       width,
+                       in,
+                       out,
+                       image.const_data_ptr<T>(),
+                       w.const_data_ptr<T>(),
+                       offset ? offset->const_data_ptr<T>() : nullptr,
+                       added ? added->const_data_ptr<T>() : nullptr,
+                       y.mutable_data_ptr<T>(),
+                       relu};
+    const auto kernel = rows_of(p);
+    parallel(n * height, width * (in + out), [&](int64_t begin, int64_t end) {
+      kernel(p, static_cast<T*>(scratch<Padded>(3 * kMostPixels * in * sizeof(T))), begin, end);
+    });
+  });
+  return channels_outside(y);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
+  m.impl("thin_conv2d", TORCH_BOX(&convolution));
+}
+
+}  // namespace lorun::thin_conv2d

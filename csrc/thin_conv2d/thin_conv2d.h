@@ -1,0 +1,31 @@
+// 3x3 convolution with stride 1 and padding 1 from or to few channels: a network's first layer and its last.
+//
+//   y[p, o] = act(sum over taps t and channels c of w[o, t, c] * x[p + t, c] + bias[o]) + residual[p, o]
+//
+// To few channels (1 to 4), a vector holds channels of one pixel, and a sum over its lanes ends each result: V results
+// (V lanes) at a time, pairs of half sums at each step, V - 1 additions of two shuffles each. From few, it holds
+// channels of the result.
+//
+// Operations a pixel: 9 C c multiply-adds, c the few; its bytes: one read of x and one write of y. At C = 16 vectors of
+// 16 lanes make 9 of each, against 4 KB of memory for each 16 pixels.
+#pragma once
+
+#include <cstdint>
+
+namespace lorun::thin_conv2d {
+
+constexpr int64_t kFew = 4;       // channels on one side at most
+constexpr int64_t kChannels = 8;  // those of the other are multiples of it
+constexpr int64_t kTaps = 9;
+
+// Channels innermost: x (n, height, width, in), y and residual (n, height, width, out). w: to few channels (out, 3, 3,
+// in), from few (3, 3, in, out). bias and residual may be null.
+template <class T>
+struct Problem {
+  int64_t n, height, width, in, out;
+  const T *x, *w, *bias, *residual;
+  T* y;
+  bool relu;
+};
+
+}  // namespace lorun::thin_conv2d

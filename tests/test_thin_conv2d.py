@@ -1,0 +1,172 @@
+"""fused_conv2d from or to few channels on a CPU, by a kernel of its own, against torch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from threads_help import check_threads
+from torch.library import opcheck
+from variants_help import check_under, lesser_variants
+
+from lorun_fast import _native
+from lorun_fast.functional import fused_conv2d
+from lorun_fast.ops.fused_conv2d import is_thin
+
+op = torch.ops.lorun_fast.thin_conv2d.default
+
+CHANNELS = [(1, 8), (1, 16), (3, 40), (4, 24), (8, 1), (16, 1), (48, 1), (16, 2), (24, 3), (32, 3), (16, 4)]
+# N, H, W: one pixel, ragged ends, a whole step of pixels and one more or less, rows for more than one thread, no images
+IMAGES = [(1, 1, 1), (2, 9, 33), (1, 5, 16), (1, 3, 15), (1, 2, 17), (1, 40, 100), (0, 4, 4)]
+
+
+def problem(channels, out, n, height, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    return draw(n, channels, height, width), draw(out, channels, 3, 3), draw(out), draw(n, out, height, width)
+
+
+def direct(x, weight, bias=None, activation=None, residual=None):
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    y = F.relu(y) if activation else y
+    return y if residual is None else y + residual.double()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Whether the op was asked for: a result alone would not tell."""
+    from lorun_fast.ops import fused_conv2d as ops
+
+    found = []
+    own = ops._thin_op
+    monkeypatch.setattr(ops, "_thin_op", lambda *args: found.append(args) or own(*args))
+    return found
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize(("channels", "out"), CHANNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_is_a_convolution_and_what_follows(poisoned, calls, dtype, channels, out, image):
+    x, weight, bias, residual = problem(channels, out, *image, dtype=dtype)
+    close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 1e-6 * channels + 1e-5}
+    for settings in (
+        {},
+        {"bias": bias, "activation": "relu"},
+        {"residual": residual},
+        {"bias": bias, "activation": "relu", "residual": residual},
+    ):
+        y = fused_conv2d(x, weight, **settings)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), direct(x, weight, **settings), **close)
+    assert len(calls) == 4
+
+
+def test_what_is_thin(calls):
+    def weight(out, channels, dtype=torch.float32):
+        return torch.ones(out, channels, 3, 3, dtype=dtype)
+
+    for out, channels, dtype in (
+        (5, 16, torch.float32),
+        (16, 5, torch.float32),
+        (1, 12, torch.float32),
+        (12, 3, torch.float32),
+        (4, 4, torch.float32),
+        (1, 16, torch.bfloat16),
+    ):
+        assert not is_thin(weight(out, channels, dtype))
+        x = torch.ones(1, channels, 4, 5, dtype=dtype)
+        torch.testing.assert_close(fused_conv2d(x, weight(out, channels, dtype))[0, 0, 1, 1].item(), 9.0 * channels)
+    assert not calls and is_thin(weight(1, 16)) and is_thin(weight(8, 4, torch.float64))
+
+
+@pytest.mark.skipif(not _native.available(), reason="the definition takes any")
+def test_the_kernel_refuses_what_does_not_fit():
+    for out, channels in ((5, 16), (4, 12), (1, 1)):
+        with pytest.raises(RuntimeError, match=f"1 to 4 channels on one side .* got {channels} and {out}"):
+            op(torch.ones(1, channels, 4, 4), torch.ones(out, channels, 3, 3), None, None, False)
+    with pytest.raises(RuntimeError, match="weight: expected float32"):
+        op(torch.ones(1, 8, 4, 4), torch.ones(1, 8, 3, 3).double(), None, None, False)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.cat([x, x], 3)[:, :, :, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("channels", "out"), [(16, 3), (2, 8)])
+def test_any_layout(channels, out, layout):
+    x, weight, _, residual = (LAYOUTS[layout](t) if t.ndim == 4 else t for t in problem(channels, out, 2, 10, 13))
+    y = fused_conv2d(x, weight, residual=residual)
+    torch.testing.assert_close(y.double(), direct(x, weight, residual=residual), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("epilogue", [False, True])
+@pytest.mark.parametrize(("channels", "out"), [(8, 2), (1, 8)])
+def test_opcheck_and_gradients(channels, out, epilogue, relu):
+    x, weight, bias, residual = problem(channels, out, 1, 3, 5, dtype=torch.float64)
+    args = [x, weight, bias if epilogue else None, residual if epilogue else None]
+    args = [t if t is None else t.requires_grad_() for t in args]
+    opcheck(op, (*args, relu))
+    assert torch.autograd.gradcheck(lambda *args: op(*args, relu), args, fast_mode=True)
+
+
+def test_adjointness():
+    x, weight, _, g = problem(16, 1, 2, 7, 9, dtype=torch.float64)
+    x.requires_grad_()
+    y = fused_conv2d(x, weight)
+    (back,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close((y * g).sum(), (x * back).sum())
+
+
+def test_compiles_as_one_graph(calls):
+    x, weight, bias, residual = problem(16, 1, 1, 9, 7)
+
+    def call(x):
+        return fused_conv2d(2 * x, weight, bias, activation="relu", residual=residual) + 1
+
+    expected = call(x)
+    assert calls
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), expected)
+
+
+def test_nan_reaches_its_neighbourhood_through_relu():
+    for channels, out in ((16, 1), (1, 8)):
+        x, weight, _, _ = problem(channels, out, 1, 12, 40)
+        x[0, 0, 5, 20] = float("nan")
+        lost = fused_conv2d(x, weight, activation="relu").isnan().any(1)[0]
+        assert lost[4:7, 19:22].all() and lost.sum() == 9
+
+
+@pytest.mark.parametrize(("channels", "out"), [(16, 1), (8, 3), (1, 16)])
+def test_does_not_depend_on_threads_or_batch_mates(channels, out):
+    x, weight, bias, _ = problem(channels, out, 3, 50, 43)
+    whole = fused_conv2d(x, weight, bias)
+    for i in range(3):
+        assert torch.equal(fused_conv2d(x[i : i + 1], weight, bias), whole[i : i + 1])
+    check_threads(lambda: fused_conv2d(x, weight, bias))
+
+
+VARIANTS = """
+from lorun_fast.functional import fused_conv2d
+for dtype in (torch.float32, torch.float64):
+    for i, o in ((16, 1), (24, 2), (16, 3), (8, 4), (1, 16), (4, 8)):
+        x, weight = torch.randn(2, i, 6, 23, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype)
+        bias, residual = torch.randn(o, dtype=dtype), torch.randn(2, o, 6, 23, dtype=dtype)
+        y = fused_conv2d(x, weight, bias, activation="relu", residual=residual)
+        expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + residual
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+"""
+
+
+@lesser_variants
+def test_lesser_cpu_variants(variant):
+    check_under(variant, VARIANTS)
