@@ -236,7 +236,8 @@ class LoRun(nn.Module):
         channels innermost; stores the denoiser in bf16 where the device multiplies it fast (a CPU with AMX or
         AVX512-bf16, a GPU of compute capability 8.0) and the score moves by at most 0.02 dB, in its own dtype
         elsewhere; on a CPU computes convolutions in fp32 by minimal filtering (3 x 3, AVX2 or AVX-512; rounding errors
-        some 1e-5 of the values' size), in bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
+        some 1e-5 of the values' size), where that serves most of the weights also instead of bf16 without AMX, and in
+        bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
         size, and in 16 bits computes 3 x 3 convolutions of up to 128 channels by the fused kernel, at sizes where that
         is faster. The operator and the iterate stay as they are. The result is called as this network is, shares
         nothing with it, and does not train.

@@ -174,6 +174,33 @@ def test_the_capabilities_that_count(monkeypatch):
         assert fast == (amx or avx512) and expected in why
 
 
+@pytest.mark.parametrize(
+    ("amx", "loops", "denoiser", "convolutions", "expected", "why"),
+    [
+        (False, "avx512", "unet", None, "float32", "AVX512-bf16, but minimal filtering in float32 takes less time"),
+        (False, "avx512", "unet", "direct", "bfloat16", "AVX512-bf16; score"),
+        (False, "avx512", "few", None, "bfloat16", "AVX512-bf16; score"),
+        (False, "baseline", "unet", None, "bfloat16", "AVX512-bf16; score"),
+        (True, "avx512", "unet", None, "bfloat16", "AMX; score"),
+        (True, "avx512", "unet", "winograd", "float32", "AMX, but minimal filtering, which was asked for"),
+    ],
+)
+def test_minimal_filtering_or_bf16(monkeypatch, x, amx, loops, denoiser, convolutions, expected, why):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(optimize, "MOST_LOST", 100.0)
+    monkeypatch.setattr(optimize._native, "build_info", lambda: {"cpu_active": loops})
+    # One layer of 8 x 8 in either; few: beside one of 1 x 1 with more weights.
+    few = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 80, 1),
+                        nn.Conv2d(80, 1, 1))  # fmt: skip
+    net = network(denoiser=few) if denoiser == "few" else wide()
+    fast = net.optimize(convolutions=convolutions, images=x)
+    assert fast.report["dtype"][0] == expected and fast.report["dtype"][1].startswith(why)
+    assert {p.dtype for p in fast.denoiser.parameters()} == {getattr(torch, expected)}
+    filtered = expected == "float32"
+    assert (fast.report["convolutions"][0] == "F(4x4, 3x3)") == filtered == bool(stand_ins(fast, WinogradConv2d))
+
+
 def test_the_exact_data_step_and_a_noise_level_come_along(monkeypatch, x):
     whole = torch.rand(2, 1, 16, 24)
     net = network(denoiser=lf.ResUNet(channels=(4,), blocks=1, noise_level=True), data_step="prox")
