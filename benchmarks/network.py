@@ -269,6 +269,15 @@ def _(p: Problem):
     return _optimized(p, convolutions="direct")
 
 
+@inference.contender("lorun_fast, optimize(), fp32", kind=OURS, devices=("cpu",), ops=("block_cs_step",))
+def _(p: Problem):
+    """In a table of bf16, what optimize() takes by itself where there are no matrix tiles: minimal filtering."""
+    if p.dtype != "bf16":
+        raise Unavailable("beside bf16")
+    best = _lorun(p).optimize(dtype=torch.float32)
+    return lambda: best(p.y)
+
+
 @inference.contender("lorun_fast, not merged", kind=OURS, ops=("block_cs_step",))
 def _(p: Problem):
     net = _lorun(p).train()
