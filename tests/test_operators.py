@@ -122,6 +122,16 @@ def test_orthonormal_rows_are_looked_at_once(learn, reads):
         op.prox(x, y, 0.5)
 
 
+@every_operator
+def test_a_copy_of_a_compiled_operator_is_its_own(make):
+    op, x = make()
+    name, held = next(iter(op.state_dict().items()))
+    op.compile(backend="eager")
+    for again in (copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+        again.load_state_dict({name: 2 * held})
+        torch.testing.assert_close(again(x), 2 * op(x))
+
+
 def test_orthonormal_rows_that_count_no_changes(reads):
     """An inference tensor: a learned one is looked at every time, a fixed one until it is another."""
     x = torch.rand(2, 1, 8, 8)

@@ -155,7 +155,7 @@ class BlockCS(SensingOperator):
         self._orthonormal = weakref.ref(phi), changes
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_orthonormal": None}  # a weak reference is not pickled
+        return super().__getstate__() | {"_orthonormal": None}  # a weak reference is not pickled
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._orthonormal = None
