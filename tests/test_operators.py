@@ -93,6 +93,27 @@ def test_the_proximal_step_compiles_and_exports(make):
     torch.testing.assert_close(torch.export.export(Prox(), (x, y)).module()(x, y), expected)
 
 
+@every_operator
+@pytest.mark.parametrize("step", ["prox", "gradient_step"])
+def test_a_step_size_tensor_serves_any_batch_in_one_graph(make, step):
+    op, x = make()
+    y = op(x)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.op = op
+
+        def forward(self, x, y, weight):
+            return getattr(self.op, step)(x, y, weight)
+
+    weight, batch = torch.full((1, 1, 1, 1), 0.5), torch.export.Dim("batch", max=8)
+    sizes = {"x": {0: batch}, "y": {0: batch}, "weight": None}
+    exported = torch.export.export(Step(), (x, y, weight), dynamic_shapes=sizes, strict=True).module()
+    more = (x.repeat(2, 1, 1, 1), torch.cat([y, y]))
+    torch.testing.assert_close(exported(*more, weight), Step()(*more, weight))
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list:
     """The values that are read to the host."""

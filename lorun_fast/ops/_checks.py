@@ -191,15 +191,21 @@ def step_size(rho: float | Tensor, x: Tensor, name: str = "rho") -> Tensor:
     if rho.ndim == 1 and rho.shape[0] == 1:
         return rho
     n, c = x.shape[0], x.shape[1]
-    want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
     if rho.ndim > 4 or any(s != 1 for s in rho.shape[max(rho.ndim - 2, 0) :]):
-        raise ValueError(f"{name}: expected {want}, got shape {shape_of(rho)}")
+        raise _no_step_size(name, rho, x)
     rho = rho.reshape((1,) * (4 - rho.ndim) + tuple(rho.shape))
     if rho.shape[0] not in (1, n) or rho.shape[1] not in (1, c):
-        raise ValueError(f"{name}: expected {want}, got shape {shape_of(rho)}")
+        raise _no_step_size(name, rho, x)
     if rho.shape[0] == 1 and rho.shape[1] == 1:
         return rho.reshape(1)
     return rho.expand(n, c, 1, 1).reshape(n, c)
+
+
+def _no_step_size(name: str, rho: Tensor, x: Tensor) -> ValueError:
+    # Written only where it is raised: a size in a string is a constant to Dynamo, and each batch a graph of its own.
+    n, c = x.shape[:2]
+    want = f"a number, a 0-d tensor, or a tensor broadcastable to (N, C, 1, 1) = ({n}, {c}, 1, 1)"
+    return ValueError(f"{name}: expected {want}, got shape {shape_of(rho)}")
 
 
 def sum_to_step(grad: Tensor, rho: Tensor) -> Tensor:
