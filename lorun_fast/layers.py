@@ -31,6 +31,18 @@ def _take_hooks(source: nn.Module, target: nn.Module) -> None:
     target._is_full_backward_hook = source._is_full_backward_hook
 
 
+# What an adapted layer has by these names is its own.
+TAKEN = {"stages", "rank", "form", "scale", "down", "up", "merged"}
+_STAYS = TAKEN | {"_merged", "_merged_stages", "_merged_from", "forward", "_compiled_call_impl"}
+
+
+def _take_attributes(source: nn.Module, target: nn.Module) -> None:
+    """What somebody's code keeps on a layer goes to the one that takes its place, where that code looks for it."""
+    for name, value in vars(source).items():
+        if name not in _STAYS:
+            vars(target).setdefault(name, value)
+
+
 class AdaptedLayer:
     """What the three layers share: stacked factors, the stage, merging. Mixed in before an nn layer.
 
@@ -128,6 +140,7 @@ class AdaptedLayer:
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         _take_hooks(self, layer)
+        _take_attributes(self, layer)
         return layer.train(self.training)
 
     def merged_now(self, stage: int | Tensor | None = None) -> Tensor | None:
@@ -199,6 +212,7 @@ class AdaptedLayer:
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
         _take_hooks(base, layer)
+        _take_attributes(base, layer)
         return layer.train(base.training)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorun_fast import _scope, adapters
-from lorun_fast.layers import LAYERS, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
+from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
 from lorun_fast.ops._checks import batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
@@ -307,8 +307,16 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
         return "not in the include patterns"
     if type(layer) not in LAYERS:
         return f"{type(layer).__name__} is a subclass of its own: adapt only plain layers"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed (a parametrization or weight norm)"
+    if layer._parameters.get("weight") is None or "bias" not in layer._parameters:
+        return "its weight or bias is computed (a parametrization, weight norm or pruning)"
+    if "forward" in vars(layer):
+        return "its forward is one of its own: adapt only plain layers"
+    own = [*layer._parameters.keys() - {"weight", "bias"}, *layer._buffers, *layer._modules]
+    if own:
+        return f"it holds {', '.join(sorted(own))} beside its weight and bias: adapt only plain layers"
+    taken = sorted(vars(layer).keys() & TAKEN)
+    if taken:
+        return f"its attribute {taken[0]} has another meaning in an adapted layer"
     if getattr(layer, "groups", 1) > 1 and not include:
         return f"grouped (groups={layer.groups}): an adapter would cost more than the layer; include it to adapt it"
     return None

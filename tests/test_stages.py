@@ -617,6 +617,60 @@ def test_hooks_of_every_kind_move():
     assert seen == ["before", "always"]
 
 
+class Gained(nn.Module):
+    """Reads what it has put on its layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.plain = layer, nn.Conv2d(1, 1, 1)
+
+    def forward(self, z):
+        return self.plain(self.layer(z) * self.layer.gain)
+
+
+def test_attributes_of_a_layer_go_along():
+    denoiser, x = Gained(nn.Conv2d(1, 1, 3, padding=1)), torch.rand(2, 1, 8, 8)
+    denoiser.layer.gain = 0.5
+    staged = lf.adapt(denoiser, stages=2)
+    assert torch.equal(staged(x, stage=1), denoiser(x))
+    assert torch.equal(copy.deepcopy(staged)(x, stage=1), denoiser(x))
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), staged).eval()
+    fast = net.optimize(dtype=torch.float32)
+    torch.testing.assert_close(fast(net.op(x)), net(net.op(x)))
+    assert not hasattr(fast.denoiser.copies[0].layer, "rank")
+
+
+def _own_forward(layer):
+    call = layer.forward
+    layer.forward = lambda z: 2 * call(z)
+    layer.gain = 1.0
+
+
+def _computed_bias(layer):
+    layer.gain, layer.origin = 1.0, layer.bias
+    del layer.bias
+    layer.bias = 2 * layer.origin.detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_own_forward, "its forward is one of its own"),
+        (_computed_bias, "its weight or bias is computed"),
+        (lambda layer: layer.register_buffer("gain", torch.tensor(0.5)), "it holds gain beside its weight"),
+        (lambda layer: layer.register_parameter("gain", nn.Parameter(torch.tensor(0.5))), "it holds gain beside"),
+        (lambda layer: vars(layer).update(gain=0.5, scale=3), "its attribute scale has another meaning"),
+    ],
+)
+def test_layers_that_are_more_than_a_plain_one_are_left_alone(change, reason):
+    denoiser, x = Gained(nn.Conv2d(1, 1, 3, padding=1)), torch.rand(2, 1, 8, 8)
+    change(denoiser.layer)
+    staged = lf.adapt(denoiser, stages=2)
+    assert reason in staged.skipped["layer"]
+    assert set(staged.adapted) == {"plain"}
+    assert torch.equal(staged(x, stage=1), denoiser(x))
+
+
 @pytest.mark.parametrize("stage", ["1", 1.0, True, [0, 1], None])
 def test_what_is_no_stage(stage):
     staged = lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=2)
