@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from lorun_fast import _scope, adapters
 from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
-from lorun_fast.ops._checks import batch_of, finite, whole
+from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage
 
@@ -309,6 +310,9 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
         return f"{type(layer).__name__} is a subclass of its own: adapt only plain layers"
     if layer._parameters.get("weight") is None or "bias" not in layer._parameters:
         return "its weight or bias is computed (a parametrization, weight norm or pruning)"
+    if layer.weight.dtype not in STORAGE_DTYPES:
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        return f"its weight is {kind}: adapters are for float32, float64, bfloat16 or float16"
     if "forward" in vars(layer):
         return "its forward is one of its own: adapt only plain layers"
     own = [*layer._parameters.keys() - {"weight", "bias"}, *layer._buffers, *layer._modules]
@@ -343,8 +347,8 @@ def adapt(
 
     A fresh result equals the denoiser at every stage, to the last bit (in eval mode, where it has norms with running
     statistics). Only the adapters train; see ``freeze_base``. Raises TypeError for what is no module, and ValueError
-    when no layer is adapted, a pattern matches nothing, or a form cannot express a layer (peft with groups, loralib
-    with a kernel that is not square).
+    when no layer is adapted, a layer has no weight yet, a pattern matches nothing, or a form cannot express a layer
+    (peft with groups, loralib with a kernel that is not square).
     """
     adapters.check_form(form)
     if not isinstance(denoiser, nn.Module):
@@ -352,6 +356,9 @@ def adapt(
     if isinstance(denoiser, Stages):
         raise TypeError("denoiser: expected a plain module, got one that is staged already")
     stages, scale = whole("stages", stages, 1), finite("scale", scale)
+    for name, parameter in denoiser.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name}: expected its values, got a lazy one: call the denoiser once before adapt()")
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     candidates = {name: m for name, m in denoiser.named_modules() if isinstance(m, tuple(LAYERS))}
     for pattern in include + exclude:

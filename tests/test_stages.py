@@ -671,6 +671,31 @@ def test_layers_that_are_more_than_a_plain_one_are_left_alone(change, reason):
     assert torch.equal(staged(x, stage=1), denoiser(x))
 
 
+def test_a_layer_without_a_weight_yet():
+    denoiser, x = nn.Sequential(nn.LazyConv2d(4, 3, padding=1), nn.Conv2d(4, 1, 1)), torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"0\.weight: expected its values, got a lazy one: call the denoiser once"):
+        lf.adapt(denoiser, stages=2)
+    denoiser(x)
+    assert torch.equal(lf.adapt(denoiser, stages=2)(x, stage=1), denoiser(x))
+
+
+def test_weights_of_other_kinds_are_left_alone():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.tail = nn.Conv2d(1, 2, 3, padding=1, dtype=torch.complex64), nn.Conv2d(2, 1, 1)
+
+        def forward(self, z):
+            return self.tail(self.mix(z.to(torch.complex64)).abs())
+
+    denoiser, x = Complex(), torch.rand(1, 1, 8, 8)
+    staged = lf.adapt(denoiser, stages=2)
+    assert staged.skipped == {"mix": "its weight is complex64: adapters are for float32, float64, bfloat16 or float16"}
+    assert torch.equal(staged(x, stage=1), denoiser(x))
+    with pytest.raises(ValueError, match=r"got none .*its weight is complex64"):
+        lf.adapt(denoiser.mix, stages=2)
+
+
 @pytest.mark.parametrize("stage", ["1", 1.0, True, [0, 1], None])
 def test_what_is_no_stage(stage):
     staged = lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=2)
