@@ -184,7 +184,11 @@ class LoRun(nn.Module):
             sigma = self._variance(self._rho(k), _noise(sigma, z)).sqrt()
         elif self.data_step == "prox" and not self._tells_noise:
             sigma = None  # it was for the data step
-        return self.denoiser(z.to(dtype), stage=k, sigma=sigma).to(z.dtype)
+        out = self.denoiser(z.to(dtype), stage=k, sigma=sigma)
+        if not isinstance(out, Tensor):
+            name = type(self.denoiser.one()).__name__
+            raise TypeError(f"denoiser: expected an image from {name}, got {type(out).__name__}")
+        return out.to(z.dtype)
 
     def _rho(self, k: int) -> Tensor:
         rho = self.step_size[k]

@@ -268,6 +268,21 @@ def test_errors(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+def test_a_denoiser_that_returns_more_than_an_image(x, sharing):
+    class WithFeatures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, z):
+            return self.conv(z), z
+
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), WithFeatures(), stages=2, sharing=sharing)
+    with pytest.raises(TypeError, match="denoiser: expected an image from WithFeatures, got tuple"):
+        net(net.op(x))
+
+
 def test_the_denoiser_passed_in_stays_as_it_is():
     for sharing in ("lora", "tied", "untied"):
         denoiser = nn.Conv2d(1, 1, 3, padding=1)
