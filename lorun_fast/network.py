@@ -210,11 +210,13 @@ class LoRun(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        # Step sizes stay fp32 (or fp64), as the operator's parameters do.
-        steps = self.step_size.detach().clone()
+        # Step sizes stay fp32 (or fp64), as the operator's parameters do, and so do their gradients.
+        steps, grad = self.step_size.detach().clone(), self.step_size.grad
+        grad = None if grad is None else grad.clone()
         super()._apply(fn, recurse)
         if self.step_size.dtype in (torch.float16, torch.bfloat16):
             self.step_size.data = steps.to(self.step_size.device)
+            self.step_size.grad = None if grad is None else grad.to(self.step_size.device)
         self._merge_again()
         return self
 

@@ -300,6 +300,16 @@ def test_a_denoiser_without_parameters():
         lf.LoRun(op, lambda z: z)
 
 
+def test_a_conversion_between_backward_pass_and_update(x):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8, learn=True), nn.Conv2d(1, 1, 3, padding=1), stages=2)
+    net(net.op(x)).sum().backward()
+    expected = net.step_size.grad.clone()
+    net.bfloat16()
+    assert torch.equal(net.step_size.grad, expected)
+    assert all(p.grad.dtype == p.dtype for p in net.parameters() if p.grad is not None)
+    torch.optim.Adam(p for p in net.parameters() if p.requires_grad).step()
+
+
 def test_step_sizes_keep_their_precision():
     op = lf.BlockCS.gaussian(0.5, 4)
     net = lf.LoRun(op, nn.Conv2d(1, 1, 1), stages=1).double()
