@@ -208,7 +208,7 @@ def demo_images(net: LoRun) -> Tensor:
     resized = [nn.functional.interpolate(p[None], (height, width), mode="area") for p in photographs]
     colour = torch.cat(resized)
     if channels == 1:
-        return torch.einsum("nchw,c->nhw", colour, torch.tensor([0.299, 0.587, 0.114]))[:, None]
+        return torch.einsum("nchw,c->nhw", colour, colour.new_tensor([0.299, 0.587, 0.114]))[:, None]
     # Between red and blue a photograph stands for a spectrum.
     bands = nn.functional.interpolate(colour.flatten(2).mT, channels, mode="linear", align_corners=True)
     return bands.mT.unflatten(2, (height, width))

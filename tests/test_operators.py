@@ -316,6 +316,18 @@ def test_shapes_without_values(make):
 
 
 @every_operator
+def test_a_default_device_is_for_what_has_none(make):
+    """meta stands for a GPU that torch.set_default_device names."""
+    op = make()[0]
+    name, held = next(iter(op.state_dict().items()))
+    norm = op.norm()
+    with torch.device("meta"):
+        torch.testing.assert_close(op.norm(), norm)
+        assert type(op).from_config(op.config(), {name: held}).state_dict()[name].device == held.device
+        assert make()[0].state_dict()[name].is_meta
+
+
+@every_operator
 def test_the_parameter_that_it_holds_now(make):
     """Wherever nn.Module would find it: swapped for a call, in another dtype, behind a parametrization."""
 

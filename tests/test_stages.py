@@ -99,6 +99,16 @@ def test_stages_differ_and_views_agree():
     torch.testing.assert_close(mixed, torch.stack([outputs[2][0], outputs[0][1], outputs[1][2]]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_a_default_device_is_no_place_for_samples_of_another(backend):
+    """meta stands for a GPU that torch.set_default_device names."""
+    staged, stage = staged_foreign(stages=3), torch.tensor([2, 0, 1])
+    with lf.use_backend(backend):
+        expected = staged(Z, stage=stage)
+        with torch.device("meta"):
+            torch.testing.assert_close(staged(Z, stage=stage), expected)
+
+
 def test_include_and_exclude_patterns():
     staged = lf.adapt(Foreign(), stages=2, include=["head", "depthwise"])
     assert set(staged.adapted) == {"head", "depthwise"}

@@ -74,7 +74,8 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
         # A flipped view has negative strides, a file's array may have another byte order: torch takes neither.
         value = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
     try:
-        t = torch.as_tensor(value)
+        # torch.as_tensor would move a tensor to the default device.
+        t = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(value).__name__}") from error
     if t.layout != torch.strided:
@@ -86,6 +87,6 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     if t.ndim not in ndims or t.numel() == 0:
         want = " or ".join(f"{n}-D" for n in ndims)
         raise ValueError(f"{name}: expected a non-empty {want} array, got shape {tuple(t.shape)}")
-    if not torch.isfinite(t).all():
+    if not t.is_meta and not torch.isfinite(t).all():
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
     return t

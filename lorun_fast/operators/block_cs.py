@@ -68,10 +68,12 @@ class BlockCS(SensingOperator):
         if dtype not in (torch.float32, torch.float64):  # an integer's rows would be zeros
             raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
         m = max(1, math.floor(ratio * n + 0.5))
-        draw = torch.randn(n, m, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
-        q, r = torch.linalg.qr(draw)
+        # On the CPU, whose generator draws the same everywhere, then to the default device as a module's parameters.
+        generator = torch.Generator("cpu").manual_seed(int(seed))
+        q, r = torch.linalg.qr(torch.randn(n, m, generator=generator, dtype=torch.float64, device="cpu"))
         # QR leaves the signs open; fixing R's diagonal makes the draw unique across LAPACK versions.
-        return cls((q * r.diagonal().sign()).mT.to(dtype), block_size, learn=learn)
+        phi = (q * r.diagonal().sign()).mT.to(torch.get_default_device(), dtype)
+        return cls(phi, block_size, learn=learn)
 
     @property
     def ratio(self) -> float:

@@ -145,8 +145,8 @@ def _peak_power(kernel: Tensor, scale: int) -> Tensor:
     rows, cols = phases.shape[-2:]
 
     def power(w0: Tensor, w1: Tensor) -> Tensor:
-        turn0 = torch.polar(torch.ones(()).to(w0), w0)[:, :, None] ** torch.arange(rows, device=w0.device)
-        turn1 = torch.polar(torch.ones(()).to(w1), w1)[:, :, None] ** torch.arange(cols, device=w1.device)
+        turn0 = torch.polar(torch.ones_like(w0), w0)[:, :, None] ** torch.arange(rows, device=w0.device)
+        turn1 = torch.polar(torch.ones_like(w1), w1)[:, :, None] ** torch.arange(cols, device=w1.device)
         return (turn0[:, None] @ phases.to(turn0.dtype) @ turn1.mT[:, None]).abs().square().sum(1)
 
     with torch.no_grad():

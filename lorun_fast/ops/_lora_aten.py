@@ -55,7 +55,8 @@ def by_stage(x: Tensor, stage: Tensor, one: Callable[[Tensor, int], Tensor]) -> 
     for k, index in groups:
         part = one(x[index], k)
         if y is None:
-            y = torch.empty((x.shape[0], *part.shape[1:]), dtype=part.dtype, memory_format=_format(part))
+            like = {"dtype": part.dtype, "device": part.device, "memory_format": _format(part)}
+            y = torch.empty((x.shape[0], *part.shape[1:]), **like)
         y[index] = part
     return one(x, 0) if y is None else y  # an empty batch has no stage
 
