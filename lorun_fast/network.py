@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lorun_fast._scope import call_holding
 from lorun_fast.operators import SensingOperator
 from lorun_fast.ops._checks import finite, number_or_tensor, parameter_dtype, whole
-from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt
+from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt, image_of
 
 _DATA_STEPS = ("gradient", "prox")
 _NOISE_MAPS = ("measurement", "stage")
@@ -182,13 +182,11 @@ class LoRun(nn.Module):
         dtype = z.dtype if parameter is None else parameter.dtype
         if self.noise_map == "stage":
             sigma = self._variance(self._rho(k), _noise(sigma, z)).sqrt()
-        elif self.data_step == "prox" and not self._tells_noise:
+        elif sigma is not None and not self._tells_noise:
+            if self.data_step != "prox":
+                raise ValueError(f"sigma: expected None, for {type(self.denoiser.one()).__name__} takes no sigma")
             sigma = None  # it was for the data step
-        out = self.denoiser(z.to(dtype), stage=k, sigma=sigma)
-        if not isinstance(out, Tensor):
-            name = type(self.denoiser.one()).__name__
-            raise TypeError(f"denoiser: expected an image from {name}, got {type(out).__name__}")
-        return out.to(z.dtype)
+        return image_of(self.denoiser(z.to(dtype), stage=k, sigma=sigma), self.denoiser.one()).to(z.dtype)
 
     def _rho(self, k: int) -> Tensor:
         rho = self.step_size[k]

@@ -169,6 +169,13 @@ class Stages(nn.Module):
         raise NotImplementedError
 
 
+def image_of(out: object, denoiser: nn.Module) -> Tensor:
+    """What a denoiser returned, which has to be an image alone."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"denoiser: expected an image from {type(denoiser).__name__}, got {type(out).__name__}")
+    return out
+
+
 class Stage(nn.Module):
     """One stage of a staged denoiser, itself a denoiser: forward(z) or forward(z, sigma). Shares all parameters."""
 
@@ -279,7 +286,7 @@ class UntiedDenoiser(Stages):
             check_stage(k, self.stages, z.shape[0])
             pick = (stage == k).nonzero()[:, 0]
             per_sample = isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == z.shape[0]
-            part = _call(self.copies[k], z[pick], sigma[pick] if per_sample else sigma)
+            part = image_of(_call(self.copies[k], z[pick], sigma[pick] if per_sample else sigma), self.copies[k])
             out = part.new_empty((z.shape[0], *part.shape[1:])) if out is None else out
             out = out.index_copy(0, pick, part)
         return z if out is None else out

@@ -281,6 +281,20 @@ def test_a_denoiser_that_returns_more_than_an_image(x, sharing):
     net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), WithFeatures(), stages=2, sharing=sharing)
     with pytest.raises(TypeError, match="denoiser: expected an image from WithFeatures, got tuple"):
         net(net.op(x))
+    if sharing == "untied":
+        with pytest.raises(TypeError, match="denoiser: expected an image from WithFeatures, got tuple"):
+            net.denoiser(torch.zeros(2, 1, 4, 4), stage=torch.tensor([0, 1]))
+
+
+def test_a_sigma_that_the_denoiser_does_not_take(x):
+    class KeywordOnly(nn.Conv2d):
+        def forward(self, z, *, sigma=None):
+            return super().forward(z)
+
+    for denoiser in (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1)), KeywordOnly(1, 1, 3, padding=1)):
+        net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), denoiser, stages=2, sharing="tied")
+        with pytest.raises(ValueError, match=f"sigma: expected None, for {type(denoiser).__name__} takes no sigma"):
+            net(net.op(x), size=x.shape[-2:], sigma=0.1)
 
 
 def test_the_denoiser_passed_in_stays_as_it_is():

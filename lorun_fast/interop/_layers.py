@@ -72,5 +72,5 @@ def stage_of(layer: AdaptedLayer, stage: int | None) -> int:
     if stage is None and layer.stages == 1:
         return 0
     if not isinstance(stage, int) or not 0 <= stage < layer.stages:
-        raise IndexError(f"stage: expected 0 to {layer.stages - 1}, got {stage}")
+        raise IndexError(f"stage: expected 0 to {layer.stages - 1}, got {stage!r}")
     return stage
