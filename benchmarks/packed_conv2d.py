@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import lorun_fast as lf
-from benchmarks.harness.registry import OURS, Problem, Unavailable, Work, case
-from benchmarks.winograd_conv2d import block_inputs, block_of, block_sizes, plain_contenders
+from benchmarks.harness.registry import LIMIT, OURS, Problem, Unavailable, Work, case
+from benchmarks.winograd_conv2d import bare_convolutions, block_inputs, block_of, block_sizes, plain_contenders
 from lorun_fast import _native
 
 
@@ -53,4 +53,5 @@ def _(p: Problem):
     return run
 
 
-plain_contenders(block)
+plain_contenders(block, block_of)
+block.contender("two bare convolutions", kind=LIMIT)(bare_convolutions)

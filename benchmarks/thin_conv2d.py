@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lorun_fast as lf
 from benchmarks.harness.registry import FORWARD, OURS, WARM, Problem, Work, case, size
+from benchmarks.winograd_conv2d import plain_contenders
 
 # in, out: gray and colour images, networks of 16, 48 and 64 channels
 _LAYERS = ((1, 16), (16, 1), (3, 48), (48, 3), (64, 1))
@@ -47,23 +48,4 @@ def _(p: Problem):
     return run
 
 
-def _direct(p: Problem, layout: torch.memory_format):
-    x, weight, residual = (t.contiguous(memory_format=layout) for t in (p.x, p.weight, p.residual))
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return _layer(x, weight, residual)
-
-    return run
-
-
-@layer.contender("conv2d, nhwc", compiled=True)
-def _(p: Problem):
-    """torch's convolution on channels_last images and weights, then the sum."""
-    return _direct(p, torch.channels_last)
-
-
-@layer.contender("conv2d, nchw", compiled=True)
-def _(p: Problem):
-    """The same on contiguous ones."""
-    return _direct(p, torch.contiguous_format)
+plain_contenders(layer, _layer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,20 +74,28 @@ def _(p: Problem):
     return run
 
 
-def plain_contenders(block: Case) -> None:
-    """torch's own ways to compute a block."""
+def plain_contenders(problem: Case, definition: Callable[..., Tensor]) -> None:
+    """torch's own convolutions. definition: of the problem's inputs, in their order."""
 
-    @block.contender("conv2d, nhwc", compiled=True)
+    @problem.contender("conv2d, nhwc", compiled=True)
     def _(p: Problem):
-        """torch's convolutions on channels_last images and weights."""
-        return _direct(p, torch.channels_last)
+        """On channels_last images and weights."""
+        return _direct(p, definition, torch.channels_last)
 
-    @block.contender("conv2d, nchw", compiled=True)
+    @problem.contender("conv2d, nchw", compiled=True)
     def _(p: Problem):
-        """The same on contiguous ones."""
-        return _direct(p, torch.contiguous_format)
+        """On contiguous ones."""
+        return _direct(p, definition, torch.contiguous_format)
 
-    block.contender("two bare convolutions", kind=LIMIT)(bare_convolutions)
+
+def _direct(p: Problem, definition: Callable[..., Tensor], layout: torch.memory_format) -> Callable[[], Tensor]:
+    inputs = [t.contiguous(memory_format=layout) for t in p.inputs.values()]
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return definition(*inputs)
+
+    return run
 
 
 def bare_convolutions(p: Problem) -> Run:
@@ -102,14 +112,5 @@ def bare_convolutions(p: Problem) -> Run:
     return Run(run, reference=reference)
 
 
-def _direct(p: Problem, layout: torch.memory_format):
-    x, first, second = (t.contiguous(memory_format=layout) for t in (p.x, p.first, p.second))
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return block_of(x, first, second)
-
-    return run
-
-
-plain_contenders(block)
+plain_contenders(block, block_of)
+block.contender("two bare convolutions", kind=LIMIT)(bare_convolutions)
