@@ -161,6 +161,7 @@ def test_every_base_trains(more, kind, scenes, tmp_path, capsys):
         (["--bands", 5], "expected 5 bands as (L, H, W) or (H, W, L), got a cube of shape (20, 24, 4)"),
         (["--base", "transformer", "--blocks", 1], "--blocks: expected 2 numbers for --channels, got 1"),
         (["--blocks", 1, 1], "--blocks: expected one number for --base resunet, got 2"),
+        (["--blocks", -1], "--blocks: expected a whole number of at least 0, got '-1'"),
         (["--base", "cnn"], "--channels: expected one number for --base cnn, got 2"),
         (["--mask", "absent.npy"], "expected a mask (.mat, .npy or .npz), got absent.npy: no such file"),
         (["--step", "x"], "--step: expected a whole number of at least 0, got 'x'"),

@@ -175,7 +175,7 @@ def test_random_kernels_sum_to_one_stay_inside_and_differ():
     ("more", "message"),
     [
         (("--patch", "20"), "--patch: expected a multiple of 12"),
-        (("--noiseless", "1.5"), "expected a share in [0, 1]"),
+        (("--noiseless", "1.5"), "--noiseless: expected a number from 0 to 1"),
         (("--scales", "0"), "expected a whole number of at least 1"),
     ],
 )

@@ -300,7 +300,7 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
             ["--warm-start", "sr", "--channels", "5", "7"],
             "--warm-start: expected a network with a base of the same kind",
         ),
-        (["--ratio", "120"], "expected a percentage of measurements in (0, 100], got '120'"),
+        (["--ratio", "120"], "--ratio: expected a number above 0 and up to 100, got '120'"),
     ],
 )
 def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, more, message):

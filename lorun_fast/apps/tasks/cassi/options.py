@@ -9,18 +9,11 @@ import numpy as np
 import torch
 
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.runtime import at_least_one, not_negative
+from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative
 from lorun_fast.apps.tasks.cassi import colour, cubes
 from lorun_fast.operators import CASSI
 
 AUTO = "auto"
-
-
-def whole(text: str) -> int:
-    """The argparse type of --step."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
 
 
 def positive(text: str) -> float:
@@ -50,7 +43,7 @@ def add_mask(group, step: int | None = None) -> None:
         help="the mask's file holds Phi as it lies on the detector, (L, H, W + step*(L-1)), such as mask_3d_shift",
     )
     text = "default: the file's or the network's" if step is None else f"default {step}"
-    group.add_argument("--step", type=whole, default=step, help=f"columns between neighbouring bands ({text})")
+    group.add_argument("--step", type=none_or_more, default=step, help=f"columns between neighbouring bands ({text})")
 
 
 def add_cubes(group) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorun_fast.apps import losses, unrolling
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.runtime import at_least_one, not_negative, share
+from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, share
 from lorun_fast.apps.sampling import held_out
 from lorun_fast.apps.tasks.cassi import options, scenes, sensor
 from lorun_fast.apps.tasks.cassi.colour import default_wavelengths
@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base", choices=("transformer", "resunet", "cnn"), default="transformer", help="base denoiser")
     add("--channels", type=at_least_one, nargs="+", help="its widths (default: 28 56 112; 32 64 64; 48)")
-    add("--blocks", type=int, nargs="+", help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)")
+    add(
+        "--blocks",
+        type=none_or_more,
+        nargs="+",
+        help="its blocks, per scale for the transformer (default: 1 1 1; 1; 4)",
+    )
     add(
         "--patch",
         type=at_least_one,

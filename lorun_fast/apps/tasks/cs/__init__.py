@@ -13,6 +13,7 @@ from torch import nn
 from lorun_fast.apps import images, matrices, models
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.measurements import MeasurementFile, numbers
+from lorun_fast.apps.runtime import at_least_one, percentage
 from lorun_fast.operators import BlockCS
 
 NAME = "cs"
@@ -23,17 +24,6 @@ OPERATOR_KEYS = ("phi", "block_size")
 
 # Networks may be stored in half precision: the same Phi differs by its rounding.
 _SAME_PHI = 1e-3
-
-
-def percentage(text: str) -> float:
-    """The type of ``--ratio``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f"expected a percentage of measurements in (0, 100], got {text!r}")
-    return value
 
 
 def add_operator_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +40,10 @@ def add_operator_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", metavar="NAME|FILE", help="the Phi of this network")
     group.add_argument("--key", default="phi", help="variable in the .mat or .npz file (default: phi)")
     group.add_argument(
-        "--block-size", type=int, metavar="B", help="block size; default: the square root of Phi's columns, or 32"
+        "--block-size",
+        type=at_least_one,
+        metavar="B",
+        help="block size; default: the square root of Phi's columns, or 32",
     )
     group.add_argument(
         "--gaussian", action="store_true", help="with --ratio: a Gaussian Phi with orthonormal rows, drawn from --seed"
@@ -59,8 +52,6 @@ def add_operator_arguments(parser: argparse.ArgumentParser) -> None:
 
 def operator(args: argparse.Namespace) -> BlockCS:
     """The operator that the options name. Raises UserError where they contradict each other or the file."""
-    if args.block_size is not None and args.block_size < 1:
-        raise UserError(f"--block-size: expected at least 1, got {args.block_size}")
     if args.gaussian and args.ratio is None:
         raise UserError(f"expected --ratio beside --gaussian, got {'--phi' if args.phi else '--model'}")
     if args.phi is not None:

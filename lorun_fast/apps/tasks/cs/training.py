@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from lorun_fast.apps import unrolling
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.runtime import at_least_one
+from lorun_fast.apps.runtime import at_least_one, percentage
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_gray
-from lorun_fast.apps.tasks.cs import percentage
 from lorun_fast.denoisers import ResUNet
 from lorun_fast.network import LoRun
 from lorun_fast.operators import BlockCS

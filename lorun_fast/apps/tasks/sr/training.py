@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorun_fast.apps import losses, unrolling
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.runtime import at_least_one, not_negative
+from lorun_fast.apps.runtime import at_least_one, not_negative, share
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_colour
 from lorun_fast.apps.tasks.sr import kernels
 from lorun_fast.denoisers import ResUNet
@@ -24,14 +24,6 @@ _DEFAULT_WIDTH, _DEFAULT_SCALE = 1.6, 3
 
 # Levels of the Gaussian noise of phase 1, from the last stage's to beyond the first one's.
 _LEVELS = (0.5 / 255, 60 / 255)
-
-
-def share(text: str) -> float:
-    """The type of shares: a number in [0, 1]."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a share in [0, 1], got {text!r}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
