@@ -93,6 +93,15 @@ def test_one_stage_per_sample_equals_one_call_per_sample(case, merged, dtype):
     torch.testing.assert_close(layer(x, stages), expected)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_empty_batch_with_a_stage_per_sample(case, merged):
+    make, shape = case
+    layer, x = randomise(make(stages=3, rank=2)), torch.randn(shape)
+    if merged:
+        layer.merge()
+    assert layer(x[:0], torch.zeros(0, dtype=torch.int64)).shape == (0, *layer(x, 0).shape[1:])
+
+
 def test_merged_equals_unmerged_and_keeps_the_base(case):
     make, shape = case
     layer, x = randomise(make(stages=3, rank=2)), torch.randn(shape)
