@@ -316,6 +316,16 @@ def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, mor
     assert not (tmp_path / "new").exists() or "--resume" in more  # the corrected command starts anew
 
 
+def test_held_out_images_smaller_than_a_block_are_refused(photographs, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(photographs, folder)
+    Image.fromarray(np.zeros((7, 9), np.uint8)).save(folder / "a.png")  # the first of so few draws the curve
+    assert main(arguments(folder, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--data: expected held-out images of at least 8x8 pixels, got smaller ones" in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
 def test_a_damaged_run_is_not_resumed(photographs, uninterrupted, tmp_path, capsys, name):
     run = tmp_path / "run"

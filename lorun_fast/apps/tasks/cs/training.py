@@ -54,6 +54,9 @@ class Recipe:
         validation, training = held_out(paths, _VALIDATION_IMAGES)
         crop = 256
         self.validation = [image[:crop, :crop] for image in load_gray(validation, args.block_size)]
+        if not self.validation:
+            side = f"{args.block_size}x{args.block_size}"
+            raise UserError(f"--data: expected held-out images of at least {side} pixels, got smaller ones")
         self.sampler = PatchSampler(load_gray(training, args.patch), args.patch, args.batch, args.seed)
 
     def base(self) -> LoRun:
