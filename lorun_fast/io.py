@@ -175,7 +175,6 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: expected one that this torch reaches, got {device!r} ({reason})") from None
     config, state = _read(path)
-    state = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in state.items()}
     spec = config["denoiser"]
     if denoiser is None:
         cls = denoisers.registered(spec["type"])
