@@ -480,6 +480,15 @@ def test_the_photographs_fit_every_operator(op, channels, size):
     net.op(images)
 
 
+def test_the_photographs_in_gray_are_their_luma():
+    gray, colour = (
+        optimize.demo_images(lf.LoRun(op, lf.ResUNet(c, c, channels=(4,), blocks=1), stages=1))
+        for op, c in ((lf.BlockCS.gaussian(0.1, 8), 1), (lf.BlurDownsample(torch.ones(3, 3) / 9, scale=3), 3))
+    )
+    red, green, blue = colour.unbind(1)
+    torch.testing.assert_close(gray[:, 0], 0.299 * red + 0.587 * green + 0.114 * blue)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -805,7 +814,6 @@ def test_what_a_gpu_convolves_by():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_is_replayed_per_size(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default; rounds to 5e-4
     net = network().cuda()
