@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Recipe:
-    """Colour patches, their blurred and reduced measurements, and the mean squared error."""
+    """Colour patches, their blurred and reduced measurements, and the RMSE."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
