@@ -21,7 +21,7 @@ from torch import nn
 
 import lorun_fast as lf
 from benchmarks.harness import allocator, machine
-from benchmarks.harness.memory import _CLEAR, _resident
+from benchmarks.harness.memory import reset_peak, resident
 
 STAGES, BATCH, PIXELS = 9, 8, 96
 
@@ -72,8 +72,8 @@ def measure(make, x: torch.Tensor, steps: int, bf16: bool) -> tuple[int, float]:
         before = torch.cuda.memory_allocated()
     else:
         allocator.apply("return")
-        before = _resident("VmRSS")
-        _CLEAR.write_text("5")
+        before = resident("VmRSS")
+        reset_peak()
     net = make().to(x.device)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-6)
     seconds = []
@@ -83,7 +83,7 @@ def measure(make, x: torch.Tensor, steps: int, bf16: bool) -> tuple[int, float]:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(clock() - began)
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     return peak - before, min(seconds[1:])
 
 

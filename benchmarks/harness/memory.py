@@ -23,8 +23,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 HOW = {"cuda": "max_memory_allocated", "cpu": "peak RSS growth"}
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
+    """Bytes of this process's memory: "VmRSS", what it has now, or "VmHWM", its peak."""
     return int(re.search(rf"^{key}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE).group(1)) << 10
+
+
+def reset_peak() -> None:
+    """Sets the peak of this process's memory to its present size."""
+    _CLEAR.write_text("5")
 
 
 def _cpu(call: Callable) -> int | None:
@@ -34,10 +40,10 @@ def _cpu(call: Callable) -> int | None:
         call()
         gc.collect()
         allocator.apply("return")
-        _CLEAR.write_text("5")  # resets the peak to the present size
-        before = _resident("VmRSS")
+        reset_peak()
+        before = resident("VmRSS")
         result = call()
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
     except (OSError, AttributeError):
         return None
     del result
