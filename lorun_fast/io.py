@@ -85,7 +85,7 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         t = t.detach().cpu()
         # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
         tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata={_KEY: header})

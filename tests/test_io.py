@@ -193,6 +193,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+def test_a_name_as_long_as_a_name_may_be(tmp_path):
+    path = tmp_path / f"{'n' * 243}.safetensors"
+    lf.save(network(), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "net.safetensors"
     lf.save(network(), path)
