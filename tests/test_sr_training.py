@@ -129,6 +129,13 @@ def test_batches_mix_kernels_and_noise_and_go_through_every_scale(photographs):
     assert scales == {2, 3, 4}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_measurements_is_without_noise(photographs, share):
+    made = recipe(photographs, noiseless=share)
+    _, _, sigma = made.measure(made.sampler(0), np.random.default_rng(0))
+    assert abs((sigma == 0).float().mean() - share) < 0.15
+
+
 def test_gray_images_count_as_colour_ones_with_equal_channels(tmp_path):
     for i in range(12):
         gray = np.random.default_rng(i).integers(0, 256, (150, 150), dtype=np.uint8)

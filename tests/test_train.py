@@ -335,6 +335,42 @@ def test_a_damaged_run_is_not_resumed(photographs, uninterrupted, tmp_path, caps
     assert f"expected a file of the run, got a damaged {run / name}" in capsys.readouterr().err
 
 
+def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth():
+    factor = [train.learning_rate_factor(step, 110, 10) for step in range(111)]
+    np.testing.assert_allclose(factor[:11], [*np.arange(1, 11) / 10, 1])
+    np.testing.assert_allclose([factor[10], factor[60], factor[110]], [1, 0.505, 0.01])
+    assert all(np.diff(factor[10:]) < 0)
+    assert train.learning_rate_factor(0, 5, 0) == 1
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photographs, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert main(arguments(photographs, tmp_path / "run", "--clip", "1e-3")) == 0
+    # What the log holds is the norm before.
+    assert all(float(row["gradient_norm"]) > 2e-3 for row in log_without_time(tmp_path / "run"))
+    assert len(norms) == 12 and max(norms) < 1.01e-3
+
+
+def test_a_batch_whose_gradient_overflows_is_left_out(photographs, tmp_path, monkeypatch):
+    calls, steps, clip, step = itertools.count(), [], torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def overflowing(*args):
+        norm = clip(*args)
+        return torch.tensor(float("inf")) if next(calls) == 2 else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(step(self)))
+    assert main(arguments(photographs, tmp_path / "run")) == 0
+    assert len(steps) == next(calls) - 1 == 11
+
+
 def test_a_run_that_diverges_stops(photographs, tmp_path, capsys):
     assert main(arguments(photographs, tmp_path / "run", "--lr", "1e30", "--clip", "1e30")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
