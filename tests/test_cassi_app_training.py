@@ -50,6 +50,15 @@ def recipe(scenes, *more) -> Recipe:
     return Recipe(build_parser("train").parse_args(line))
 
 
+def test_a_sensor_counts_levels_of_the_brightest_measurement(scenes):
+    made = recipe(scenes, "--sensor-noise")
+    x, op = torch.from_numpy(made.sampler(0)), made._window(*made.size)
+    y = made._measure(op, x, 0)
+    levels = 2048 * y / (BANDS / STEP)
+    assert (levels - levels.round()).abs().max() < 1e-2 and (levels.round() % 2 == 1).any()
+    assert 0 < (y - op(x)).abs().mean() < 0.05 and abs((y - op(x)).mean()) < 0.01
+
+
 def test_batches_depend_on_seed_and_step_alone(scenes):
     one, two = recipe(scenes), recipe(scenes)
     net = one.base()

@@ -23,7 +23,7 @@ class Adapter:
 def copied(layer: nn.Module, weight: Tensor | None = None) -> nn.Module:
     """The plain nn layer with this layer's geometry and copies of its weight and bias.
 
-    layer: an nn.Conv2d, nn.ConvTranspose2d, nn.Linear or one of ours. weight: instead of the layer's own.
+    layer: an nn.Conv2d, nn.Linear or one of ours on them. weight: instead of the layer's own.
     """
     weight = layer.weight if weight is None else weight
     like = {"bias": layer.bias is not None, "device": "meta"}
@@ -32,10 +32,7 @@ def copied(layer: nn.Module, weight: Tensor | None = None) -> nn.Module:
     else:
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
         like |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        if isinstance(layer, nn.ConvTranspose2d):
-            plain = nn.ConvTranspose2d(*shape, output_padding=layer.output_padding, **like)
-        else:
-            plain = nn.Conv2d(*shape, **like)
+        plain = nn.Conv2d(*shape, **like)
     # Copies: both PEFT and loralib add their updates to the base weight in place.
     plain.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if layer.bias is not None:

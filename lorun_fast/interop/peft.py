@@ -191,10 +191,9 @@ def _stage_names(source: AdaptedLayer | StagedDenoiser, stage: int | None) -> li
 
 
 def _check_expressible(layer: AdaptedLayer) -> None:
-    base = copied(layer)
-    if isinstance(base, nn.ConvTranspose2d):
+    if isinstance(layer, nn.ConvTranspose2d):
         raise ValueError("PEFT has no adapters for transposed convolutions: exclude them in adapt()")
-    _check_base(base)
+    _check_base(copied(layer))
     if layer.form != "peft" and layer.weight[0, 0].numel() != 1:
         raise ValueError(
             f"form {layer.form!r} has no counterpart in PEFT for a kernel larger than 1 x 1: use form='peft'"
