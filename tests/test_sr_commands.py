@@ -18,6 +18,7 @@ import lorun_fast as lf
 from lorun_fast.apps import images
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.tasks.sr import kernels, protocol
+from lorun_fast.apps.tasks.sr.pictures import margin
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,11 @@ def kernel(tmp_path):
     (found,) = random_kernels((4, 7))
     np.save(tmp_path / "k.npy", found)
     return found
+
+
+@pytest.mark.parametrize(("size", "scale", "pixels"), [((3, 3), 2, 24), ((25, 25), 3, 24), ((5, 67), 1, 136)])
+def test_pieces_overlap_by_48_pixels_or_twice_the_kernel(size, scale, pixels):
+    assert margin(lf.BlurDownsample(torch.ones(size), scale)) == pixels
 
 
 def arrays(path):
