@@ -188,12 +188,14 @@ def test_gradients(scalar_rho):
     def step(x, y, phi, rho):
         return block_cs_step(x, y, phi, rho, block_size=3)
 
+    def both(x, y, phi, rho):
+        return OPS.block_cs_step_residual(x, y, phi, rho.reshape(-1, 1) if rho.ndim else rho.view(1), 3)
+
     for f in (
         step,
         lambda x, y, phi, rho: OPS.block_cs_step(x, y, phi, rho.reshape(-1, 1) if rho.ndim else rho.view(1), 3),
-        lambda x, y, phi, rho: OPS.block_cs_step_residual(
-            x, y, phi, rho.reshape(-1, 1) if rho.ndim else rho.view(1), 3
-        ),
+        both,
+        lambda *inputs: torch.cat([t.flatten() for t in both(*inputs)]),  # with a gradient for both at once
     ):
         assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(step, leaves)

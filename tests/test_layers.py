@@ -18,6 +18,7 @@ LAYERS = {
     "conv strided dilated": (lambda **kw: lf.LoRAConv2d(4, 6, 3, stride=2, padding=2, dilation=2, **kw), (5, 4, 9, 8)),
     "conv reflect": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding=1, padding_mode="reflect", **kw), (5, 4, 7, 9)),
     "conv same": (lambda **kw: lf.LoRAConv2d(4, 6, 3, padding="same", bias=False, **kw), (5, 4, 7, 9)),
+    "conv same even": (lambda **kw: lf.LoRAConv2d(4, 6, 4, padding="same", **kw), (5, 4, 7, 9)),
     "conv transposed": (lambda **kw: lf.LoRAConvTranspose2d(4, 6, 2, stride=2, **kw), (5, 4, 5, 3)),
     "conv transposed dilated": (
         lambda **kw: lf.LoRAConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, dilation=2, **kw),

@@ -164,8 +164,10 @@ def test_orthonormal_rows_that_count_no_changes(reads):
             fixed.prox(x, y, 0.5)
         assert len(reads) == 3
         learned.phi.mul_(2)
-        with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
-            learned.prox(x, y, 0.5)
+        fixed.load_state_dict({"phi": 2 * fixed.phi})
+        for changed in (learned, fixed):
+            with pytest.raises(ValueError, match="prox: expected orthonormal rows"):
+                changed.prox(x, y, 0.5)
 
 
 def test_orthonormal_rows_under_vmap():
