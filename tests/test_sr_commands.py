@@ -15,7 +15,7 @@ from scipy.io import savemat
 from sr_help import random_kernels, tiny_sr_network
 
 import lorun_fast as lf
-from lorun_fast.apps import images
+from lorun_fast.apps import images, tiling
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.tasks.sr import kernels, protocol
 from lorun_fast.apps.tasks.sr.pictures import margin
@@ -36,6 +36,21 @@ def kernel(tmp_path):
 @pytest.mark.parametrize(("size", "scale", "pixels"), [((3, 3), 2, 24), ((25, 25), 3, 24), ((5, 67), 1, 136)])
 def test_pieces_overlap_by_48_pixels_or_twice_the_kernel(size, scale, pixels):
     assert margin(lf.BlurDownsample(torch.ones(size), scale)) == pixels
+
+
+@pytest.mark.parametrize("edges", ["wrap", "reflect"])
+def test_pieces_are_of_one_size_and_see_their_margin(edges):
+    y, seen = np.random.default_rng(0).random((2, 21, 35)), []
+
+    def mean(piece):
+        seen.append(piece.shape[-2:])
+        blurred = ndimage.uniform_filter(piece, (0, 5, 5), mode="constant")
+        return blurred.repeat(2, -2).repeat(2, -1)
+
+    got = tiling.apply(mean, y, 8, 2, scale=2, edges=edges)
+    whole = ndimage.uniform_filter(y, (0, 5, 5), mode=edges)
+    np.testing.assert_allclose(got, whole.repeat(2, -2).repeat(2, -1))
+    assert seen == 15 * [(12, 12)]
 
 
 def arrays(path):

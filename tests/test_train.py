@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import lorun_fast as lf
 from lorun_fast import _native
 from lorun_fast.apps import models, train, unrolling
-from lorun_fast.apps.cli import main
+from lorun_fast.apps.cli import build_parser, main
 from lorun_fast.apps.sampling import PatchSampler, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.io import read_config
@@ -341,6 +341,15 @@ def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth():
     np.testing.assert_allclose([factor[10], factor[60], factor[110]], [1, 0.505, 0.01])
     assert all(np.diff(factor[10:]) < 0)
     assert train.learning_rate_factor(0, 5, 0) == 1
+
+
+def test_nothing_decays_and_an_operator_learns_at_a_rate_of_its_own(photographs):
+    args = build_parser("train").parse_args(arguments(photographs, "unused", "--lr", "0.2", "--operator-lr", "0.1"))
+    net = Recipe(args).base()
+    denoiser, operator = train._optimizer(net, args).param_groups
+    assert (denoiser["peak"], operator["peak"]) == (0.2, 0.1)
+    assert denoiser["weight_decay"] == operator["weight_decay"] == 0
+    assert operator["params"] == [net.op.phi] and len(denoiser["params"]) == len(list(net.parameters())) - 1
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photographs, tmp_path, monkeypatch):
