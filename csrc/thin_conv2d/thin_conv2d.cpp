@@ -8,6 +8,7 @@
 #include <optional>
 #include <utility>
 
+#include "common/finishing.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -53,6 +54,15 @@ Rows<T> rows_of(const Problem<T>& p) {
 
 struct Padded;
 
+// (out, 3, 3, in) -> (3, 3, in, out)
+Tensor outputs_inside(const Tensor& taps) {
+  Tensor t = taps;
+  for (int64_t i = 0; i < 3; ++i) {
+    t = torch::stable::transpose(t, i, i + 1);
+  }
+  return dense(t);
+}
+
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x, weight: expected 4 dimensions, got ", shape_of(x), " and ",
                   shape_of(weight));
@@ -61,24 +71,13 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
   const bool from = in >= 1 && in <= kFew && out % kChannels == 0, to = out >= 1 && out <= kFew && in % kChannels == 0;
   STD_TORCH_CHECK(from || to, "expected 1 to 4 channels on one side and multiples of 8 on the other, got ", in, " and ",
                   out);
-  const ScalarType type = x.scalar_type();
-  check_type("weight", weight, wide_type(type));
-  if (bias) {
-    check_shape("bias", *bias, {out});
-    check_type("bias", *bias, wide_type(type));
-  }
-  if (residual) {
-    check_shape("residual", *residual, {n, out, height, width});
-    check_type("residual", *residual, wide_type(type));
-  }
+  const ScalarType type = x.scalar_type(), wide = wide_type(type);
+  check_type("weight", weight, wide);
+  const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);
+  const std::optional<Tensor> added = fitting_residual(residual, x, out, wide);
   const Tensor image = channels_inside(x);
-  // (out, 3, 3, in) to few channels, (3, 3, in, out) from few.
-  const Tensor taps = channels_inside(weight);
-  const Tensor w =
-      from ? dense(torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(taps, 0, 1), 1, 2), 2, 3))
-           : taps;
-  const std::optional<Tensor> added = channels_inside(residual);
-  const std::optional<Tensor> offset = bias ? std::optional(dense(*bias)) : std::nullopt;
+  const Tensor taps = channels_inside(weight);  // (out, 3, 3, in)
+  const Tensor w = from ? outputs_inside(taps) : taps;
   const Tensor y = empty_beside(x, {n, height, width, out}, type);
   dispatch_wide(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -89,8 +88,8 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
                        out,
                        image.const_data_ptr<T>(),
                        w.const_data_ptr<T>(),
-                       offset ? offset->const_data_ptr<T>() : nullptr,
-                       added ? added->const_data_ptr<T>() : nullptr,
+                       pointer<T>(offset),
+                       pointer<T>(added),
                        y.mutable_data_ptr<T>(),
                        relu};
     const auto kernel = rows_of(p);

@@ -3,7 +3,7 @@
 // A thread takes a few tiles at a time through both transforms and the products between them, so that what lies
 // between, 36 values a tile and channel, stays in its second-level cache. The products are register tiles of 6
 // (AVX-512: 12) image tiles and two vectors of channels. Bias, activation and residual are applied to results in
-// registers.
+// registers. A residual block's second convolution follows its first by a row of tiles, where both fit the cache.
 
 #include "winograd_conv2d/winograd_conv2d.h"
 
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/finishing.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "common/tensor.h"
@@ -67,64 +68,28 @@ void run(const Block<T>& p, int64_t columns) {
   });
 }
 
-// What a call's arguments are: dense, channels innermost, once they are found to fit.
-struct Image {
-  int64_t n, channels, height, width;
-  ScalarType type;
-  Tensor dense;
-
-  explicit Image(const Tensor& x)
-      : n(x.size(0)),
-        channels(x.size(1)),
-        height(x.size(2)),
-        width(x.size(3)),
-        type(x.scalar_type()),
-        dense(channels_inside(x)) {}
-
-  Tensor filter(const char* name, const Tensor& weight, int64_t in, int64_t out) const {
-    STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
-                    out);
-    check_shape(name, weight, {kPoints, in, out});
-    check_type(name, weight, wide_type(type));
-    return lorun::dense(weight);
-  }
-
-  std::optional<Tensor> bias(const char* name, const std::optional<Tensor>& t, int64_t out) const {
-    if (!t) {
-      return std::nullopt;
-    }
-    check_shape(name, *t, {out});
-    check_type(name, *t, wide_type(type));
-    return lorun::dense(*t);
-  }
-
-  std::optional<Tensor> added(const std::optional<Tensor>& t, int64_t out) const {
-    if (t) {
-      check_shape("residual", *t, {n, out, height, width});
-      check_type("residual", *t, wide_type(type));
-    }
-    return channels_inside(t);
-  }
-};
-
-template <class T>
-const T* pointer(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
+Tensor fitting_filter(const char* name, const Tensor& weight, int64_t in, int64_t out, ScalarType wide) {
+  STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
+                  out);
+  check_shape(name, weight, {kPoints, in, out});
+  check_type(name, weight, wide);
+  return dense(weight);
 }
 
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, std::optional<Tensor> residual) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 3, "x, weight: expected 4 and 3 dimensions, got ", shape_of(x),
                   " and ", shape_of(weight));
-  const Image image(x);
-  const int64_t in = image.channels, out = weight.size(2), width = image.width;
-  const Tensor points = image.filter("weight", weight, in, out);
-  const std::optional<Tensor> offset = image.bias("bias", bias, out), added = image.added(residual, out);
-  const Tensor y = empty_beside(x, {image.n, image.height, width, out}, image.type);
-  dispatch_wide(image.type, "x", [&](auto tag) {
+  const Images images{x.size(0), x.size(2), x.size(3)};
+  const int64_t in = x.size(1), out = weight.size(2), row = images.width * out;
+  const ScalarType type = x.scalar_type(), wide = wide_type(type);
+  const Tensor points = fitting_filter("weight", weight, in, out, wide), image = channels_inside(x);
+  const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);
+  const std::optional<Tensor> added = fitting_residual(residual, x, out, wide);
+  const Tensor y = empty_beside(x, {images.n, images.height, images.width, out}, type);
+  dispatch_wide(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Finish<T> to{out, y.mutable_data_ptr<T>(), width * out, pointer<T>(offset), pointer<T>(added), nullptr, relu};
-    run(Problem<T>{
-        {image.n, image.height, width}, {in, out, points.const_data_ptr<T>()}, image.dense.const_data_ptr<T>(), to});
+    const Finish<T> to{out, y.mutable_data_ptr<T>(), row, pointer<T>(offset), pointer<T>(added), nullptr, relu};
+    run(Problem<T>{images, {in, out, points.const_data_ptr<T>()}, image.const_data_ptr<T>(), to});
   });
   return channels_outside(y);
 }
@@ -133,31 +98,31 @@ Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, 
                       std::optional<Tensor> second_bias, std::optional<Tensor> residual) {
   STD_TORCH_CHECK(x.dim() == 4 && first.dim() == 3, "x, first: expected 4 and 3 dimensions, got ", shape_of(x), " and ",
                   shape_of(first));
-  const Image image(x);
-  const int64_t channels = image.channels, middle = first.size(2), width = image.width;
-  const Tensor points = image.filter("first", first, channels, middle);
-  const Tensor other_points = image.filter("second", second, middle, channels);
-  const std::optional<Tensor> offset = image.bias("first_bias", first_bias, middle);
-  const std::optional<Tensor> other_offset = image.bias("second_bias", second_bias, channels);
-  const std::optional<Tensor> more = image.added(residual, channels);
-  const Tensor y = empty_beside(x, {image.n, image.height, width, channels}, image.type);
-  dispatch_wide(image.type, "x", [&](auto tag) {
+  const Images images{x.size(0), x.size(2), x.size(3)};
+  const int64_t channels = x.size(1), middle = first.size(2), width = images.width;
+  const ScalarType type = x.scalar_type(), wide = wide_type(type);
+  const Tensor image = channels_inside(x), points = fitting_filter("first", first, channels, middle, wide);
+  const Tensor other_points = fitting_filter("second", second, middle, channels, wide);
+  const std::optional<Tensor> offset = fitting_bias("first_bias", first_bias, middle, wide);
+  const std::optional<Tensor> other_offset = fitting_bias("second_bias", second_bias, channels, wide);
+  const std::optional<Tensor> more = fitting_residual(residual, x, channels, wide);
+  const Tensor y = empty_beside(x, {images.n, images.height, width, channels}, type);
+  dispatch_wide(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Images images{image.n, image.height, width};
     const Filter<T> one{channels, middle, points.const_data_ptr<T>()};
     const Filter<T> other{middle, channels, other_points.const_data_ptr<T>()};
-    const T* pixels = image.dense.const_data_ptr<T>();
+    const T *pixels = image.const_data_ptr<T>(), *bias = pointer<T>(offset);
     const Finish<T> to{
         channels, y.mutable_data_ptr<T>(), width * channels, pointer<T>(other_offset), pixels, pointer<T>(more), false};
     constexpr int64_t kBytes = sizeof(T);
     const int64_t columns = kRingBytes / std::max<int64_t>(Ring<T>::kRows * kTile * middle * kBytes, 1) - 2;
     if (2 * kPoints * channels * middle * kBytes <= kFilterBytes && columns >= kFewColumns) {
-      run(Block<T>{images, one, other, pixels, pointer<T>(offset), to}, columns);
+      run(Block<T>{images, one, other, pixels, bias, to}, columns);
       return;
     }
-    const Tensor between = empty_beside(x, {image.n, image.height, width, middle}, image.type);
+    const Tensor between = empty_beside(x, {images.n, images.height, width, middle}, type);
     T* values = between.mutable_data_ptr<T>();
-    run(Problem<T>{images, one, pixels, {middle, values, width * middle, pointer<T>(offset), nullptr, nullptr, true}});
+    run(Problem<T>{images, one, pixels, {middle, values, width * middle, bias, nullptr, nullptr, true}});
     run(Problem<T>{images, other, values, to});
   });
   return channels_outside(y);
