@@ -105,27 +105,28 @@ class Layout:
         """(N, H, W + step*(L-1)) -> a view (N, L, H, W): every band's window, nothing copied."""
         return wide.unfold(-1, self.width, self.step).transpose(1, 2)
 
+    def shift(self, cube: Tensor) -> Tensor:
+        """Each band at its place on the detector, as networks usually do it."""
+        out = cube.new_zeros(self.n, self.bands, self.height, self.wide)
+        for c in range(self.bands):
+            out[:, c, :, self.window(c)] = cube[:, c]
+        return out
+
+    def shift_back(self, cube: Tensor) -> Tensor:
+        out = cube.new_zeros(self.n, self.bands, self.height, self.width)
+        for c in range(self.bands):
+            out[:, c] = cube[:, c, :, self.window(c)]
+        return out
+
 
 @step.contender("band loop", compiled=True, graphed=True)
 def _(p: Problem):
     """The usual form: two shift functions, each a Python loop that copies band by band into zeros."""
     s = Layout(p)
 
-    def shift(cube: Tensor) -> Tensor:
-        out = cube.new_zeros(s.n, s.bands, s.height, s.wide)
-        for c in range(s.bands):
-            out[:, c, :, s.window(c)] = cube[:, c]
-        return out
-
-    def shift_back(cube: Tensor) -> Tensor:
-        out = cube.new_zeros(s.n, s.bands, s.height, s.width)
-        for c in range(s.bands):
-            out[:, c] = cube[:, c, :, s.window(c)]
-        return out
-
     def run() -> Tensor:
-        residual = shift(p.x * s.mask).sum(1) - s.y
-        return p.x - s.rho * s.mask * shift_back(residual.unsqueeze(1).repeat(1, s.bands, 1, 1))
+        residual = s.shift(p.x * s.mask).sum(1) - s.y
+        return p.x - s.rho * s.mask * s.shift_back(residual.unsqueeze(1).repeat(1, s.bands, 1, 1))
 
     return run
 
@@ -220,6 +221,70 @@ def _(p: Problem):
 def _(p: Problem):
     """The least any out-of-place step can do: read x, write as much."""
     return Run(lambda: p.x.clone(), reference=lambda x, y, mask, rho: x)
+
+
+@case(
+    "cassi.prox",
+    suite="ops",
+    sizes=[
+        size("1x28x256x256", n=1, bands=28, height=256, width=256),
+        size("1x4x16x16", quick=True, regimes=(WARM, OVERHEAD), n=1, bands=4, height=16, width=16),
+    ],
+)
+def prox(dtype, device, *, n, bands, height, width) -> Problem:
+    """x + Phi^T ((y - Phi x) / (mu + Phi_s)), differentiated for x and mu: the data step of most networks for CASSI."""
+    inputs = _inputs(dtype, device, n, bands, height, width, 2, False)
+    inputs["mu"] = inputs.pop("rho")
+    x, y, mask = inputs["x"], inputs["y"], inputs["mask"]
+
+    def definition(x, y, mask, mu) -> Tensor:
+        weight = reference.cassi_prox_weight(mask, mu, bands, 2)
+        return reference.cassi_step(x, y, mask, torch.ones_like(mu), weight, 2, False)[0]
+
+    return Problem(
+        inputs,
+        definition,
+        forward=Work(_nbytes(x, x, y, mask), 4 * x.numel()),
+        train=Work(_nbytes(x, x, x, x, y, y, y, mask, mask), 8 * x.numel()),
+        wrt=("x", "mu"),
+    )
+
+
+@prox.contender("lorun_fast", kind=OURS, ops=("cassi_step", "cassi_prox_weight"), graphed=True)
+def _(p: Problem):
+    """Phi_s anew at every call."""
+    op = lf.CASSI(p.mask, bands=p.args["bands"])
+    return lambda: op.prox(p.x, p.y, p.mu)
+
+
+def _diagonal(p: Problem) -> Tensor:
+    """Phi_s, zeros set to 1: what networks hold beside the mask."""
+    return 1 / reference.cassi_prox_weight(p.mask, p.mask.new_zeros(1), p.args["bands"], 2)
+
+
+@prox.contender("band loop", graphed=True)
+def _(p: Problem):
+    """The usual form, with Phi_s given."""
+    s, diagonal = Layout(p), _diagonal(p)
+
+    def run() -> Tensor:
+        measured = s.shift(p.x * s.mask).sum(1)
+        correction = (s.y - measured) / (p.mu + diagonal)
+        return p.x + s.mask * s.shift_back(correction.unsqueeze(1).repeat(1, s.bands, 1, 1))
+
+    return run
+
+
+@prox.contender("slices in place", modes=(FORWARD,), graphed=True)
+def _(p: Problem):
+    """A loop of in-place multiply-adds on slices, with Phi_s given."""
+    s, diagonal = Layout(p), _diagonal(p)
+
+    def run() -> Tensor:
+        correction = _SlicesInPlace.measure(p.x, -s.y, s).div_(p.mu + diagonal)
+        return torch.addcmul(p.x, s.windows(correction), s.mask, value=-1)
+
+    return run
 
 
 @case(

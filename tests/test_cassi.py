@@ -154,6 +154,7 @@ def test_random_shapes_against_the_reference(n, bands, height, width, step, per_
         *OPS.cassi_step(x, y, mask, rho, weight, step, True),
         OPS.cassi_step(x, None, mask, rho[:, :1].contiguous(), None, step, False)[0],
         OPS.cassi_grad_mask(x, y, step, per_band),
+        OPS.cassi_prox_weight(mask, rho[:, 0].abs() + 0.1, bands, step),
     ]
     want = [
         reference.cassi(xd, md, step),
@@ -161,8 +162,9 @@ def test_random_shapes_against_the_reference(n, bands, height, width, step, per_
         *reference.cassi_step(xd, yd, md, rho.double(), weight.double(), step, True),
         reference.cassi_step(xd, None, md, rho.double()[:, :1], None, step, False)[0],
         reference.cassi_grad_mask(xd, yd, step, per_band),
+        reference.cassi_prox_weight(md, rho[:, 0].double().abs() + 0.1, bands, step),
     ]
-    narrow = [dtype, dtype, dtype, mask.dtype, dtype, mask.dtype]
+    narrow = [dtype, dtype, dtype, mask.dtype, dtype, mask.dtype, mask.dtype]
     for a, b, expected in zip(got, want, narrow, strict=True):
         assert a.dtype == expected and a.is_contiguous()
         # Sums of up to 9 bands and 3 samples in the accumulation dtype, then one rounding to the storage dtype.
@@ -196,6 +198,7 @@ def test_gradients(shape, per_band):
         (lambda y, m: F.cassi_adjoint(y, m, bands=bands, step=step), (y, mask)),
         (lambda x, y, m, mu: F.cassi_prox(x, y, m, mu, step=step), (x, y, mask, mu)),
         (lambda x, y: OPS.cassi_grad_mask(x, y, step, per_band), (x, y)),
+        (lambda m, mu: OPS.cassi_prox_weight(m, mu.flatten(), bands, step), (mask, mu)),
     ]
     for rho in [mu[0], mu, torch.rand(1, bands, 1, 1, dtype=torch.float64).requires_grad_()]:
         cases.append((lambda x, y, m, r: F.cassi_step(x, y, m, r, step=step), (x, y, mask, rho)))
@@ -274,6 +277,7 @@ def test_layouts_agree_and_fake_strides_are_real(per_band, dtype):
             *OPS.cassi_step(x, y, mask, rho, weight, 2, True),
             *OPS.cassi_step(x, None, mask, rho[:, :1], None, 2, False),
             OPS.cassi_grad_mask(x, y, 2, per_band),
+            OPS.cassi_prox_weight(mask, rho[:, 0], 4, 2),
         ]
 
     want = results(x, y, mask, rho, weight)
@@ -303,6 +307,7 @@ def test_opcheck(dtype):
         opcheck(OPS.cassi_step, (x, y, mask, rho, weight, 2, True))
         opcheck(OPS.cassi_step, (x, None, mask, table, None, 2, False))
         opcheck(OPS.cassi_grad_mask, (x, y, 2, per_band))
+        opcheck(OPS.cassi_prox_weight, (mask, table[:, 0].contiguous(), 3, 2))
 
 
 def test_compiles_in_one_graph_for_any_size():
@@ -329,6 +334,7 @@ def test_empty_batch():
     assert F.cassi_adjoint(y, mask, bands=3, step=2).shape == (0, 3, 2, 5)
     assert F.cassi_step(x, y, mask, torch.rand(0, 1, 1, 1).double(), step=2).shape == x.shape
     assert F.cassi_prox(x, y, mask, 1.0, step=2).shape == x.shape
+    assert F.cassi_prox(x, y, mask, torch.rand(0, 1, 1, 1).double(), step=2).shape == x.shape
     assert torch.equal(OPS.cassi_grad_mask(x, y, 2, True), torch.zeros(3, 2, 5, dtype=torch.float64))
 
 
@@ -342,6 +348,7 @@ def test_every_element_is_written(poisoned, shape, dtype):
             OPS.cassi_adjoint(y.to(dtype), mask, shape[1], shape[4]),
             *OPS.cassi_step(x, y, mask, torch.rand(1, dtype=mask.dtype), None, shape[4], True),
             OPS.cassi_grad_mask(x, y, shape[4], per_band),
+            OPS.cassi_prox_weight(mask, torch.ones(2, dtype=mask.dtype), shape[1], shape[4]),
         ]
         assert all(t.isfinite().all() for t in outputs)
 
@@ -360,7 +367,12 @@ def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, 
     x, y, mask = draw(shape, per_band, dtype)
 
     def results(x, y):
-        return [OPS.cassi(x, mask, 2), OPS.cassi_adjoint(y, mask, 6, 2), F.cassi_step(x, y, mask, 0.3, step=2)]
+        return [
+            OPS.cassi(x, mask, 2),
+            OPS.cassi_adjoint(y, mask, 6, 2),
+            F.cassi_step(x, y, mask, 0.3, step=2),
+            F.cassi_prox(x, y.to(mask.dtype), mask, 0.3, step=2),
+        ]
 
     threads(2)
     together = results(x, y)
@@ -384,6 +396,7 @@ for n, bands, height, width, step in shapes:
             ("cassi_adjoint", (y.to(dtype), mask, bands, step)),
             ("cassi_step", (x, y, mask, rho, weight, step, True)),
             ("cassi_grad_mask", (x, y, step, True)),
+            ("cassi_prox_weight", (mask, rho[:, 0].contiguous(), bands, step)),
         )
         compare(reference, calls, close)
         # Neither the sum over bands nor z depends on where in memory the image lies.
@@ -446,6 +459,7 @@ def test_a_shift_that_64_bits_do_not_hold():
         lambda step: OPS.cassi_adjoint(torch.rand(1, 2, 20), mask, 5, step),
         lambda step: OPS.cassi_step(x, None, mask, torch.ones(1), None, step, False),
         lambda step: OPS.cassi_grad_mask(x, torch.rand(1, 2, 20), step, False),
+        lambda step: OPS.cassi_prox_weight(mask, torch.ones(1), 5, step),
     ):
         with pytest.raises(RuntimeError, match=r"step: expected 0 to .* beside 5 bands"):
             call(2**62)

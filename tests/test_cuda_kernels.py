@@ -25,7 +25,7 @@ OPS = {
     "blur_downsample": tuple(
         f"blur_downsample{suffix}" for suffix in ("", "_adjoint", "_descend", "_step", "_grad_kernel")
     ),
-    "cassi": ("cassi", "cassi_adjoint", "cassi_step", "cassi_grad_mask"),
+    "cassi": ("cassi", "cassi_adjoint", "cassi_step", "cassi_grad_mask", "cassi_prox_weight"),
     "fused_conv2d": ("fused_conv2d",),
 }
 
@@ -119,6 +119,12 @@ def check_cassi(kernels, n, bands, height, width, step, per_band, dtype, layout=
             close(a, b, 8 * bands)
     want = cassi_reference.cassi_grad_mask(x64, y64, step, per_band)
     close(kernels("cassi_grad_mask", x, y, step, per_band), want, 8 * n * bands)
+    mask[..., ::3] = 0  # leaves pixels that no band reaches
+    mu = torch.rand(n, dtype=wide)
+    want = cassi_reference.cassi_prox_weight(mask.double(), mu.double(), bands, step)
+    found = kernels("cassi_prox_weight", mask, mu, bands, step)
+    assert found.dtype == wide
+    close((found / want).to(wide), torch.ones_like(want), bands + 4)
 
 
 def sliced(t: torch.Tensor) -> torch.Tensor:
@@ -210,7 +216,10 @@ def test_cassi_does_not_depend_on_batch_mates(kernels):
         x, y, rho = draw(9, 28, 2, 96, dtype=dtype), draw(9, 2, 150, dtype=torch.float32), torch.rand(9, 28)
         mask, weight = torch.rand(28, 2, 96), torch.rand(9, 2, 150)
         calls = [("cassi", x, mask, 2), ("cassi_step", x, y, mask, rho, weight, 2, True)]
-        calls += [("cassi_adjoint", y.to(dtype), mask, 28, 2)]
+        calls += [
+            ("cassi_adjoint", y.to(dtype), mask, 28, 2),
+            ("cassi_prox_weight", mask, rho[:, 0].contiguous(), 28, 2),
+        ]
         for name, *arguments in calls:
             one = [a[-1:] if isinstance(a, torch.Tensor) and a.shape[0] == 9 else a for a in arguments]
             alone, together = kernels(name, *one), kernels(name, *arguments)

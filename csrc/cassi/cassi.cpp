@@ -247,6 +247,40 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
   return {z, residual};
 }
 
+// 1 / (mu + Phi_s), row by row.
+Tensor prox_weight(Tensor mask, Tensor mu, int64_t bands, int64_t step) {
+  const OperatorTensors op = operator_of_weight(mask, mu, bands, step);
+  const Geometry g = op.g;
+  const Tensor each = dense(mu);
+  const Tensor weight = empty_beside(mask, {g.samples, g.height, g.measured()}, mask.scalar_type());
+  dispatch_wide(mask.scalar_type(), "mask", [&](auto tag) {
+    using W = typename decltype(tag)::type;
+    const W *m = op.mask.const_data_ptr<W>(), *first = each.const_data_ptr<W>();
+    W* to = weight.mutable_data_ptr<W>();
+    parallel(g.height, g.bands * g.width + g.samples * g.measured(), [&](int64_t begin, int64_t end) {
+      W* sum = static_cast<W*>(scratch<struct Diagonal>(g.measured() * sizeof(W)));
+      for (int64_t h = begin; h < end; ++h) {
+        std::fill_n(sum, g.measured(), W(0));
+        multiversion([&](auto) LORUN_INLINE {
+          for (int64_t c = 0; c < g.bands; ++c) {
+            const W* from = m + c * op.m_band + h * g.width;
+            for (int64_t j = 0; j < g.width; ++j) {
+              sum[c * step + j] += from[j] * from[j];
+            }
+          }
+          for (int64_t n = 0; n < g.samples; ++n) {
+            W* row = to + (n * g.height + h) * g.measured();
+            for (int64_t j = 0; j < g.measured(); ++j) {
+              row[j] = W(1) / (first[n] + (sum[j] == 0 ? W(1) : sum[j]));
+            }
+          }
+        });
+      }
+    });
+  });
+  return weight;
+}
+
 // Samples and, for a mask (H, W), bands are added up in order, whatever the number of threads.
 Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
   const Geometry g = geometry_of(x, y, step);
@@ -286,6 +320,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("cassi_adjoint", TORCH_BOX(&adjoint));
   m.impl("cassi_step", TORCH_BOX(&step));
   m.impl("cassi_grad_mask", TORCH_BOX(&grad_mask));
+  m.impl("cassi_prox_weight", TORCH_BOX(&prox_weight));
 }
 
 }  // namespace lorun::cassi

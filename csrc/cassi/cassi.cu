@@ -302,6 +302,29 @@ __global__ void __launch_bounds__(256)
   out[index] = sum;
 }
 
+// weight = 1 / (mu + Phi_s) of every sample, zeros of Phi_s set to 1: one thread a pixel of the detector.
+template <class W>
+__global__ void __launch_bounds__(256)
+    inverse_of_diagonal(const Geometry g, const W* mask, int64_t m_band, const W* mu, W* weight) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= g.height * g.measured()) {
+    return;
+  }
+  const int64_t j = index % g.measured(), i = index / g.measured();
+  W sum = 0;
+  for (int64_t c = 0; c < g.bands; ++c) {
+    const int64_t column = j - c * g.step;
+    if (column >= 0 && column < g.width) {
+      const W m = mask[c * m_band + i * g.width + column];
+      sum += m * m;
+    }
+  }
+  const W diagonal = sum == W(0) ? W(1) : sum;
+  for (int64_t n = 0; n < g.samples; ++n) {
+    weight[n * g.height * g.measured() + index] = W(1) / (mu[n] + diagonal);
+  }
+}
+
 // Whether rows that begin here and have this many elements between them can be read and written by pairs.
 template <class T>
 bool paired(const T* first, int64_t between = 0) {
@@ -417,6 +440,23 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
   return {z, residual};
 }
 
+Tensor prox_weight(Tensor mask, Tensor mu, int64_t bands, int64_t step) {
+  const OnDeviceOf device(mask);
+  const OperatorTensors op = operator_of_weight(mask, mu, bands, step);
+  const Geometry& g = op.g;
+  const Tensor each = dense(mu);
+  const Tensor weight = empty_beside(mask, {g.samples, g.height, g.measured()}, mask.scalar_type());
+  const int64_t blocks = (g.height * g.measured() + 255) / 256;
+  dispatch_wide(mask.scalar_type(), "mask", [&](auto tag) {
+    using W = typename decltype(tag)::type;
+    if (blocks > 0 && g.samples > 0) {
+      launch(device, &inverse_of_diagonal<W>, blocks, 256, 0, g, op.mask.const_data_ptr<W>(), op.m_band,
+             each.const_data_ptr<W>(), weight.mutable_data_ptr<W>());
+    }
+  });
+  return weight;
+}
+
 Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
   const OnDeviceOf device(x);
   const Geometry g = geometry_of(x, y, step);
@@ -442,6 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CUDA, m) {
   m.impl("cassi_adjoint", TORCH_BOX(&adjoint));
   m.impl("cassi_step", TORCH_BOX(&step));
   m.impl("cassi_grad_mask", TORCH_BOX(&grad_mask));
+  m.impl("cassi_prox_weight", TORCH_BOX(&prox_weight));
 }
 
 }  // namespace lorun::cassi

@@ -48,6 +48,13 @@ inline OperatorTensors operator_of_measurement(const Tensor& y, const Tensor& ma
   return op;
 }
 
+inline OperatorTensors operator_of_weight(const Tensor& mask, const Tensor& mu, int64_t bands, int64_t step) {
+  const ScalarType wide = mask.scalar_type();
+  check_type("mu", mu, wide);
+  STD_TORCH_CHECK(mu.dim() == 1, "mu: expected shape (N), got ", shape_of(mu));
+  return operator_of(mask, mu.size(0), bands, step, wide);
+}
+
 // The geometry of an image beside a measurement in the accumulation type.
 inline Geometry geometry_of(const Tensor& x, const Tensor& y, int64_t step) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected (N, L, H, W), got ", shape_of(x));

@@ -143,6 +143,13 @@ def _fake_grad_mask(x, y, step, per_band):
     return y.new_empty(x.shape[1:] if per_band else x.shape[2:])
 
 
+def _fake_prox_weight(mask, mu, bands, step):
+    _check_mask(mask, bands, step, mask.dtype)
+    if mu.ndim != 1 or mu.dtype != mask.dtype:
+        raise ValueError(f"mu: expected shape (N) and {mask.dtype}, got {shape_of(mu)} and {mu.dtype}")
+    return mask.new_empty((mu.shape[0], mask.shape[-2], measured_width(mask.shape[-1], bands, step)))
+
+
 def _setup_forward(ctx, inputs, output):
     x, mask, ctx.step = inputs
     ctx.bands = x.shape[1]
@@ -254,6 +261,24 @@ def _backward_grad_mask(ctx, grad):
     return grad_x, grad_y, None, None
 
 
+def _setup_prox_weight(ctx, inputs, output):
+    mask, _, ctx.bands, ctx.step = inputs
+    ctx.save_for_backward(mask, output)
+
+
+def _backward_prox_weight(ctx, grad):
+    # Of 1 / (mu + Phi_s): -w^2 for mu and Phi_s; of Phi_s for mask_c: 2 mask_c, in the window of the band.
+    mask, weight = ctx.saved_tensors
+    inner = -grad * weight.square()
+    grad_mask = grad_mu = None
+    if ctx.needs_input_grad[0]:
+        grad_mask = 2 * _adjoint(inner.sum(0, keepdim=True), mask, ctx.bands, ctx.step)[0]
+        grad_mask = grad_mask.sum(0) if mask.ndim == 2 else grad_mask
+    if ctx.needs_input_grad[1]:
+        grad_mu = inner.sum((1, 2))
+    return grad_mask, grad_mu, None, None
+
+
 _forward = define(
     "cassi(Tensor x, Tensor mask, int step) -> Tensor",
     reference=reference.cassi,
@@ -285,6 +310,14 @@ _grad_mask = define(
     fake=_fake_grad_mask,
     backward=_backward_grad_mask,
     setup_context=_setup_grad_mask,
+    direct=True,
+)
+_prox_weight = define(
+    "cassi_prox_weight(Tensor mask, Tensor mu, SymInt bands, int step) -> Tensor",
+    reference=reference.cassi_prox_weight,
+    fake=_fake_prox_weight,
+    backward=_backward_prox_weight,
+    setup_context=_setup_prox_weight,
     direct=True,
 )
 
@@ -349,7 +382,6 @@ def cassi_prox(x: Tensor, y: Tensor, mask: Tensor, mu: float | Tensor, *, step: 
         raise ValueError(f"mu: expected at least 0, got {mu}")
     if isinstance(mu, Tensor) and mu.ndim > 2 and mu.shape[-3] != 1:
         raise ValueError(f"mu: expected a number or broadcastable to ({x.shape[0]}, 1, 1, 1), got shape {shape_of(mu)}")
-    per_sample = step_size(mu, x[:, :1], name="mu").reshape(-1, 1, 1)
-    diagonal = energy(mask, bands=x.shape[1], step=step)
-    weight = 1 / (per_sample + torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
-    return _run_step(x, y, mask, mask.new_ones((1,)), weight, step)
+    per_sample = step_size(mu, x[:, :1], name="mu").reshape(-1)
+    weight = _prox_weight(mask, per_sample, x.shape[1], step)
+    return _run_step(x, y, mask, step_size(1.0, x), weight, step)

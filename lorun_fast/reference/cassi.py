@@ -52,6 +52,13 @@ def cassi_step(
     return z.contiguous().to(x.dtype), residual if keep_residual else residual.new_empty((0,))
 
 
+def cassi_prox_weight(mask: Tensor, mu: Tensor, bands: int, step: int) -> Tensor:
+    """1 / (mu + Phi_s), Phi_s = sum_c mask_c^2 the diagonal of Phi Phi^T, its zeros set to 1. mu (N,) -> (N, H, W')."""
+    per_band = mask.expand(bands, *mask.shape[-2:])
+    diagonal = cassi(per_band[None], mask, step)[0]
+    return 1 / (mu[:, None, None] + torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
+
+
 def cassi_grad_mask(x: Tensor, y: Tensor, step: int, per_band: bool) -> Tensor:
     """The gradient of <Phi x, y> for the mask, in y's dtype: (L, H, W), or its sum over bands, (H, W)."""
     bands, width = x.shape[1], x.shape[3]
