@@ -218,7 +218,7 @@ def test_does_not_depend_on_threads_or_batch_mates():
 
 
 # N, C, middle, H, W: one tile, ragged ends, less than a tile, rows for more than one thread, several panels of columns,
-# filters too large for the cache, more columns in a panel's row than fit
+# filters too large for some second-level caches and for any
 BLOCKS = [
     (1, 8, 8, 4, 4),
     (2, 8, 24, 9, 6),
@@ -228,6 +228,7 @@ BLOCKS = [
     (2, 32, 32, 21, 190),
     (1, 32, 16, 13, 700),
     (1, 64, 64, 20, 21),
+    (1, 96, 104, 9, 10),
     (0, 8, 8, 4, 4),
 ]
 

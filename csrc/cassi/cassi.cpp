@@ -10,7 +10,6 @@
 #include "cassi/cassi.h"
 
 #include <torch/csrc/stable/library.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <numeric>
@@ -18,6 +17,7 @@
 #include <tuple>
 
 #include "cassi/checks.h"
+#include "common/caches.h"
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -158,14 +158,7 @@ void parallel_rows(const Geometry& g, const F& f) {
 
 // Whether a result of this size would not stay in the caches beside what it was made from.
 bool past_caches(int64_t bytes) {
-  static const int64_t last_level = [] {
-    int64_t size = 0;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return size > 0 ? size : int64_t{32} << 20;
-  }();
-  return bytes > last_level / 2;
+  return bytes > last_level_cache() / 2;
 }
 
 Tensor forward(Tensor x, Tensor mask, int64_t step) {

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/caches.h"
 #include "common/finishing.h"
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -25,9 +26,8 @@ namespace {
 
 constexpr int64_t kMultiple = 12;          // of tiles, as the products want them
 constexpr int64_t kWorkBytes = 128 << 10;  // a part of the second-level cache
-// Other parts of it: a block's filters, and what lies between its convolutions. Larger ones are two passes.
-constexpr int64_t kFilterBytes = 320 << 10, kRingBytes = 256 << 10;
-constexpr int64_t kFewColumns = 8;  // of a panel, whose neighbours' are computed twice
+constexpr int64_t kRingBytes = 256 << 10;  // another: what lies between a block's convolutions
+constexpr int64_t kFewColumns = 8;         // of a panel, whose neighbours' are computed twice
 
 // Tiles that a thread takes at a time.
 template <class T>
@@ -47,6 +47,18 @@ void run(const Problem<T>& p) {
       kernel(p, w, b * together, std::min((b + 1) * together, p.tiles()));
     }
   });
+}
+
+// Columns of a panel whose ring has its size, and 0 if a block's filters do not lie in the second-level cache beside it
+// and a thread's points: then it is two passes.
+template <class T>
+int64_t columns_of_block(int64_t channels, int64_t middle) {
+  constexpr int64_t kBytes = sizeof(T);
+  const int64_t columns = kRingBytes / std::max<int64_t>(Ring<T>::kRows * kTile * middle * kBytes, 1) - 2;
+  const int64_t filters = 2 * kPoints * channels * middle * kBytes;
+  const int64_t points = tiles_together<T>(channels + middle) * kPoints * (channels + middle) * kBytes;
+  const bool fit = filters + kRingBytes + points <= second_level_cache();
+  return fit && columns >= kFewColumns ? columns : 0;
 }
 
 // A thread takes rows of tiles of one panel, and first those of the first convolution that its neighbours compute too.
@@ -114,9 +126,8 @@ Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, 
     const T *pixels = image.const_data_ptr<T>(), *bias = pointer<T>(offset);
     const Finish<T> to{
         channels, y.mutable_data_ptr<T>(), width * channels, pointer<T>(other_offset), pixels, pointer<T>(more), false};
-    constexpr int64_t kBytes = sizeof(T);
-    const int64_t columns = kRingBytes / std::max<int64_t>(Ring<T>::kRows * kTile * middle * kBytes, 1) - 2;
-    if (2 * kPoints * channels * middle * kBytes <= kFilterBytes && columns >= kFewColumns) {
+    const int64_t columns = columns_of_block<T>(channels, middle);
+    if (columns > 0) {
       run(Block<T>{images, one, other, pixels, bias, to}, columns);
       return;
     }

@@ -263,8 +263,9 @@ def winograd_block(
 ) -> Tensor:
     """x + conv(relu(conv(x) + first_bias)) + second_bias + residual: a residual block of two :func:`winograd_conv2d`.
 
-    x, residual: (N, C, H, W). first, second: of :func:`winograd_weight`, (36, C, middle) and (36, middle, C). Up to
-        some 32 channels what lies between the convolutions stays in the cache; its values are those of two calls.
+    x, residual: (N, C, H, W). first, second: of :func:`winograd_weight`, (36, C, middle) and (36, middle, C). With few
+        channels (32 where the second-level cache has 1 MB) what lies between the convolutions stays in the cache; its
+        values are those of two calls.
     Returns (N, C, H, W) in channels_last. Errors and gradients as :func:`winograd_conv2d`'s.
     """
     _check_block(x, first, first_bias, second, second_bias, residual)
