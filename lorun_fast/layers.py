@@ -107,6 +107,7 @@ class AdaptedLayer:
 
     def stage_weight(self, stage: int | Tensor) -> Tensor:
         """The weight of one stage, or (N, *weight.shape) for a tensor (N,) of stages."""
+        check_stage(stage, self.stages, stage.shape[0] if isinstance(stage, Tensor) and stage.ndim else 0)
         if self.merged:
             return self._merged[stage]
         return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)

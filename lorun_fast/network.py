@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from functools import partial
 
 import torch
@@ -95,14 +96,14 @@ class LoRun(nn.Module):
         else:
             staged = _KINDS[sharing](denoiser, stages)
         stages = staged.stages
-        if not isinstance(checkpoint, int) or not 0 <= checkpoint <= stages:
+        if not hasattr(checkpoint, "__index__") or not 0 <= checkpoint <= stages:
             raise ValueError(
                 f"checkpoint: expected True, False or a number of stages up to {stages}, got {checkpoint!r}"
             )
         self.op, self.denoiser = op, staged
         self.gamma, self.form, self.sharing = gamma, form, sharing
         self.data_step, self.noise_map = data_step, noise_map
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint if isinstance(checkpoint, bool) else operator.index(checkpoint)
         self._tells_noise = staged.takes_noise()
         self.step_size = nn.Parameter(torch.full((staged.stages,), rho))
         self.register_load_state_dict_post_hook(LoRun._merge_again)

@@ -345,3 +345,21 @@ def test_the_one_stage_of_a_layer_is_no_part_of_its_factors():
         _, down, up, stage = layer.operands(0, None)
         assert stage is None and down.grad_fn.name() == up.grad_fn.name() == name
         assert torch.equal(down, layer.down[0]) and torch.equal(up, layer.up[0])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "error", "message"),
+    [
+        ("a", TypeError, "stage: expected an int or an int64 tensor, got str"),
+        (1.0, TypeError, "stage: expected an int or an int64 tensor, got float"),
+        (None, TypeError, "stage: expected an int or an int64 tensor, got NoneType"),
+        (3, IndexError, "stage: expected 0 to 2, got 3"),
+        (torch.tensor([0.5]), TypeError, "stage: expected an int or an int64 tensor, got torch.float32"),
+        (torch.tensor(1), ValueError, "stage: expected one stage per sample"),
+    ],
+)
+def test_a_stage_weight_of_no_stage(merged, stage, error, message):
+    layer = lf.LoRAConv2d(4, 4, 3, stages=3, rank=2).train(not merged)
+    with pytest.raises(error, match=message):
+        layer.stage_weight(stage)

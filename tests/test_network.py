@@ -6,6 +6,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -251,6 +252,7 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
             ValueError,
             "checkpoint: expected True, False or a number of stages up to 3, got 4",
         ),
+        (lambda: tiny(checkpoint=-1), ValueError, "checkpoint: expected True, False or .* up to 3, got -1"),
         (lambda: tiny(checkpoint="all"), ValueError, "checkpoint: expected True, False or .* up to 3, got 'all'"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=-0.1), ValueError, "sigma: expected at least 0, got -0.1"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=math.nan), ValueError, "sigma: expected at least 0, got nan"),
@@ -284,6 +286,12 @@ def test_a_denoiser_that_returns_more_than_an_image(x, sharing):
     if sharing == "untied":
         with pytest.raises(TypeError, match="denoiser: expected an image from WithFeatures, got tuple"):
             net.denoiser(torch.zeros(2, 1, 4, 4), stage=torch.tensor([0, 1]))
+
+
+def test_checkpoint_takes_numpys_whole_numbers():
+    net = tiny(checkpoint=np.int64(2))
+    assert type(net.checkpoint) is int and net.checkpoint == 2
+    assert tiny(checkpoint=True).checkpoint is True
 
 
 def test_a_sigma_that_the_denoiser_does_not_take(x):
