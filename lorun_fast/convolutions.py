@@ -55,8 +55,7 @@ class StandIn(nn.Module):
         raise NotImplementedError
 
     def form_weight(self) -> None:
-        """Makes the other form of the weight."""
-        raise NotImplementedError
+        """Makes the other form of the weight, where the kernel does not read it as it is."""
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
@@ -122,9 +121,6 @@ class ThinConv2d(StandIn):
         if reason is None and not fused_conv2d.is_thin(conv.weight):
             return f"it has {conv.in_channels} channels in and {conv.out_channels} out"
         return reason
-
-    def form_weight(self) -> None:
-        """The kernel reads the weight as it is."""
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
@@ -246,9 +242,6 @@ class FusedConv2d(StandIn):
             return f"it has more than {_MOST_CHANNELS} channels, where no gain was measured"
         return None if conv.weight.dtype in (torch.bfloat16, torch.float16) else f"its weight is {conv.weight.dtype}"
 
-    def form_weight(self) -> None:
-        """The kernel reads the weight as it is."""
-
     def _pays(self, input: Tensor) -> bool:
         """Whether the Triton kernel takes less time than cuDNN and a pass for ReLU or the residual, by an H200 in bf16.
 
@@ -300,7 +293,8 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
-    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d):
+    plain_sum = residual is None or residual.dtype == x.dtype
+    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d) and plain_sum:
         return winograd_block(
             x, first.points, second.points, first_bias=first.bias, second_bias=second.bias, residual=residual
         )

@@ -388,6 +388,16 @@ def test_a_residual_of_another_dtype_is_added_as_torch_adds_it(layer):
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
 
 
+def test_a_block_by_minimal_filtering_adds_a_residual_of_another_dtype():
+    module = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    x, residual = torch.rand(1, 8, 6, 7), torch.rand(1, 8, 6, 7, dtype=torch.float64)
+    expected = residual_block(*module, x, residual)
+    assert replace_convolutions([module], "winograd") == (2, 2)
+    y = residual_block(*module, x, residual)
+    assert y.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
 def test_layers_that_share_a_weight_alone_keep_their_biases():
     first, second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
     second.weight = first.weight

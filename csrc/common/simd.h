@@ -81,4 +81,13 @@ void multiversion(const F& body) {
   detail::run_baseline(body);
 }
 
+// The widest variant whose vectors of T each of these numbers of channels, multiples of 8, fills.
+template <class T, class... Counts>
+CpuVariant variant_for(Counts... channels) {
+  constexpr auto kWide = 64 / sizeof(T);
+  const bool fill = ((channels % kWide == 0) && ...);
+  const CpuVariant active = active_variant();
+  return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
+}
+
 }  // namespace lorun

@@ -23,14 +23,6 @@ namespace {
 // Pixels of a step at most, and one on each side.
 constexpr int64_t kMostPixels = 16 + 2;
 
-// The widest vectors that the many channels fill.
-template <class T>
-CpuVariant variant_for(int64_t channels) {
-  const CpuVariant active = active_variant();
-  const bool fill = channels % static_cast<int64_t>(64 / sizeof(T)) == 0;
-  return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
-}
-
 template <class T>
 using Rows = void (*)(const Problem<T>&, T*, int64_t, int64_t);
 

@@ -139,15 +139,6 @@ struct GradientProblem : Images {
   const T *x, *grad;
 };
 
-// The widest vectors that both channel counts fill.
-template <class T>
-CpuVariant variant_for(int64_t in, int64_t out) {
-  constexpr int64_t kWide = 64 / sizeof(T);
-  const bool fill = in % kWide == 0 && out % kWide == 0;
-  const CpuVariant active = active_variant();
-  return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
-}
-
 // Of one thread: v, a row of channels for each tile and point; m, in the forward pass their products, in the backward
 // pass the same of the gradient; padded, a tile that leaves the image.
 template <class T>

@@ -138,6 +138,12 @@ def check_same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) ->
             raise ValueError(f"{name} is on {t.device}, but {first[0]} is on {first[1].device}: move one of them")
 
 
+def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Like x, channels innermost, also in its strides where an axis has one element: what such a kernel returns."""
+    n, channels, height, width = shape
+    return x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
+
+
 def check_finishing(
     x: Tensor,
     out: int,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
-from lorun_fast.ops._checks import check_finishing, check_image, check_tensor, shape_of
+from lorun_fast.ops._checks import check_finishing, check_image, check_tensor, empty_channels_last, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import fused_conv2d as reference
 
@@ -40,8 +40,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 def _fake(x, weight, bias, residual, relu):
     _check(x, weight, bias, residual)
-    n, _, height, width = x.shape
-    return x.new_empty((n, height, width, weight.shape[0])).permute(0, 3, 1, 2)
+    return empty_channels_last(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
 def _definition(x, weight, bias, residual, relu):

@@ -15,6 +15,7 @@ from lorun_fast.ops._checks import (
     check_image,
     check_same_device,
     check_tensor,
+    empty_channels_last,
     finite,
     parameter_dtype,
     shape_of,
@@ -90,14 +91,9 @@ def _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle):
     _check_devices(x, weight=weight, bias=bias, residual=residual)
 
 
-def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    n, channels, height, width = shape
-    return x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
-
-
 def _fake(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu):
     _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
-    return _empty(x, _result_shape(x, out, kernel, stride, padding, shuffle))
+    return empty_channels_last(x, _result_shape(x, out, kernel, stride, padding, shuffle))
 
 
 def _setup(ctx, inputs, output):
@@ -195,7 +191,7 @@ def _check_block(x, first, first_bias, second, second_bias, residual, middle):
 
 def _fake_block(x, first, first_bias, second, second_bias, residual, middle):
     _check_block(x, first, first_bias, second, second_bias, residual, middle)
-    return _empty(x, x.shape)
+    return empty_channels_last(x, x.shape)
 
 
 def _setup_block(ctx, inputs, output):

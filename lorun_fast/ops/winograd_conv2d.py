@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, shape_of
+from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, empty_channels_last, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import winograd_conv2d as reference
 
@@ -59,14 +59,9 @@ def _check_block(x, first, first_bias, second, second_bias, residual):
     check_finishing(x, channels, second, second_bias, residual, ("second", "second_bias"))
 
 
-def _empty(x: Tensor, channels: int) -> Tensor:
-    n, _, height, width = x.shape
-    return x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
-
-
 def _fake(x, weight, bias, relu, residual):
     _check(x, weight, bias, residual)
-    return _empty(x, weight.shape[2])
+    return empty_channels_last(x, (x.shape[0], weight.shape[2], *x.shape[2:]))
 
 
 def _setup(ctx, inputs, output):
@@ -107,7 +102,7 @@ _op = define(
 
 def _fake_block(x, first, first_bias, second, second_bias, residual):
     _check_block(x, first, first_bias, second, second_bias, residual)
-    return _empty(x, x.shape[1])
+    return empty_channels_last(x, x.shape)
 
 
 def _setup_block(ctx, inputs, output):
