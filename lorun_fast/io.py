@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorun_fast import denoisers
+from lorun_fast._files import complete_file
 from lorun_fast.network import LoRun
 from lorun_fast.operators import OPERATORS
 from lorun_fast.stages import StagedDenoiser, Stages, adapt_layers
@@ -85,15 +85,8 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         t = t.detach().cpu()
         # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
         tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-    os.close(handle)
-    try:
+    with complete_file(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: header})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_config(path: str | os.PathLike) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_link_is_followed_and_permissions_are_those_of_any_other_file(tmp_path):
+    target, link = tmp_path / "target.safetensors", tmp_path / "link.safetensors"
+    usual = os.umask(0o027)
+    try:
+        lf.save(network(), target)
+        assert target.stat().st_mode & 0o777 == 0o640
+        target.chmod(0o600)
+        link.symlink_to(target)
+        lf.save(network("tied"), link)
+    finally:
+        os.umask(usual)
+    assert link.is_symlink() and lf.load(target).sharing == "tied"
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_name_as_long_as_a_name_may_be(tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lorun_fast._files import complete_file
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.progress import note
 
@@ -53,24 +53,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     What was there before stays until then. A link is followed; what is no file (/dev/stdout) is written to as it
     is. Raises UserError when the file cannot be written.
     """
-    temporary = None
     try:
         if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
             with path.open("wb") as f:
                 yield f
             return
-        path = path.resolve()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-        with os.fdopen(handle, "wb") as f:
+        with complete_file(path) as temporary, temporary.open("wb") as f:
             yield f
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 def check_file(path: Path) -> None:
