@@ -333,6 +333,24 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
     return None
 
 
+def _check_no_adapter_inside(denoiser: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError where a layer to adapt is part of another library's adapted one.
+
+    loralib's convolution reads its inner layer's weight and never calls it: our adapters would learn nothing. PEFT's
+    factors are layers themselves, and would be given adapters of their own.
+    """
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            path = ".".join(parts[:i])
+            package = type(denoiser.get_submodule(path)).__module__.partition(".")[0]
+            if package in ("loralib", "peft"):
+                raise ValueError(
+                    f"denoiser: expected plain layers, got {name} inside {package}'s {path or 'model'}: "
+                    f"lorun_fast.interop.{package} converts such layers, or exclude={path + '.*'!r} leaves them alone"
+                )
+
+
 def adapt(
     denoiser: nn.Module,
     stages: int = 9,
@@ -354,8 +372,8 @@ def adapt(
 
     A fresh result equals the denoiser at every stage, to the last bit (in eval mode, where it has norms with running
     statistics). Only the adapters train; see ``freeze_base``. Raises TypeError for what is no module, and ValueError
-    when no layer is adapted, a layer has no weight yet, a pattern matches nothing, or a form cannot express a layer
-    (peft with groups, loralib with a kernel that is not square).
+    when no layer is adapted, a layer has no weight yet or is part of one that loralib or PEFT adapted, a pattern
+    matches nothing, or a form cannot express a layer (peft with groups, loralib with a kernel that is not square).
     """
     adapters.check_form(form)
     if not isinstance(denoiser, nn.Module):
@@ -379,6 +397,7 @@ def adapt(
             skipped[name] = reason
             continue
         plan[name] = {"rank": adapters.rank(*_features(layer), gamma), "form": form, "scale": scale}
+    _check_no_adapter_inside(denoiser, plan)
     if not plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(

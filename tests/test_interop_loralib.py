@@ -177,3 +177,10 @@ def test_what_loralib_cannot_express_raises(layer, error, message):
 def test_a_stage_out_of_range_raises():
     with pytest.raises(IndexError, match="stage: expected 0 to 1, got 2"):
         interop.to_loralib(lf.LoRALinear(4, 4, stages=2), 2)
+
+
+def test_adapt_does_not_take_what_loralib_never_calls():
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), loralib.Conv2d(6, 10, 3, r=2))
+    with pytest.raises(ValueError, match=r"got 1.conv inside loralib's 1: lorun_fast.interop.loralib converts"):
+        lf.adapt(net, stages=2)
+    assert set(lf.adapt(net, stages=2, exclude="1.*").adapted) == {"0"}

@@ -288,3 +288,13 @@ def test_a_layer_under_two_names_raises():
 def test_what_a_staged_denoiser_cannot_hand_to_peft_raises_by_name():
     with pytest.raises(ValueError, match=r"^conv1: form 'loralib' has no counterpart"):
         interop.to_peft(lf.adapt(Denoiser(), stages=2))
+
+
+def test_adapt_does_not_take_pefts_factors_for_layers():
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), peft_layer(nn.Conv2d(6, 10, 3), a={"r": 2}))
+    with pytest.raises(ValueError, match=r"got 1.base_layer inside peft's 1: lorun_fast.interop.peft converts"):
+        lf.adapt(net, stages=2)
+    assert set(lf.adapt(net, stages=2, exclude="1.*").adapted) == {"0"}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="inside peft's model"):
+        lf.adapt(model, stages=2)
