@@ -8,6 +8,7 @@ from benchmarks import (  # noqa: F401
     lora_conv2d,
     network,
     packed_conv2d,
+    spectral_attention,
     thin_conv2d,
     winograd_conv2d,
 )

@@ -16,6 +16,7 @@ from lorun_fast.ops.lora_residual_block import lora_residual_block
 from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.packed_factor_gradients import packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
+from lorun_fast.ops.spectral_attention import spectral_attention
 from lorun_fast.ops.winograd_conv2d import (
     winograd_block,
     winograd_conv2d,
@@ -45,6 +46,7 @@ __all__ = [
     "packed_factor_gradients",
     "packed_weight",
     "packed_weight_gradient",
+    "spectral_attention",
     "winograd_block",
     "winograd_conv2d",
     "winograd_weight",

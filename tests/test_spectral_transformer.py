@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import lorun_fast as lf
-from lorun_fast.denoisers.spectral_transformer import SpectralBlock
 
 
 def small(**more):
@@ -42,37 +41,6 @@ def test_padding_inside_does_not_reach_an_image_of_whole_cells():
     odd = torch.randn(1, 4, 7, 5, dtype=torch.float64)
     padded = torch.nn.functional.pad(odd, (0, 1, 0, 1), mode="replicate")
     torch.testing.assert_close(net(odd), net(padded)[:, :, :7, :5])
-
-
-def test_attention_is_the_formula_and_does_not_depend_on_the_number_of_pixels():
-    block = SpectralBlock(6, 2, 1).double()
-    with torch.no_grad():
-        block.temperature.copy_(torch.tensor([2.0, 5.0]).view(2, 1, 1))
-    q, k, v = torch.randn(3, 2, 35, 6, dtype=torch.float64)
-    got = block._attend(q, k, v)
-    want = torch.empty_like(got)
-    for n in range(2):
-        for head, t in enumerate((2.0, 5.0)):
-            own = slice(3 * head, 3 * head + 3)
-            cosine = nn.functional.cosine_similarity(q[n, :, own, None], k[n, :, None, own], dim=0)
-            want[n, :, own] = v[n, :, own] @ torch.softmax(t * cosine, dim=1).T
-    torch.testing.assert_close(got, want)
-    twice = [torch.cat([t, t], 1) for t in (q, k, v)]
-    torch.testing.assert_close(block._attend(*twice)[:, :35], got)
-
-
-def test_attention_in_bf16_weighs_in_fp32():
-    """Products of q and k that bf16 holds, norms and logits that it would round: only the result may be rounded."""
-    block = SpectralBlock(4, 1, 1).bfloat16()
-    with torch.no_grad():
-        block.temperature.fill_(200)
-    nearly_all, some, none = (torch.rand(16, n, 4) < share for n, share in ((512, 0.97), (64, 0.5), (32, 0)))
-    q = torch.cat([nearly_all[:, :256], some[:, :32], none], 1).bfloat16()
-    k = torch.cat([nearly_all[:, 256:], none, some[:, 32:]], 1).bfloat16()
-    v = torch.rand(q.shape).bfloat16()
-    got = block._attend(q, k, v)
-    want = block.double()._attend(q.double(), k.double(), v.double())
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=8e-3)
 
 
 def test_exposure_does_not_matter():

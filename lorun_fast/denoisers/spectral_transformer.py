@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorun_fast.denoisers import _inputs
 from lorun_fast.ops._checks import whole
+from lorun_fast.ops.spectral_attention import spectral_attention
 
 
 class SpectralBlock(nn.Module):
@@ -35,23 +35,11 @@ class SpectralBlock(nn.Module):
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
         self.merge = nn.Linear(channels + self.hidden, channels, bias=False)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(N, H*W, C) each -> (N, H*W, C). The norms divide the small product instead of q and k."""
-        n, pixels, channels = q.shape
-        heads = (n, pixels, self.heads, channels // self.heads)
-        q, k, v = (t.reshape(heads).transpose(1, 2) for t in (q, k, v))
-        wide = torch.promote_types(q.dtype, torch.float32)
-        product = (q.transpose(2, 3) @ k).to(wide)
-        length = q.to(wide).square().sum(2)[..., None] * k.to(wide).square().sum(2)[..., None, :]
-        weight = torch.softmax(self.temperature * product * length.clamp(min=1e-30).rsqrt(), dim=-1).to(v.dtype)
-        return (v @ weight.transpose(2, 3)).transpose(1, 2).reshape(n, pixels, channels)
-
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         t = self.expand(x.permute(0, 2, 3, 1))
         t = self.local(t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        q, k, v, h = t.split([channels] * 3 + [self.hidden], dim=-1)
-        t = self.merge(torch.cat([self._attend(q, k, v), F.relu(h)], -1))
+        t = self.merge(spectral_attention(t, self.temperature, hidden=self.hidden))
         return x + t.reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
