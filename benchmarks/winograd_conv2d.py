@@ -11,7 +11,7 @@ from torch import Tensor
 import lorun_fast as lf
 from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Case, Problem, Run, Work, case, size
 
-SIZES = ((16, 256), (32, 128), (64, 64), (64, 32), (64, 256))
+SIZES = ((16, 256), (28, 256), (32, 128), (64, 64), (64, 32), (64, 256))
 
 
 def block_sizes(dtype: str) -> list:
@@ -40,7 +40,7 @@ def block_inputs(dtype, device, n: int, channels: int, px: int) -> dict[str, Ten
 
 @case("winograd_conv2d.block", suite="layers", sizes=block_sizes("fp32"))
 def block(dtype, device, *, n, channels, px) -> Problem:
-    """The sizes of the network behind cs-25 at 256 px, and ISTA-Net+'s."""
+    """The sizes of the network behind cs-25 at 256 px, ISTA-Net+'s, and a spectral image's."""
     inputs = block_inputs(dtype, device, n, channels, px)
     x = inputs["x"]
     # 36 products of a tile of 16 pixels in place of 144; its transforms apart.

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lorun_fast.layers import LoRAConv2d
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
-from lorun_fast.ops.winograd_conv2d import CHANNELS, winograd_block, winograd_conv2d, winograd_weight
+from lorun_fast.ops.winograd_conv2d import LEAST_CHANNELS, has_enough, winograd_block, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
 
 
@@ -93,8 +93,8 @@ class WinogradConv2d(StandIn):
     def unfit(conv: nn.Module) -> str | None:
         """Why this cannot stand for a module; None if it can."""
         reason = _unfit_same_size(conv)
-        if reason is None and (conv.in_channels % CHANNELS or conv.out_channels % CHANNELS):
-            return f"its channels are not multiples of {CHANNELS}"
+        if reason is None and not has_enough(conv.in_channels, conv.out_channels):
+            return f"it has less than {LEAST_CHANNELS} channels on a side"
         return reason
 
     def form_weight(self) -> None:

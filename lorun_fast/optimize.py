@@ -360,7 +360,7 @@ def _convolutions(
     replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
     if not replaced:
         return "direct", {
-            "winograd": "no float32 layer of 3 x 3, stride 1 and channels in multiples of 8",
+            "winograd": "no float32 layer of 3 x 3, stride 1 and 8 channels or more",
             "packed": "no bfloat16 convolution of square kernels",
             "fused": "no bfloat16 or float16 convolution of 3 x 3 with stride 1 and up to 128 channels",
         }[kind]

@@ -31,10 +31,11 @@ def problem(form="loralib", **sizes) -> dict:
 @pytest.mark.parametrize("form", adapters.FORMS)
 @pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
 @pytest.mark.parametrize("added", [False, True])
-def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activation, form, stage, added):
-    p = problem(form, stages=None if stage is None else K)
+@pytest.mark.parametrize(("channels", "out"), [(8, 16), (28, 9)])
+def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activation, form, stage, added, channels, out):
+    p = problem(form, stages=None if stage is None else K, in_=channels, out=out)
     if added:
-        p["residual"] = torch.randn(4, 16, 7, 6, dtype=torch.float64)
+        p["residual"] = torch.randn(4, out, 7, 6, dtype=torch.float64)
     calls, found = [], {}
     convolution = winograd_conv2d.winograd_conv2d
 
@@ -43,7 +44,7 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activati
         return convolution(*args, **settings)
 
     monkeypatch.setattr("lorun_fast.ops._lora_winograd.winograd_conv2d", counted)
-    weights = torch.randn(4, 16, 7, 6, dtype=torch.float64)
+    weights = torch.randn(4, out, 7, 6, dtype=torch.float64)
     for wish in ("winograd", "reference"):
         monkeypatch.setattr(_native, "WISH", wish)
         leaves = {name: t.clone().requires_grad_() for name, t in p.items()}
@@ -66,7 +67,8 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activati
         ({"transposed": True}, "3 x 3"),
         ({"stride": [2, 1]}, "stride, padding and dilation are 1"),
         ({"padding": [0, 0]}, "stride, padding and dilation are 1"),
-        ({"weight": (12, 8, 3, 3)}, "multiples of 8"),
+        ({"weight": (12, 9, 3, 3)}, None),
+        ({"weight": (12, 7, 3, 3)}, "8 channels or more"),
         ({"layout": torch.contiguous_format}, "channels_last"),
         ({"dtype": torch.bfloat16}, "float32 or float64"),
     ],

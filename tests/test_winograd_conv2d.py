@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from threads_help import check_threads
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
+from lorun_fast import _native
 from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
 from lorun_fast.reference import winograd_conv2d as reference
 
@@ -16,7 +19,8 @@ op = torch.ops.lorun_fast.winograd_conv2d.default
 block_op = torch.ops.lorun_fast.winograd_block.default
 gradient_op = torch.ops.lorun_fast.winograd_weight_gradient.default
 
-# N, in, out, H, W: whole tiles, ragged ends, less than a tile, many tiles of more than one thread
+# N, in, out, H, W: whole tiles, ragged ends, less than a tile, many tiles of more than one thread, channels that fill
+# no whole number of vectors
 CASES = [
     (1, 8, 8, 4, 4),
     (2, 8, 24, 9, 6),
@@ -26,6 +30,11 @@ CASES = [
     (1, 32, 32, 50, 47),
     (2, 64, 64, 20, 21),
     (0, 8, 8, 4, 4),
+    (2, 28, 28, 33, 9),
+    (1, 31, 20, 6, 17),
+    (1, 12, 9, 3, 2),
+    (2, 15, 25, 5, 5),
+    (1, 17, 44, 1, 30),
 ]
 
 
@@ -109,7 +118,7 @@ def test_the_weights_gradient_is_the_direct_convolutions(poisoned, dtype, case):
 
 
 def test_the_weights_gradient_passes_gradcheck_and_opcheck():
-    x, _, _, grad = problem((2, 8, 16, 5, 6), torch.float64)
+    x, _, _, grad = problem((2, 9, 20, 5, 6), torch.float64)
     x.requires_grad_(), grad.requires_grad_()
     assert torch.autograd.gradcheck(gradient_op, (grad, x), fast_mode=True)
     opcheck(gradient_op, (grad, x))
@@ -127,16 +136,18 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("channels", [(8, 16), (28, 12)])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_the_weights_gradient_takes_any_layout(layout):
-    x, _, _, grad = problem((2, 8, 16, 10, 13))
+def test_the_weights_gradient_takes_any_layout(layout, channels):
+    x, _, _, grad = problem((2, *channels, 10, 13))
     x, grad = LAYOUTS[layout](x), LAYOUTS[layout](grad)
     torch.testing.assert_close(winograd_weight_gradient(grad, x).double(), direct_gradient(grad, x), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("channels", [(8, 16), (28, 12)])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_any_layout(layout):
-    x, weight, _, _ = problem((2, 8, 16, 10, 13))
+def test_any_layout(layout, channels):
+    x, weight, _, _ = problem((2, *channels, 10, 13))
     x = LAYOUTS[layout](x)
     points = winograd_weight(weight).transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(winograd_conv2d(x, points).double(), direct(x, weight), rtol=0, atol=3e-5)
@@ -145,7 +156,7 @@ def test_any_layout(layout):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("epilogue", [False, True])
 def test_opcheck(relu, epilogue):
-    x, weight, bias, residual = problem((2, 8, 16, 5, 6))
+    x, weight, bias, residual = problem((2, 9, 20, 5, 6))
     args = [x, winograd_weight(weight), bias if epilogue else None, residual if epilogue else None]
     args = [t if t is None else t.requires_grad_() for t in args]
     opcheck(op, (args[0], args[1], args[2], relu, args[3]))
@@ -154,7 +165,7 @@ def test_opcheck(relu, epilogue):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("epilogue", [False, True])
 def test_gradcheck(relu, epilogue):
-    x, weight, bias, residual = problem((1, 8, 8, 3, 5), torch.float64)
+    x, weight, bias, residual = problem((1, 8, 11, 3, 5), torch.float64)
     args = [x, winograd_weight(weight), bias if epilogue else None, residual if epilogue else None]
     args = [t if t is None else t.requires_grad_() for t in args]
     assert torch.autograd.gradcheck(op, (args[0], args[1], args[2], relu, args[3]), fast_mode=True)
@@ -172,7 +183,7 @@ def test_only_the_wanted_gradients_are_formed():
 
 
 def test_adjointness():
-    x, weight, _, g = problem((1, 16, 8, 7, 9), torch.float64)
+    x, weight, _, g = problem((1, 28, 9, 7, 9), torch.float64)
     points = winograd_weight(weight)
     x.requires_grad_()
     y = winograd_conv2d(x, points)
@@ -183,7 +194,7 @@ def test_adjointness():
 
 
 def test_compiles_as_one_graph():
-    x, weight, bias, residual = problem((1, 8, 8, 9, 7))
+    x, weight, bias, residual = problem((1, 28, 12, 9, 7))
     points = winograd_weight(weight)
 
     def call(x):
@@ -207,8 +218,24 @@ def test_nan_reaches_its_neighbourhood_through_relu():
     assert lost[4:7, 5:8].all() and not lost[:, 9:].any() and not lost[9:].any()
 
 
-def test_does_not_depend_on_threads_or_batch_mates():
-    x, weight, bias, _ = problem((4, 16, 16, 30, 31))
+@pytest.mark.parametrize("channels", [8, 9, 12, 20, 28, 31, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_pixel_reaches_further_than_its_neighbours_tiles(channels, dtype):
+    """Also where a vector does not end with a pixel's channels: what lies beside them in memory is lost, not hidden."""
+    x, weight, _, residual = problem((1, channels, channels, 12, 12), dtype)
+    inside = torch.zeros(12, 12, dtype=torch.bool)
+    inside[3:9, 3:9] = True
+    x[..., ~inside] = residual[..., ~inside] = float("nan")
+    known = x.nan_to_num(), residual.nan_to_num()
+    whole = x.contiguous(memory_format=torch.channels_last)
+    y = winograd_conv2d(whole, winograd_weight(weight), residual=residual)[..., 4:8, 4:8]
+    close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 3e-5}
+    torch.testing.assert_close(y.double(), direct(known[0], weight, residual=known[1])[..., 4:8, 4:8], **close)
+
+
+@pytest.mark.parametrize("channels", [16, 28])
+def test_does_not_depend_on_threads_or_batch_mates(channels):
+    x, weight, bias, _ = problem((4, channels, channels, 30, 31))
     points = winograd_weight(weight)
     whole = winograd_conv2d(x, points, bias)
     for i in range(4):
@@ -230,6 +257,10 @@ BLOCKS = [
     (1, 64, 64, 20, 21),
     (1, 96, 104, 9, 10),
     (0, 8, 8, 4, 4),
+    (2, 28, 28, 21, 90),
+    (1, 9, 31, 6, 17),
+    (3, 20, 12, 3, 1),
+    (1, 76, 44, 9, 10),
 ]
 
 
@@ -262,7 +293,7 @@ def test_a_block_is_two_convolutions_to_the_last_bit(poisoned, dtype, case, epil
 
 @pytest.mark.parametrize("epilogue", [False, True])
 def test_a_blocks_gradients(epilogue):
-    x, first, first_bias, second, second_bias, residual = block_problem((1, 8, 16, 5, 6), torch.float64)
+    x, first, first_bias, second, second_bias, residual = block_problem((1, 9, 12, 5, 6), torch.float64)
     biases = (first_bias, second_bias, residual) if epilogue else (None, None, None)
     args = [x, winograd_weight(first), biases[0], winograd_weight(second), *biases[1:]]
     args = [t if t is None else t.requires_grad_() for t in args]
@@ -278,7 +309,7 @@ def test_a_blocks_gradients(epilogue):
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_a_block_takes_any_layout(layout):
-    x, first, _, second, _, residual = block_problem((2, 16, 8, 10, 13))
+    x, first, _, second, _, residual = block_problem((2, 28, 12, 10, 13))
     x, residual = LAYOUTS[layout](x), LAYOUTS[layout](residual)
     y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
     expected = x + direct(direct(x, first, None, "relu"), second) + residual
@@ -342,7 +373,8 @@ def test_errors_of_a_block(change, error, message):
 VARIANTS = """
 from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
 for dtype in (torch.float32, torch.float64):
-    for n, i, o, h, w in ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)):
+    whole, odd = ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)), ((1, 28, 31, 9, 6), (2, 9, 12, 5, 17), (1, 20, 10, 4, 4))
+    for n, i, o, h, w in (*whole, *odd):
         x, weight = torch.randn(n, i, h, w, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype) / 12
         bias, one = torch.randn(o, dtype=dtype), torch.ones(n, o, h, w, dtype=dtype)
         y = winograd_conv2d(x, winograd_weight(weight), bias, activation="relu", residual=one)
@@ -353,12 +385,13 @@ for dtype in (torch.float32, torch.float64):
         F.conv2d(x.double(), weight, padding=1).backward(y.double())
         scale = weight.grad.abs().max()
         torch.testing.assert_close(winograd_weight_gradient(y, x).double() / scale, weight.grad / scale, **close)
-    x, residual = torch.randn(2, 2, 16, 37, 90, dtype=dtype)
-    first, second = torch.randn(24, 16, 3, 3, dtype=dtype) / 12, torch.randn(16, 24, 3, 3, dtype=dtype) / 12
-    y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
-    between = F.relu(F.conv2d(x.double(), first.double(), padding=1))
-    expected = x + F.conv2d(between, second.double(), padding=1) + residual
-    torch.testing.assert_close(y.double(), expected, **close | {"atol": 10 * close["atol"]})
+    for c, m in ((16, 24), (28, 13)):
+        x, residual = torch.randn(2, 2, c, 37, 90, dtype=dtype)
+        first, second = torch.randn(m, c, 3, 3, dtype=dtype) / 12, torch.randn(c, m, 3, 3, dtype=dtype) / 12
+        y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
+        between = F.relu(F.conv2d(x.double(), first.double(), padding=1))
+        expected = x + F.conv2d(between, second.double(), padding=1) + residual
+        torch.testing.assert_close(y.double(), expected, **close | {"atol": 10 * close["atol"]})
 """
 
 
@@ -367,14 +400,57 @@ def test_lesser_cpu_variants(variant):
     check_under(variant, VARIANTS)
 
 
+VECTORS = ["baseline", "avx2", "avx512"]
+
+# Tensors that end where the process may read no further.
+BOUNDS = """
+import ctypes, math, mmap
+from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
+kept = []
+
+def at_the_end(t):
+    size = t.numel() * t.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    moved = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=pages - size)
+    return moved.view(t.shape).copy_(t)
+
+def image(*shape):
+    return at_the_end(torch.randn(shape, dtype=dtype)).permute(0, 3, 1, 2)
+
+for dtype in (torch.float32, torch.float64):
+    for i, o, px in ((28, 28, 9), (9, 31, 8), (20, 12, 8), (20, 12, 9), (33, 8, 9)):
+        # 9: the image's last whole tile ends with it; 8: so does the gradient's.
+        x, g = image(1, px, px, i), image(1, px, px, o)
+        first, second = (at_the_end(winograd_weight(torch.randn(s, dtype=dtype))) for s in ((o, i, 3, 3), (i, o, 3, 3)))
+        bias = at_the_end(torch.randn(o, dtype=dtype))
+        y = winograd_conv2d(x, first, bias, residual=g)
+        assert y.isfinite().all() and winograd_weight_gradient(g, x).isfinite().all()
+        assert winograd_block(x, first, second, first_bias=bias, residual=x).isfinite().all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.parametrize("variant", VECTORS)
+def test_reads_nothing_behind_its_tensors(variant):
+    found = _native.build_info()["cpu_active"]
+    if VECTORS.index(variant) > VECTORS.index(found):
+        pytest.skip(f"this CPU's loops are {found}")
+    check_under(variant, BOUNDS)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x: expected \(N, C, H, W\), got shape \(8, 4, 4\)"),
         ({"x": torch.zeros(1, 8, 4, 4).bfloat16()}, TypeError, "x: expected float32 or float64, got torch.bfloat16"),
         ({"x": torch.zeros(1, 16, 4, 4)}, ValueError, r"weight: expected \(36, 16, out\)"),
-        ({"x": torch.zeros(1, 4, 4, 4), "weight": torch.zeros(36, 4, 8)}, ValueError, "multiples of 8 channels"),
-        ({"weight": torch.zeros(36, 8, 12), "bias": None, "residual": None}, ValueError, "multiples of 8 channels"),
+        ({"x": torch.zeros(1, 4, 4, 4), "weight": torch.zeros(36, 4, 8)}, ValueError, "at least 8 channels, got 4 and"),
+        ({"weight": torch.zeros(36, 8, 7), "bias": None, "residual": None}, ValueError, "8 channels, got 8 and 7"),
         ({"weight": torch.zeros(8, 8, 3, 3)}, ValueError, "of winograd_weight"),
         ({"weight": torch.zeros(36, 8, 8).double()}, TypeError, "weight: expected torch.float32 as x has"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(8\), got \(3\)"),
@@ -399,7 +475,7 @@ def test_errors(change, error, message):
     [
         ((8, 4, 4), (1, 8, 4, 4), ValueError, r"expected \(N, out, H, W\) and \(N, in, H, W\), got \(8, 4, 4\)"),
         ((1, 8, 4, 5), (1, 8, 4, 4), ValueError, r"got \(1, 8, 4, 5\) and \(1, 8, 4, 4\)"),
-        ((1, 4, 4, 4), (1, 8, 4, 4), ValueError, "multiples of 8 channels, got 4 and 8"),
+        ((1, 4, 4, 4), (1, 8, 4, 4), ValueError, "at least 8 channels, got 4 and 8"),
     ],
 )
 def test_errors_of_the_weights_gradient(grad, x, error, message):

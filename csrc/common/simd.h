@@ -81,11 +81,12 @@ void multiversion(const F& body) {
   detail::run_baseline(body);
 }
 
-// The widest variant whose vectors of T each of these numbers of channels, multiples of 8, fills.
+// The widest variant whose vectors of T hold each of these numbers of channels, 8 or more, in as few lanes as half as
+// wide ones do.
 template <class T, class... Counts>
 CpuVariant variant_for(Counts... channels) {
-  constexpr auto kWide = 64 / sizeof(T);
-  const bool fill = ((channels % kWide == 0) && ...);
+  constexpr int64_t kWide = 64 / sizeof(T);
+  const bool fill = ((channels % kWide == 0 || (channels > kWide && channels % kWide > kWide / 2)) && ...);
   const CpuVariant active = active_variant();
   return active == CpuVariant::kAvx512 && !fill ? CpuVariant::kAvx2 : active;
 }

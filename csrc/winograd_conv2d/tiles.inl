@@ -1,5 +1,6 @@
 // A few tiles at a time: transformed, multiplied point by point, transformed back. A vector holds neighbouring
-// channels.
+// channels. Where they fill no whole number of vectors, the last one ends where they end and overlaps the one before:
+// some are computed twice, to the same bits, and nothing of another pixel is read.
 
 namespace lorun::winograd_conv2d::LORUN_VARIANT {
 
@@ -37,7 +38,8 @@ LORUN_TARGET LORUN_INLINE inline void from_points(const V (&m)[6], V (&y)[4]) {
 // d: the first pixel of 6 rows of 6. v: this tile's channels at point 0.
 template <class T>
 LORUN_TARGET inline void transform(const T* const (&d)[kSpan], int64_t channels, T* v, int64_t pitch) {
-  for (int64_t c = 0; c < channels; c += Lanes<T>::kCount) {
+  for (int64_t next = 0; next < channels; next += Lanes<T>::kCount) {
+    const int64_t c = std::min(next, channels - Lanes<T>::kCount);
     Vec<T> half[6][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
@@ -99,18 +101,18 @@ LORUN_TARGET inline void image_points(const Images& images, const T* x, int64_t 
   transform(rows, channels, v, pitch);
 }
 
-// m (Rows, out) = v (Rows, pitch) u over `length` columns of v, or m += v^T u over as many rows of it (length, pitch);
-// `Vecs` vectors of u's and m's columns.
+// m (Rows, m_row) = v (Rows, v_row) u over `length` columns of v, or m += v^T u over as many rows (length, v_row);
+// `Vecs` vectors of the columns of m and u (length, u_row), the second one `apart` after the first.
 template <class T, int Rows, int Vecs, bool Transposed>
-LORUN_TARGET inline void product(const T* v, int64_t pitch, const T* u, int64_t out, int64_t length, T* m) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
+LORUN_TARGET inline void product(const T* v, int64_t v_row, const T* u, int64_t u_row, int64_t apart, int64_t length,
+                                 T* m, int64_t m_row) {
   Vec<T> sum[Rows][Vecs] = {};
   if constexpr (Transposed) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < Vecs; ++j) {
-        sum[i][j] = load(m + i * out + j * kCount);
+        sum[i][j] = load(m + i * m_row + j * apart);
       }
     }
   }
@@ -118,11 +120,11 @@ LORUN_TARGET inline void product(const T* v, int64_t pitch, const T* u, int64_t 
     Vec<T> right[Vecs];
 #pragma GCC unroll 2
     for (int j = 0; j < Vecs; ++j) {
-      right[j] = load(u + k * out + j * kCount);
+      right[j] = load(u + k * u_row + j * apart);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const T value = Transposed ? v[k * pitch + i] : v[i * pitch + k];
+      const T value = Transposed ? v[k * v_row + i] : v[i * v_row + k];
 #pragma GCC unroll 2
       for (int j = 0; j < Vecs; ++j) {
         sum[i][j] += value * right[j];
@@ -133,23 +135,24 @@ LORUN_TARGET inline void product(const T* v, int64_t pitch, const T* u, int64_t 
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < Vecs; ++j) {
-      store(m + i * out + j * kCount, sum[i][j]);
+      store(m + i * m_row + j * apart, sum[i][j]);
     }
   }
 }
 
 template <class T, int Vecs>
-LORUN_TARGET inline void columns(const T* v, int64_t tiles, int64_t in, const T* u, int64_t out, T* m) {
+LORUN_TARGET inline void columns(const Filter<T>& f, const T* v, int64_t tiles, const T* u, int64_t apart, T* m) {
   constexpr int kFew = 4;  // as many sums as hide a multiply-add's latency
+  const int64_t v_row = whole_vectors<T>(f.in), m_row = whole_vectors<T>(f.out);
   int64_t i = 0;
   for (; i + kTogether <= tiles; i += kTogether) {
-    product<T, kTogether, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
+    product<T, kTogether, Vecs, false>(v + i * v_row, v_row, u, f.out, apart, f.in, m + i * m_row, m_row);
   }
   for (; i + kFew <= tiles; i += kFew) {
-    product<T, kFew, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
+    product<T, kFew, Vecs, false>(v + i * v_row, v_row, u, f.out, apart, f.in, m + i * m_row, m_row);
   }
   for (; i < tiles; ++i) {
-    product<T, 1, Vecs, false>(v + i * in, in, u, out, in, m + i * out);
+    product<T, 1, Vecs, false>(v + i * v_row, v_row, u, f.out, apart, f.in, m + i * m_row, m_row);
   }
 }
 
@@ -161,11 +164,11 @@ LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<T>& w, int64_t 
     const T *v = w.v + point * w.v_pitch, *u = f.u + point * f.in * f.out;
     T* m = w.m + point * w.m_pitch;
     int64_t j = 0;
-    for (; j + 2 * kCount <= f.out; j += 2 * kCount) {
-      columns<T, 2>(v, tiles, f.in, u + j, f.out, m + j);
+    for (; j + kCount < f.out; j += 2 * kCount) {
+      columns<T, 2>(f, v, tiles, u + j, std::min(kCount, f.out - kCount - j), m + j);
     }
     if (j < f.out) {
-      columns<T, 1>(v, tiles, f.in, u + j, f.out, m + j);
+      columns<T, 1>(f, v, tiles, u + f.out - kCount, kCount, m + f.out - kCount);
     }
   }
 }
@@ -175,7 +178,8 @@ LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<T>& w, int64_t 
 template <class T, bool Whole>
 LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, int64_t at, int64_t rows,
                                 int64_t width) {
-  for (int64_t c = 0; c < to.channels; c += Lanes<T>::kCount) {
+  for (int64_t next = 0; next < to.channels; next += Lanes<T>::kCount) {
+    const int64_t c = std::min(next, to.channels - Lanes<T>::kCount);
     Vec<T> half[4][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
@@ -234,14 +238,15 @@ LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, 
 // Tiles [begin, end) of all images, row by row.
 template <class T>
 LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin, int64_t end) {
+  const int64_t v_row = whole_vectors<T>(p.filter.in), m_row = whole_vectors<T>(p.filter.out);
   for (int64_t t = begin; t < end; ++t) {
-    image_points(p, p.x, p.filter.in, Place(p, t), w.padded, w.v + (t - begin) * p.filter.in, w.v_pitch);
+    image_points(p, p.x, p.filter.in, Place(p, t), w.padded, w.v + (t - begin) * v_row, w.v_pitch);
   }
   multiply(p.filter, w, end - begin);
   for (int64_t t = begin; t < end; ++t) {
     const Place place(p, t);
     const int64_t at = ((place.image * p.height + place.top) * p.width + place.left) * p.filter.out;
-    finish(p.to, w.m + (t - begin) * p.filter.out, w.m_pitch, at, p.height - place.top, p.width - place.left);
+    finish(p.to, w.m + (t - begin) * m_row, w.m_pitch, at, p.height - place.top, p.width - place.left);
   }
 }
 
@@ -250,18 +255,19 @@ template <class T>
 LORUN_TARGET inline void between(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel,
                                  int64_t row) {
   const int64_t in = p.first.in, middle = p.first.out, top = row * kTile;
+  const int64_t v_row = whole_vectors<T>(in), m_row = whole_vectors<T>(middle);
   const int64_t begin = std::max<int64_t>(panel.begin - 1, 0), end = std::min(panel.end + 1, p.tile_columns());
   const Finish<T> to{middle, ring.slot(row), ring.row, p.first_bias, nullptr, nullptr, true};
   for (int64_t from = begin; from < end; from += w.tiles) {
     const int64_t count = std::min(w.tiles, end - from);
     for (int64_t t = 0; t < count; ++t) {
       const Place place{panel.image, top, (from + t) * kTile};
-      image_points(p, p.x, in, place, w.padded, w.v + t * in, w.v_pitch);
+      image_points(p, p.x, in, place, w.padded, w.v + t * v_row, w.v_pitch);
     }
     multiply(p.first, w, count);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t left = (from + t) * kTile;
-      finish(to, w.m + t * middle, w.m_pitch, ring.column(panel, left), p.height - top, p.width - left);
+      finish(to, w.m + t * m_row, w.m_pitch, ring.column(panel, left), p.height - top, p.width - left);
     }
   }
 }
@@ -271,6 +277,7 @@ template <class T>
 LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel, int64_t begin,
                         int64_t end) {
   const int64_t out = p.second.out, middle = p.first.out, last = p.tile_rows() - 1;
+  const int64_t v_row = whole_vectors<T>(middle), m_row = whole_vectors<T>(out);
   ring.clear_margins(panel, p.width);
   for (int64_t row = std::max<int64_t>(begin - 1, 0); row <= begin; ++row) {
     between(p, w, ring, panel, row);
@@ -290,12 +297,12 @@ LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring
       for (int64_t t = 0; t < count; ++t) {
         const int64_t at = ring.column(panel, (from + t) * kTile - 1);
         const T* const d[kSpan] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at, rows[4] + at, rows[5] + at};
-        transform(d, middle, w.v + t * middle, w.v_pitch);
+        transform(d, middle, w.v + t * v_row, w.v_pitch);
       }
       multiply(p.second, w, count);
       for (int64_t t = 0; t < count; ++t) {
         const int64_t left = (from + t) * kTile, at = ((panel.image * p.height + top) * p.width + left) * out;
-        finish(p.to, w.m + t * out, w.m_pitch, at, p.height - top, p.width - left);
+        finish(p.to, w.m + t * m_row, w.m_pitch, at, p.height - top, p.width - left);
       }
     }
   }

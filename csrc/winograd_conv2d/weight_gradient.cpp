@@ -31,12 +31,12 @@ void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
   const CpuVariant variant = variant_for<T>(p.in, p.out);
   const auto sum = LORUN_PICK_FOR(variant, sum_tiles<T>);
   const auto finish = LORUN_PICK_FOR(variant, to_weight<T>);
-  const int64_t values = p.in * p.out, channels = kPoints * (p.in + p.out);
+  const int64_t row = whole_vectors<T>(p.out), values = p.in * row, channels = kPoints * (p.in + p.out);
   const int64_t fit = kPartBytes / std::max<int64_t>(kPoints * values * kBytes, 1);
   const int64_t most = std::clamp<int64_t>(std::min(fit, p.tiles() / kPartTiles), 1, kParts);
   const auto parts = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
   const int64_t together = std::max<int64_t>(kWorkBytes / std::max<int64_t>(channels * kBytes, 1), 1);
-  const Tensor memory = empty_beside(like, {parts, kPoints, p.in, p.out}, like.scalar_type());
+  const Tensor memory = empty_beside(like, {parts, kPoints, p.in, row}, like.scalar_type());
   T* sums = memory.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     const Work<T> w(together, p.in, p.out);
@@ -49,9 +49,7 @@ void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
       }
     }
   });
-  constexpr int64_t kStep = kChannels * kChannels;  // a multiple of the widest vector, and `values` one of it
-  parallel(values / kStep, parts * kPoints * kStep,
-           [&](int64_t begin, int64_t end) { finish(sums, parts, values, begin * kStep, end * kStep, grad); });
+  parallel(p.in, parts * kPoints * row, [&](int64_t begin, int64_t end) { finish(p, sums, parts, begin, end, grad); });
 }
 
 Tensor weight_gradient(Tensor grad, Tensor x) {
@@ -60,8 +58,7 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   const Images images{x.size(0), x.size(2), x.size(3)};
   const int64_t in = x.size(1), out = grad.size(1);
   check_shape("grad", grad, {images.n, out, images.height, images.width});
-  STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
-                  out);
+  check_channels(in, out);
   const ScalarType type = x.scalar_type();
   check_type("grad", grad, wide_type(type));
   const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);

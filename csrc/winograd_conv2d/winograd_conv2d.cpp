@@ -81,8 +81,7 @@ void run(const Block<T>& p, int64_t columns) {
 }
 
 Tensor fitting_filter(const char* name, const Tensor& weight, int64_t in, int64_t out, ScalarType wide) {
-  STD_TORCH_CHECK(in % kChannels == 0 && out % kChannels == 0, "expected multiples of 8 channels, got ", in, " and ",
-                  out);
+  check_channels(in, out);
   check_shape(name, weight, {kPoints, in, out});
   check_type(name, weight, wide);
   return dense(weight);

@@ -20,11 +20,17 @@
 
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "common/tensor.h"
 
 namespace lorun::winograd_conv2d {
 
 constexpr int64_t kTile = 4, kSpan = 6, kPoints = kSpan * kSpan;
-constexpr int64_t kChannels = 8;  // both channel counts are multiples of it
+constexpr int64_t kChannels = 8;  // at least, on both sides, unless there are none: one of AVX2's vectors
+
+inline void check_channels(int64_t in, int64_t out) {
+  STD_TORCH_CHECK((in == 0 || in >= kChannels) && (out == 0 || out >= kChannels), "expected at least ", kChannels,
+                  " channels, got ", in, " and ", out);
+}
 
 struct Images {
   int64_t n, height, width;
@@ -139,6 +145,13 @@ struct GradientProblem : Images {
   const T *x, *grad;
 };
 
+// From one row of channels to the next in work space: as many values as fill vectors of AVX2.
+template <class T>
+int64_t whole_vectors(int64_t channels) {
+  constexpr int64_t kCount = 32 / sizeof(T);
+  return (channels + kCount - 1) / kCount * kCount;
+}
+
 // Of one thread: v, a row of channels for each tile and point; m, in the forward pass their products, in the backward
 // pass the same of the gradient; padded, a tile that leaves the image.
 template <class T>
@@ -150,8 +163,8 @@ struct Work {
   Work(int64_t tiles, int64_t in, int64_t out) : tiles(tiles) {
     // Points a multiple of 4 KB apart would compete for the same places of the first-level cache.
     constexpr int64_t kApart = 64 / sizeof(T);
-    v_pitch = tiles * in + kApart;
-    m_pitch = tiles * out + kApart;
+    v_pitch = tiles * whole_vectors<T>(in) + kApart;
+    m_pitch = tiles * whole_vectors<T>(out) + kApart;
     v = static_cast<T*>(scratch<Work>(kPoints * (v_pitch + m_pitch + std::max(in, out)) * sizeof(T)));
     m = v + kPoints * v_pitch;
     padded = m + kPoints * m_pitch;

@@ -15,8 +15,9 @@ from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.winograd_conv2d import (
-    CHANNELS,
     DTYPES,
+    LEAST_CHANNELS,
+    has_enough,
     winograd_block,
     winograd_conv2d,
     winograd_weight,
@@ -32,8 +33,8 @@ def supports(
         return "its convolution is 3 x 3, not transposed, of one group"
     if [*stride, *padding, *dilation] != [1] * 6:
         return "its stride, padding and dilation are 1"
-    if weight.shape[0] % CHANNELS or weight.shape[1] % CHANNELS:
-        return f"its channels are multiples of {CHANNELS}"
+    if not has_enough(*weight.shape[:2]):
+        return f"it has {LEAST_CHANNELS} channels or more on both sides"
     if x.dtype not in DTYPES or not is_channels_last(x):
         return "x is float32 or float64 in channels_last"
     return None
@@ -59,7 +60,7 @@ def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> T
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    if grad.shape[1] % CHANNELS:  # of factors, whose channels are the rank
+    if not has_enough(grad.shape[1]):  # of factors, whose channels are the rank
         return _lora_aten.weight_gradient(grad, x, weight, geometry)
     return winograd_weight_gradient(grad, x)
 

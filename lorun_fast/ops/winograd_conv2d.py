@@ -15,8 +15,8 @@ from lorun_fast.ops._checks import check_finishing, check_same_device, check_ten
 from lorun_fast.ops._library import define
 from lorun_fast.reference import winograd_conv2d as reference
 
-CHANNELS = 8
-"""Both channel counts are multiples of it."""
+LEAST_CHANNELS = 8
+"""Of the image and of the result, unless there are none."""
 
 DTYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = (None, "relu")
@@ -30,6 +30,10 @@ def _check_x(x: Tensor) -> None:
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
 
 
+def has_enough(*channels: int) -> bool:
+    return all(count == 0 or count >= LEAST_CHANNELS for count in channels)
+
+
 def _channels_to(name: str, points: Tensor, channels: int) -> int:
     """Of a weight for so many channels, to how many it leads."""
     check_tensor(name, points)
@@ -38,8 +42,8 @@ def _channels_to(name: str, points: Tensor, channels: int) -> int:
             f"{name}: expected (36, {channels}, out) of winograd_weight for {channels} channels, got {shape_of(points)}"
         )
     out = points.shape[2]
-    if channels % CHANNELS or out % CHANNELS:
-        raise ValueError(f"x, {name}: expected multiples of {CHANNELS} channels, got {channels} and {out}")
+    if not has_enough(channels, out):
+        raise ValueError(f"x, {name}: expected at least {LEAST_CHANNELS} channels, got {channels} and {out}")
     return out
 
 
@@ -174,8 +178,8 @@ def _check_images(grad: Tensor, x: Tensor) -> None:
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
     if grad.dtype != x.dtype:
         raise TypeError(f"grad: expected {x.dtype} as x has, got {grad.dtype}")
-    if x.shape[1] % CHANNELS or grad.shape[1] % CHANNELS:
-        raise ValueError(f"grad, x: expected multiples of {CHANNELS} channels, got {grad.shape[1]} and {x.shape[1]}")
+    if not has_enough(x.shape[1], grad.shape[1]):
+        raise ValueError(f"grad, x: expected at least {LEAST_CHANNELS} channels, got {grad.shape[1]} and {x.shape[1]}")
     check_same_device(("x", x), ("grad", grad))
 
 
@@ -207,7 +211,7 @@ def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a convolution's weight, (out, in, 3, 3), from that of its result: 3x3, stride 1, padding 1.
 
     grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32 or float64; both channels_last without a copy.
-        Channels in multiples of 8.
+        8 channels or more.
     By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not depend on the number of threads. Raises
     ValueError or TypeError naming the argument that does not fit.
     """
@@ -237,7 +241,7 @@ def winograd_conv2d(
     """act(conv(x) + bias) + residual: 3x3, stride 1, padding 1, by minimal filtering F(4x4, 3x3).
 
     x: (N, in, H, W), float32 or float64, channels_last without a copy. weight: of :func:`winograd_weight`, (36, in,
-        out). bias: (out,). activation: None or "relu". residual: (N, out, H, W). Channels in multiples of 8.
+        out). bias: (out,). activation: None or "relu". residual: (N, out, H, W). 8 channels or more on both sides.
     Returns (N, out, H, W) in channels_last. Compiled for CPUs; elsewhere plain PyTorch. Differentiable, without
         speed: the op is for inference. Raises ValueError or TypeError naming the argument that does not fit.
     """
