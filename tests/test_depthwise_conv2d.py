@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from threads_help import check_threads
+from torch import nn
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
-from lorun_fast import _native
+from lorun_fast import _native, convolutions
 from lorun_fast.functional import depthwise_conv2d
 from lorun_fast.ops import depthwise_conv2d as ops
 
@@ -272,6 +273,88 @@ def test_the_kernel_refuses_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=said):
             call()
+
+
+def layer(channels=16, **more):
+    return nn.Conv2d(channels, channels, **{"kernel_size": 3, "padding": 1, "groups": channels, **more})
+
+
+def image(channels=16):
+    return torch.randn(2, channels, 7, 9).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def layers_calls(monkeypatch):
+    """Of the op, by layers."""
+    found = []
+    monkeypatch.setattr(convolutions, "depthwise_conv2d", lambda *args: found.append(args) or depthwise_conv2d(*args))
+    return found
+
+
+def test_a_depthwise_layer_is_served(layers_calls):
+    for conv in (layer(), layer(padding="same", bias=False)):
+        x = image().requires_grad_()
+        y, expected = convolutions.depthwise(conv, x), conv(x)
+        torch.testing.assert_close(y, expected)
+        learning = (x, *conv.parameters())
+        found, wanted = (torch.autograd.grad(t.square().sum(), learning) for t in (y, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(layers_calls) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolutions.depthwise(conv, image()).dtype == torch.bfloat16
+    assert len(layers_calls) == 3
+
+
+class Other(nn.Conv2d):
+    pass
+
+
+def test_other_layers_are_called(layers_calls):
+    seen = []
+    watched, replaced = layer(), layer()
+    watched.register_forward_hook(lambda *args: seen.append(args))
+    replaced.forward = lambda x: seen.append(x) or x
+    for conv in (
+        watched,
+        replaced,
+        layer(stride=2),
+        layer(dilation=2),
+        layer(kernel_size=5, padding=2),
+        layer(padding=0),
+        layer(padding_mode="reflect"),
+        layer(groups=8),
+        nn.Conv2d(16, 32, 3, padding=1, groups=16),
+        nn.utils.parametrizations.weight_norm(layer()),
+        Other(16, 16, 3, padding=1, groups=16),
+        nn.Identity(),
+    ):
+        x = image()
+        assert torch.equal(convolutions.depthwise(conv, x), conv(x))
+    conv, x = layer(4), image(4)
+    assert torch.equal(convolutions.depthwise(conv, x), conv(x))
+    conv, x = layer(), image().contiguous()
+    assert convolutions.depthwise(conv, x).is_contiguous() and convolutions.depthwise(conv, x[0]).shape == x[0].shape
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args))
+    try:
+        convolutions.depthwise(conv, image())
+    finally:
+        handle.remove()
+    assert not layers_calls and len(seen) == 2 + 2 + 1
+
+
+def test_a_stand_in_for_inference():
+    conv, x = layer(24), image(24)
+    stand_in = convolutions.DepthwiseConv2d(conv)
+    torch.testing.assert_close(stand_in(x), conv(x))
+    torch.testing.assert_close(convolutions.convolve(stand_in, x, "relu", x), conv(x).relu() + x)
+    torch.testing.assert_close(convolutions.depthwise(stand_in, x), conv(x))
+    assert list(stand_in.state_dict()) == list(conv.state_dict())
+    module = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), conv, layer(24, dtype=torch.float64), layer(24, stride=2))
+    assert convolutions.replace_convolutions([module], "winograd") == (2, 4)
+    assert [type(m) for m in module][1:] == [convolutions.DepthwiseConv2d, nn.Conv2d, nn.Conv2d]
+    for other in (layer(16, groups=8), layer(4), layer(dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="conv: expected a depthwise 3 x 3 convolution with stride and padding 1"):
+            convolutions.DepthwiseConv2d(other)
 
 
 VARIANTS = """

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorun_fast.convolutions import depthwise
 from lorun_fast.denoisers import _inputs
 from lorun_fast.ops._checks import whole
 
@@ -49,7 +50,7 @@ class SpectralBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         t = self.expand(x.permute(0, 2, 3, 1))
-        t = self.local(t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        t = depthwise(self.local, t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         q, k, v, h = t.split([channels] * 3 + [self.hidden], dim=-1)
         t = self.merge(torch.cat([self._attend(q, k, v), F.relu(h)], -1))
         return x + t.reshape(n, height, width, channels).permute(0, 3, 1, 2)
