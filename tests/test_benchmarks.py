@@ -447,7 +447,9 @@ def test_selection_by_suite_pattern_device_and_size():
         x for x in everything if "block_cs.step" in x or "cassi.forward" in x
     ]
     layers = {x.split(".")[0] for x in labels(device="cpu", suites=("layers",))}
-    assert layers == {"fused_conv2d", "lora_conv2d", "packed_conv2d", "thin_conv2d", "winograd_conv2d"}
+    assert layers == {
+        "depthwise_conv2d", "fused_conv2d", "lora_conv2d", "packed_conv2d", "thin_conv2d", "winograd_conv2d"
+    }  # fmt: skip
     assert labels(device="cpu") != labels(device="cuda")
     quick = labels(device="cpu", quick=True)
     assert quick and set(quick) < set(everything)

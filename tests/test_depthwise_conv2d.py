@@ -370,9 +370,19 @@ for dtype, _, close in dtypes(dict(rtol=2e-5, atol=2e-5), dict(rtol=2e-2, atol=5
         for got, want in zip(found, expected):
             scale = max(1.0, want.abs().max().item())
             torch.testing.assert_close(got.double() / scale, want / scale, **close)
+    x, weight = torch.randn(1, 32, 9, 10).to(dtype), torch.zeros(32, 1, 3, 3, dtype=dtype)
+    weight[:, :, 1, 1], weight[:, :, 0, 1] = 1, 2**-9
+    x[0, :, 1::3], x[0, :, 2::3], x[0, :, 4] = 1.0, 1.0078125, float("nan")
+    rounded = F.conv2d(x.double(), weight.double(), padding=1, groups=32).to(dtype)
+    assert torch.equal(depthwise_conv2d(x, weight).nan_to_num(7), rounded.nan_to_num(7))
 """
 
 
 @lesser_variants
 def test_lesser_cpu_variants(variant):
     check_under(variant, VARIANTS)
+
+
+@pytest.mark.skipif(_native.build_info().get("cpu_active") != "avx512", reason="no AVX-512")
+def test_avx512_without_its_rounding_to_bf16():
+    check_under("avx512", VARIANTS)

@@ -32,12 +32,16 @@ template <class T, class V>
 LORUN_TARGET LORUN_INLINE inline void put(T* at, V v) {
   if constexpr (kLanes<T, V> == 1) {
     *at = narrow<T>(v);
+#ifdef LORUN_ROUNDS_BF16
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    store(at, reinterpret_cast<Lanes<float>::Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+#endif
   } else {
     store(at, narrowed<T>(v));
   }
 }
 
-#if LORUN_VECTOR_BYTES == 64
+#if LORUN_VECTOR_BYTES == 64 && !defined(LORUN_ROUNDS_BF16)
 
 // To bf16, in the upper halves, as narrow() of convert.h rounds.
 template <class V>
@@ -52,7 +56,7 @@ LORUN_TARGET LORUN_INLINE inline V rounded(V v) {
 // In a column of some rows.
 template <class T, class V, int kHere>
 LORUN_TARGET LORUN_INLINE inline void put_column(T* at, int64_t row, const V (&v)[kHere]) {
-#if LORUN_VECTOR_BYTES == 64
+#if LORUN_VECTOR_BYTES == 64 && !defined(LORUN_ROUNDS_BF16)
   if constexpr (std::is_same_v<T, BFloat16> && kLanes<T, V> > 1 && kHere % 2 == 0) {
     // Two rows share the shuffle that takes the upper halves.
 #pragma GCC unroll 2

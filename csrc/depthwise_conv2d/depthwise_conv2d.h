@@ -12,7 +12,8 @@
 // dx is y's loop with the taps reversed; dw's takes the same rows of dy right after it, from the cache.
 //
 // Sums of a result are in the order of the columns, whatever the panels and bands. Those of dw and dbias are of parts
-// of the bands, which are added in order, whatever the number of threads.
+// of the bands, which are added in order, whatever the number of threads. Where the processor rounds to bf16 itself,
+// results below 2^-126 are zero.
 #pragma once
 
 #include <algorithm>
