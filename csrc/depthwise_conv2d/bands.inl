@@ -43,12 +43,11 @@ LORUN_TARGET LORUN_INLINE inline void put(T* at, V v) {
 
 #if LORUN_VECTOR_BYTES == 64 && !defined(LORUN_ROUNDS_BF16)
 
-// To bf16, in the upper halves, as narrow() of convert.h rounds.
+// To bf16, in the upper halves, as narrow() of convert.h rounds; the sums' NaNs come from bf16 and stay what they are.
 template <class V>
 LORUN_TARGET LORUN_INLINE inline V rounded(V v) {
-  using Bits = typename Lanes<float>::Bits;
-  const Bits bits = reinterpret_cast<Bits>(v), quiet = Bits{} + 0x7fc00000u;
-  return reinterpret_cast<V>(v != v ? quiet : bits + 0x7fffu + ((bits >> 16) & 1u));
+  const auto bits = reinterpret_cast<Lanes<float>::Bits>(v);
+  return reinterpret_cast<V>(bits + 0x7fffu + ((bits >> 16) & 1u));
 }
 
 #endif
