@@ -4,6 +4,7 @@ from benchmarks import (  # noqa: F401
     block_cs,
     blur_downsample,
     cassi,
+    depthwise_conv2d,
     fused_conv2d,
     lora_conv2d,
     network,

@@ -2,12 +2,13 @@
 
 A denoiser that calls :func:`convolve` and :func:`residual_block` gets every fusion that its layers allow: adapted ones
 that learn become one op a block, and those of inference, modules that stand for torch's and compute the same
-otherwise, apply what follows a convolution on the way.
+otherwise, apply what follows a convolution on the way. :func:`depthwise` is for depthwise layers, in training too.
 
-On a CPU in fp32 :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), and :class:`ThinConv2d`, from or
-to few channels (ops/fused_conv2d.py); in bf16 :class:`PackedConv2d`: matrix tiles (ops/packed_conv2d.py). On a GPU
-:class:`FusedConv2d`, where that takes less time than cuDNN's and what follows: a kernel for Hopper
-(ops/fused_conv2d.py), or that of LoRA convolutions, without an adapter (kernels/lora_conv2d.py).
+On a CPU in fp32 :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), :class:`ThinConv2d`, from or to
+few channels (ops/fused_conv2d.py), and :class:`DepthwiseConv2d` (ops/depthwise_conv2d.py); in bf16
+:class:`PackedConv2d`: matrix tiles (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`, where that takes less time
+than cuDNN's and what follows: a kernel for Hopper (ops/fused_conv2d.py), or that of LoRA convolutions, without an
+adapter (kernels/lora_conv2d.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lorun_fast.layers import LoRAConv2d
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
+from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import LEAST_CHANNELS, has_enough, winograd_block, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
@@ -61,16 +63,24 @@ class StandIn(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
 
 
-def _unfit_same_size(conv: nn.Module) -> str | None:
-    """Why a module is no fp32 convolution of 3 x 3 with stride and padding 1; None if it is one."""
+def _unfit_size(conv: nn.Module) -> str | None:
+    """Why a module is no convolution of 3 x 3 with stride and padding 1; None if it is one."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}"
     if conv.kernel_size != (3, 3):
         return "its kernel is not 3 x 3"
     if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding not in ((1, 1), "same"):
         return "its stride or dilation is not 1, or its result not of the image's size"
-    if conv.groups != 1 or conv.padding_mode != "zeros":
-        return "it is grouped or does not pad with zeros"
+    return None if conv.padding_mode == "zeros" else "it does not pad with zeros"
+
+
+def _unfit_same_size(conv: nn.Module) -> str | None:
+    """The same for one in fp32 that is not grouped."""
+    reason = _unfit_size(conv)
+    if reason is not None:
+        return reason
+    if conv.groups != 1:
+        return "it is grouped"
     return None if conv.weight.dtype == torch.float32 else f"its weight is {conv.weight.dtype}"
 
 
@@ -124,6 +134,41 @@ class ThinConv2d(StandIn):
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
+
+
+_LEAST_CHANNELS = 8
+"""Of a depthwise convolution: fewer fill no vector, and no gain was measured."""
+
+
+def _unfit_depthwise(conv: nn.Module) -> str | None:
+    """Why a module is no depthwise convolution that depthwise_conv2d should compute; None if it is one."""
+    reason = _unfit_size(conv)
+    if reason is not None:
+        return reason
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return "it is not depthwise"
+    return None if conv.groups >= _LEAST_CHANNELS else f"it has fewer than {_LEAST_CHANNELS} channels"
+
+
+class DepthwiseConv2d(StandIn):
+    """A depthwise nn.Conv2d of 3 x 3 with stride and padding 1, for inference.
+
+    Raises ValueError for a layer that this does not fit.
+    """
+
+    method = "depthwise kernel"
+    expected = "a depthwise 3 x 3 convolution with stride and padding 1"
+
+    @staticmethod
+    def unfit(conv: nn.Module) -> str | None:
+        """Why this cannot stand for a module; None if it can."""
+        reason = _unfit_depthwise(conv)
+        if reason is None and conv.weight.dtype != torch.float32:
+            return f"its weight is {conv.weight.dtype}"
+        return reason
+
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return _finish(depthwise_conv2d(input, self.weight, self.bias), activation, residual)
 
 
 def _padding(conv: nn.Conv2d) -> int | None:
@@ -279,6 +324,17 @@ def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual
     return conv(x, activation, residual)
 
 
+def depthwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), sooner where it is a depthwise nn.Conv2d of 3 x 3 and x lies on a CPU with its channels innermost.
+
+    An exported program keeps torch's convolution, so that it runs without this library.
+    """
+    plain = _unfit_depthwise(conv) is None and not _is_watched(conv)
+    if plain and x.device.type == "cpu" and x.ndim == 4 and x.stride(1) == 1 and not torch.compiler.is_exporting():
+        return depthwise_conv2d(x, conv.weight, conv.bias)
+    return conv(x)
+
+
 def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
     """act(y) + residual, a pass each."""
     if activation == "relu":
@@ -311,27 +367,25 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody could tell an op from a call of the layer."""
+    return _has_hooks(layer) or "forward" in vars(layer) or _has_any_global_hook()
+
+
 def _are_a_lora_block(*layers: nn.Module) -> bool:
     """Whether nobody could tell the one op from calls of these two layers, which learn."""
-    return (
-        all(
-            type(layer) is LoRAConv2d
-            and not layer.merged
-            and lora_residual_block.fits(layer)
-            and not _has_hooks(layer)
-            and "forward" not in vars(layer)
-            for layer in layers
-        )
-        and not _has_any_global_hook()
+    return all(
+        type(layer) is LoRAConv2d and not layer.merged and lora_residual_block.fits(layer) and not _is_watched(layer)
+        for layer in layers
     )
 
 
 KINDS: dict[str, tuple[type[StandIn], ...]] = {
-    "winograd": (WinogradConv2d, ThinConv2d),
+    "winograd": (WinogradConv2d, ThinConv2d, DepthwiseConv2d),
     "packed": (PackedConv2d,),
     "fused": (FusedConv2d,),
 }
-"""Of each method: what stands for a layer, the first that fits it; the first of all names the method."""
+"""Of each method: what stands for a layer, the first that fits it; the first that does for any names the method."""
 
 
 def _stand_in_for(conv: nn.Module, kind: str) -> type[StandIn] | None:

@@ -8,6 +8,7 @@ from lorun_fast.ops.blur_downsample import (
     blur_downsample_step,
 )
 from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
+from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
 from lorun_fast.ops.fused_conv2d import fused_conv2d
 from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
@@ -36,6 +37,7 @@ __all__ = [
     "cassi_adjoint",
     "cassi_prox",
     "cassi_step",
+    "depthwise_conv2d",
     "fused_conv2d",
     "lora_conv2d",
     "lora_linear",

@@ -360,11 +360,13 @@ def _convolutions(
     replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
     if not replaced:
         return "direct", {
-            "winograd": "no float32 layer of 3 x 3, stride 1 and 8 channels or more",
+            "winograd": "no float32 layer of 3 x 3, stride 1 and 8 channels or more, depthwise or not grouped",
             "packed": "no bfloat16 convolution of square kernels",
             "fused": "no bfloat16 or float16 convolution of 3 x 3 with stride 1 and up to 128 channels",
         }[kind]
-    return KINDS[kind][0].method, f"{replaced} of {convolutions} layers a stage; {why}"
+    made = {type(module) for module in net.denoiser.modules()}
+    method = next(stand_in.method for stand_in in KINDS[kind] if stand_in in made)
+    return method, f"{replaced} of {convolutions} layers a stage; {why}"
 
 
 def fastest_convolutions(dtype: torch.dtype, device: torch.device, launched: bool = False) -> tuple[str, str]:

@@ -448,6 +448,7 @@ def test_selection_by_suite_pattern_device_and_size():
     ]
     layers = {x.split(".")[0] for x in labels(device="cpu", suites=("layers",))}
     assert layers == {
+        "depthwise_conv2d",
         "fused_conv2d",
         "lora_conv2d",
         "packed_conv2d",

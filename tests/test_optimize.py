@@ -253,6 +253,27 @@ def test_minimal_filtering_saves_and_loads_as_the_layers_it_stands_for(x, tmp_pa
     torch.testing.assert_close(fast(y, size=SIZE), other.eval()(y, size=SIZE), rtol=0, atol=1e-5)
 
 
+def test_the_report_names_the_method_that_serves(x):
+    class Deep(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(1, 12, 1), *layers, nn.Conv2d(12, 1, 1))
+
+        def forward(self, z):
+            return z + self.layers(z)
+
+    for layers, method, count in (
+        ([nn.Conv2d(12, 12, 3, padding=1, groups=12)], "depthwise kernel", 1),
+        ([nn.Conv2d(12, 8, 1), nn.Conv2d(8, 3, 3, padding=1), nn.Conv2d(3, 12, 1)], "thin kernel", 1),
+        ([nn.Conv2d(12, 12, 3, padding=1, groups=2)], "direct", 0),
+    ):
+        net = network(denoiser=Deep(*layers), sharing="tied")
+        fast, y = net.optimize(dtype=torch.float32, convolutions="winograd"), net.op(x)
+        done, why = fast.report["convolutions"]
+        assert done == method and why.startswith(f"{count} of " if count else "no float32 layer")
+        torch.testing.assert_close(fast(y, size=SIZE), net(y, size=SIZE), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("found", ["avx2", "avx512", "baseline", None])
 def test_minimal_filtering_is_chosen_where_it_was_measured(monkeypatch, found):
     monkeypatch.setattr(optimize, "fast_bf16", lambda device: (False, "no matrix units"))

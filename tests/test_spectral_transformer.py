@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import lorun_fast as lf
+from lorun_fast import convolutions
+from lorun_fast.denoisers import spectral_transformer
+from lorun_fast.denoisers.spectral_transformer import SpectralBlock
 
 
 def small(**more):
@@ -82,6 +85,38 @@ def test_one_graph_serves_every_stage_but_the_first(graph_counter):
     for k in range(9):
         torch.testing.assert_close(compiled(z, k), staged(z, stage=k))
     assert graph_counter.graphs == 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_network_is_torchs_own(strict):
+    net, z = small(), torch.rand(1, 4, 8, 8)
+    program = torch.export.export(net, (z,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.conv2d.default") == 6 and not any("lorun_fast" in target for target in targets)
+    torch.testing.assert_close(program.module()(z), net(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_depthwise_layers_kernel_changes_rounding_only(monkeypatch, dtype):
+    block, x = SpectralBlock(8, 2, 2), torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+
+    def gradients():
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = block(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in block.parameters())]
+
+    calls = []
+    own = convolutions.depthwise_conv2d
+    monkeypatch.setattr(convolutions, "depthwise_conv2d", lambda *args: calls.append(args) or own(*args))
+    found = gradients()
+    monkeypatch.setattr(spectral_transformer, "depthwise", lambda conv, x: conv(x))
+    close = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for got, expected in zip(found, gradients(), strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=close)
+    assert len(calls) == 1
 
 
 def test_noise_level_map():

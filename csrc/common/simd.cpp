@@ -43,6 +43,16 @@ bool asks_for_variant() {
   return wish().has_value();
 }
 
+bool rounds_to_bf16() {
+#ifdef LORUN_X86
+  static const bool found =
+      !asks_for_variant() && active_variant() == CpuVariant::kAvx512 && __builtin_cpu_supports("avx512bf16") != 0;
+  return found;
+#else
+  return false;
+#endif
+}
+
 CpuVariant active_variant() {
   static const CpuVariant variant = detect();
   return variant;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <type_traits>
 
 #define LORUN_INLINE __attribute__((always_inline))
@@ -16,9 +17,12 @@
 #define LORUN_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #if defined(__clang__)
 #define LORUN_TARGET_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")))
+#define LORUN_TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,f16c")))
 #else
 #define LORUN_TARGET_AVX512 \
   __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define LORUN_TARGET_AVX512_BF16 \
+  __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
 #endif
 #endif
 
@@ -38,6 +42,10 @@ inline constexpr std::array kCompiledVariants{CpuVariant::kBaseline};
 
 // The best compiled variant that this machine runs; LORUN_CPU=baseline|avx2|avx512 asks for a lesser one.
 CpuVariant active_variant();
+
+// Whether the machine, which runs the variant for AVX-512, also rounds to bf16 in one instruction. LORUN_CPU turns it
+// off.
+bool rounds_to_bf16();
 
 // Whether LORUN_CPU names a variant.
 bool asks_for_variant();

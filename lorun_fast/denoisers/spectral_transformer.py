@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lorun_fast.convolutions import depthwise
 from lorun_fast.denoisers import _inputs
 from lorun_fast.ops._checks import whole
 from lorun_fast.ops.spectral_attention import spectral_attention
@@ -38,7 +39,7 @@ class SpectralBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         t = self.expand(x.permute(0, 2, 3, 1))
-        t = self.local(t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        t = depthwise(self.local, t.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
         t = self.merge(spectral_attention(t, self.temperature, hidden=self.hidden))
         return x + t.reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
