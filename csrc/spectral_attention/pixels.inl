@@ -81,11 +81,23 @@ LORUN_TARGET LORUN_INLINE inline void copy_rows(const From* from, int64_t from_p
   }
 }
 
-// Asks for `values` values of each row in this share of the next kPixels rows, and of what is to be written: their
-// pieces are too short for the processor to see them coming.
+// Pixels among the kPixels that follow those from p on, a part for each head: what they hold is fetched beside its
+// work.
+struct Ahead {
+  int64_t begin, end;
+
+  Ahead(const Shape& s, int64_t p, int64_t end_of_all, int64_t head) {
+    const int64_t count = std::max<int64_t>(std::min(end_of_all - p - kPixels, kPixels), 0);
+    begin = p + kPixels + count * head / s.heads;
+    end = p + kPixels + count * (head + 1) / s.heads;
+  }
+};
+
+// Asks for `values` values of these rows, for 1 to be written: their pieces are too short for the processor to see them
+// coming.
 template <int Write, class T>
-LORUN_TARGET LORUN_INLINE inline void fetch(const T* rows, int64_t pitch, int64_t values, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
+LORUN_TARGET LORUN_INLINE inline void fetch(const Ahead& ahead, const T* rows, int64_t pitch, int64_t values) {
+  for (int64_t r = ahead.begin; r < ahead.end; ++r) {
     const char* at = reinterpret_cast<const char*>(rows + r * pitch);
     for (int64_t i = 0; i < values * static_cast<int64_t>(sizeof(T)) + 63; i += 64) {
       __builtin_prefetch(at + i, Write, 2);
@@ -120,9 +132,11 @@ LORUN_TARGET void sum_pixels(const Shape& s, const T* qkv, const T* grad, int64_
     const int64_t pixels = std::min(kPixels, end - p);
     for (int64_t head = 0; head < s.heads; ++head) {
       const T* q = qkv + p * s.width() + head * s.d;
-      const int64_t some = std::max<int64_t>(std::min(end - p - kPixels, kPixels), 0);
-      fetch<0>(qkv + (p + kPixels) * s.width(), s.width(), (grad ? 3 : 2) * channels, some * head / s.heads,
-               some * (head + 1) / s.heads);
+      const Ahead ahead(s, p, end, head);
+      fetch<0>(ahead, qkv, s.width(), (grad ? 3 : 2) * channels);
+      if (grad) {
+        fetch<0>(ahead, grad, s.out_width(), channels);
+      }
       W* to = sums + head * at.values();
       copy_rows(q, s.width(), pixels, s.d, left, pitch);
       copy_rows(q + channels, s.width(), pixels, s.d, right, pitch);
@@ -165,11 +179,10 @@ LORUN_TARGET void mix_pixels(const Shape& s, const T* qkv, const Wide<T>* mix, i
   std::fill_n(v, kPixels * pitch, W(0));
   for (int64_t p = begin; p < end; p += kPixels) {
     const int64_t pixels = std::min(kPixels, end - p), rows = (pixels + kRows - 1) / kRows * kRows;
-    const int64_t some = std::max<int64_t>(std::min(end - p - kPixels, kPixels), 0);
     for (int64_t head = 0; head < s.heads; ++head) {
-      fetch<0>(qkv + (p + kPixels) * width + 2 * channels, width, channels + s.hidden, some * head / s.heads,
-               some * (head + 1) / s.heads);
-      fetch<1>(y + (p + kPixels) * out, out, out, some * head / s.heads, some * (head + 1) / s.heads);
+      const Ahead ahead(s, p, end, head);
+      fetch<0>(ahead, qkv + 2 * channels, width, channels + s.hidden);
+      fetch<1>(ahead, y, out, out);
       copy_rows(qkv + p * width + 2 * channels + head * s.d, width, pixels, s.d, v, pitch);
       std::fill_n(mixed, rows * pitch, W(0));
       product(v, pitch, 1, mix + head * s.matrix(), pitch, rows, s.d, mixed);
@@ -196,6 +209,10 @@ LORUN_TARGET void mix_gradients(const Shape& s, const T* qkv, const T* grad, con
   for (int64_t p = begin; p < end; p += kPixels) {
     const int64_t pixels = std::min(kPixels, end - p), rows = (pixels + kRows - 1) / kRows * kRows;
     for (int64_t head = 0; head < s.heads; ++head) {
+      const Ahead ahead(s, p, end, head);
+      fetch<0>(ahead, qkv, width, width);
+      fetch<0>(ahead, grad, out, out);
+      fetch<1>(ahead, to, width, width);
       const T* from = qkv + p * width + head * s.d;
       copy_rows(from, width, pixels, s.d, q, pitch);
       copy_rows(from + channels, width, pixels, s.d, k, pitch);
