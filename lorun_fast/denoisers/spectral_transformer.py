@@ -112,8 +112,8 @@ class SpectralTransformer(nn.Module):
         _inputs.check_images(z, self.in_channels)
         height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "SpectralTransformer")
-        x = _inputs.whole_cells(x, 2 ** len(self.down))
-        x = _inputs.channels_last(self.head(x))
+        x = _inputs.channels_last(_inputs.whole_cells(x, 2 ** len(self.down)))
+        x = self.head(x)
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             x = blocks(x)
