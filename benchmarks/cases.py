@@ -8,6 +8,7 @@ from benchmarks import (  # noqa: F401
     fused_conv2d,
     lora_conv2d,
     network,
+    network_cassi,
     packed_conv2d,
     spectral_attention,
     thin_conv2d,
