@@ -169,6 +169,14 @@ def test_gradcheck():
     torch.testing.assert_close(jacobian(temperature.detach()), expected)
 
 
+def test_without_pixels_nothing_outside_the_sums_is_read(poisoned):
+    qkv, temperature, hidden, grad = problem((2, 0, 3, 4, 2))
+    for _ in range(20):
+        between = [torch.empty(64 * k) for k in range(20)]
+        del between
+        assert torch.equal(backward_op(grad, qkv, temperature, hidden)[1], torch.zeros(3))
+
+
 def test_is_differentiable_once():
     qkv, temperature, hidden, _ = problem((1, 6, 1, 3, 0), torch.float64)
     y = spectral_attention(qkv.requires_grad_(), temperature, hidden=hidden)

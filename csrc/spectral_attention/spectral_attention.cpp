@@ -50,11 +50,10 @@ void for_each_part(const Shape& s, const Slices& parts, const F& f) {
                  [&](int64_t i, int64_t part) { f(i, part, parts.begin(part), parts.end(part)); });
 }
 
-// What sum_pixels finds, of each sample and head.
+// What sum_pixels finds, of each sample and head. grad: null forward; without pixels it may be null backward too.
 template <class T>
-Tensor sums_of(const Shape& s, const Slices& parts, const Tensor& like, const T* qkv, const T* grad) {
+Tensor sums_of(const Shape& s, const Sums& at, const Slices& parts, const Tensor& like, const T* qkv, const T* grad) {
   using W = Wide<T>;
-  const Sums at{s.pitch(), grad != nullptr};
   const int64_t values = s.heads * at.values();
   const Tensor of_parts = empty_beside(like, {s.n, parts.count, values}, wide_type(like.scalar_type()));
   const Tensor total = empty_beside(like, {s.n, values}, wide_type(like.scalar_type()));
@@ -121,7 +120,7 @@ Tensor forward(Tensor qkv, Tensor temperature, int64_t hidden) {
     const T* values = in.const_data_ptr<T>();
     const Slices parts(s.pixels, kMostParts, kLeastPixels);
     const Sums at{s.pitch(), false};
-    const Tensor sums = sums_of<T>(s, parts, in, values, nullptr);
+    const Tensor sums = sums_of<T>(s, at, parts, in, values, nullptr);
     const W *found = sums.const_data_ptr<W>(), *t = warmth.const_data_ptr<W>();
     std::vector<W> mix(s.n * s.heads * s.matrix());
     parallel(s.n * s.heads, 32 * s.d * s.d, [&](int64_t begin, int64_t end) {
@@ -188,7 +187,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor qkv, Tensor temperature,
     const T *values = in.const_data_ptr<T>(), *g = above.const_data_ptr<T>();
     const Slices parts(s.pixels, kMostParts, kLeastPixels);
     const Sums at{s.pitch(), true};
-    const Tensor sums = sums_of<T>(s, parts, in, values, g);
+    const Tensor sums = sums_of<T>(s, at, parts, in, values, g);
     const W *found = sums.const_data_ptr<W>(), *t = warmth.const_data_ptr<W>();
     const int64_t block = 3 * s.matrix() + 2 * s.pitch();
     std::vector<W> mix(s.n * s.heads * block), of_heads(s.n * s.heads);
