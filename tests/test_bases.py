@@ -97,6 +97,9 @@ def test_a_noise_level_for_another_batch():
 @pytest.mark.parametrize("base", [lf.ResUNet, lf.ResCNN, lf.SpectralTransformer])
 def test_an_empty_batch(base):
     assert base(4, 4)(torch.ones(0, 4, 8, 8)).shape == (0, 4, 8, 8)
+    for shape in ((1, 4, 0, 8), (1, 4, 8, 0)):
+        with pytest.raises(ValueError, match="z: expected at least one row and one column, got shape"):
+            base(4, 4)(torch.ones(shape))
 
 
 @pytest.mark.parametrize("task", TASKS)

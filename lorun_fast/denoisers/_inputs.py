@@ -28,10 +28,12 @@ def check_channels(in_channels: int, out_channels: int, residual: bool) -> tuple
 
 
 def check_images(z: Tensor, channels: int) -> None:
-    """Raises ValueError or TypeError unless z is (N, channels, H, W) of floating-point values."""
+    """Raises ValueError or TypeError unless z is (N, channels, H, W), H and W not 0, of floating-point values."""
     check_image("z", z, 4, f"(N, {channels}, H, W)")
     if z.shape[1] != channels:
         raise ValueError(f"z: expected (N, {channels}, H, W), got shape {tuple(z.shape)}")
+    if z.shape[2] < 1 or z.shape[3] < 1:
+        raise ValueError(f"z: expected at least one row and one column, got shape {tuple(z.shape)}")
 
 
 def with_noise_map(z: Tensor, sigma: float | Tensor | None, wanted: bool, name: str) -> Tensor:
