@@ -17,7 +17,7 @@ from lorun_fast.ops._checks import (
     shape_of,
     whole,
 )
-from lorun_fast.ops._library import define, once
+from lorun_fast.ops._library import define
 from lorun_fast.reference import spectral_attention as reference
 
 
@@ -58,6 +58,20 @@ def _backward(ctx, grad):
     return of_qkv if needed[0] else None, of_temperature if needed[1] else None, None
 
 
+def _setup_backward(ctx, inputs, output):
+    *tensors, ctx.hidden = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_backward(ctx, for_qkv, for_temperature):
+    """By autograd of the definition: seldom wanted, and then with what else is plain PyTorch."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        found = reference.spectral_attention_backward(*leaves, ctx.hidden)
+    gradients = torch.autograd.grad(found, leaves, (for_qkv, for_temperature))
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None)
+
+
 def _products(qkv, temperature, hidden) -> int:
     """Operations of one product of all pixels with a matrix for each head."""
     n, pixels, width = qkv
@@ -86,7 +100,8 @@ _backward_op = define(
     "spectral_attention_backward(Tensor grad, Tensor qkv, Tensor temperature, int hidden) -> (Tensor, Tensor)",
     reference=reference.spectral_attention_backward,
     fake=_fake_backward,
-    **once("spectral_attention"),
+    backward=_backward_of_backward,
+    setup_context=_setup_backward,
     direct=True,
     flops=_backward_flops,
 )
@@ -101,8 +116,8 @@ def spectral_attention(qkv: Tensor, temperature: Tensor, *, hidden: int = 0) -> 
     channels i and j of one head over all pixels, then the ReLU of the hidden values, as a feed-forward layer beside the
     attention takes it. With hidden = 0 it is the attention of MST (arXiv 2111.07910) and Restormer (2111.09881), whose
     cost is linear in the number of pixels. Sums in fp32 (fp64 for fp64).
-    On a CPU one op, whose gradient is another; on a GPU, and in an exported program, torch's own ops. Raises ValueError
-    or TypeError naming the argument that does not fit.
+    On a CPU one op, whose gradient is another, differentiable once more; on a GPU, and in an exported program, torch's
+    own ops. Raises ValueError or TypeError naming the argument that does not fit.
     """
     check_tensor("qkv", qkv)
     check_tensor("temperature", temperature)
