@@ -86,6 +86,16 @@ def test_it_is_attention_by_cosine_similarity():
     torch.testing.assert_close(spectral_attention(torch.cat([qkv, qkv], 1), temperature)[:, :35], got)
 
 
+def test_it_is_msts_attention_with_q_and_k_exchanged():
+    """There the softmax goes over the channels of q, and pixels are innermost."""
+    qkv, temperature, _, _ = problem((2, 35, 2, 3, 0), torch.float64)
+    q, k, v = (t.mT.unflatten(1, (2, 3)) for t in qkv.split(6, -1))
+    q, k = (nn.functional.normalize(t, dim=-1) for t in (q, k))
+    expected = ((k @ q.mT * temperature.view(2, 1, 1)).softmax(-1) @ v).flatten(1, 2).mT
+    q, k, v = qkv.split(6, -1)
+    torch.testing.assert_close(spectral_attention(torch.cat([k, q, v], -1), temperature), expected)
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_the_backward_definition_is_autograds(dtype):
     """What runs where nothing is built."""

@@ -114,8 +114,8 @@ def spectral_attention(qkv: Tensor, temperature: Tensor, *, hidden: int = 0) -> 
         ``hidden`` more. temperature: (heads,) or (heads, 1, 1).
     Returns (N, pixels, C + hidden) in qkv's dtype: A v with A = softmax_j(temperature * cos(q_i, k_j)), the cosine of
     channels i and j of one head over all pixels, then the ReLU of the hidden values, as a feed-forward layer beside the
-    attention takes it. With hidden = 0 it is the attention of MST (arXiv 2111.07910) and Restormer (2111.09881), whose
-    cost is linear in the number of pixels. Sums in fp32 (fp64 for fp64).
+    attention takes it. With hidden = 0 it is the attention of Restormer (arXiv 2111.09881), and with q and k exchanged
+    that of MST (2111.07910), whose cost is linear in the number of pixels. Sums in fp32 (fp64 for fp64).
     On a CPU one op, whose gradient is another, differentiable once more; on a GPU, and in an exported program, torch's
     own ops. Raises ValueError or TypeError naming the argument that does not fit.
     """
