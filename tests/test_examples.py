@@ -75,12 +75,16 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names |= {"weight": names["conv"].weight, "bias": names["conv"].bias}
     names |= dict(zip(("down", "up"), (torch.rand(9, 7, 64, 3, 3), torch.zeros(9, 64, 7)), strict=True))
     expected = names["conv"](names["x"]).relu()
-    *convolutions, attention = layers.split("\n\n")
+    *convolutions, depthwise, attention = layers.split("\n\n")
     for paragraph, close in zip(convolutions, (1e-5, 1e-4, 0.02, 0.02), strict=True):
         if "packed" in paragraph:  # from here on in 16 bits
             names |= {name: names[name].detach().bfloat16() for name in ("x", "weight", "bias")}
         exec(paragraph, names)
         torch.testing.assert_close(names["y"].float(), expected, rtol=close, atol=close)
+    names["taps"] = torch.rand(64, 1, 3, 3).bfloat16()
+    exec(depthwise, names)
+    expected = torch.nn.functional.conv2d(names["x"], names["taps"], names["bias"], padding=1, groups=64)
+    torch.testing.assert_close(names["y"], expected, rtol=0.02, atol=0.02)
     names |= {"qkv": torch.rand(2, 30, 24), "temperature": torch.ones(4)}
     exec(attention, names)
     assert names["y"].shape == (2, 30, 8)
