@@ -47,6 +47,18 @@ def graph_counter() -> GraphCounter:
 
 
 @pytest.fixture
+def record_calls(monkeypatch):
+    """record_calls(module, name): a list of the arguments that the function of that name is called with from now on."""
+
+    def record(module, name: str) -> list[tuple]:
+        found, own = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: found.append(args) or own(*args))
+        return found
+
+    return record
+
+
+@pytest.fixture
 def poisoned():
     """Fills what torch allocates with NaN, so that an element that is not written shows."""
     torch.use_deterministic_algorithms(True)

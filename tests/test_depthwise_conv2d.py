@@ -62,12 +62,9 @@ def assert_close(found, expected, limit):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(record_calls):
     """The op's calls: a result alone would not tell."""
-    found = []
-    own = ops._op
-    monkeypatch.setattr(ops, "_op", lambda *args: found.append(args) or own(*args))
-    return found
+    return record_calls(ops, "_op")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -284,11 +281,9 @@ def image(channels=16):
 
 
 @pytest.fixture
-def layers_calls(monkeypatch):
+def layers_calls(record_calls):
     """Of the op, by layers."""
-    found = []
-    monkeypatch.setattr(convolutions, "depthwise_conv2d", lambda *args: found.append(args) or depthwise_conv2d(*args))
-    return found
+    return record_calls(convolutions, "depthwise_conv2d")
 
 
 def test_a_depthwise_layer_is_served(layers_calls):

@@ -97,7 +97,7 @@ def test_an_exported_network_is_torchs_own(strict):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_depthwise_layers_kernel_changes_rounding_only(monkeypatch, dtype):
+def test_the_depthwise_layers_kernel_changes_rounding_only(monkeypatch, record_calls, dtype):
     block, x = SpectralBlock(8, 2, 2), torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
 
     def gradients():
@@ -107,9 +107,7 @@ def test_the_depthwise_layers_kernel_changes_rounding_only(monkeypatch, dtype):
         y.square().sum().backward()
         return [y.detach(), *(p.grad for p in block.parameters())]
 
-    calls = []
-    own = convolutions.depthwise_conv2d
-    monkeypatch.setattr(convolutions, "depthwise_conv2d", lambda *args: calls.append(args) or own(*args))
+    calls = record_calls(convolutions, "depthwise_conv2d")
     found = gradients()
     monkeypatch.setattr(spectral_transformer, "depthwise", lambda conv, x: conv(x))
     close = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]

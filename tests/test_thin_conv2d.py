@@ -36,14 +36,11 @@ def direct(x, weight, bias=None, activation=None, residual=None):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(record_calls):
     """Whether the op was asked for: a result alone would not tell."""
     from lorun_fast.ops import fused_conv2d as ops
 
-    found = []
-    own = ops._thin_op
-    monkeypatch.setattr(ops, "_thin_op", lambda *args: found.append(args) or own(*args))
-    return found
+    return record_calls(ops, "_thin_op")
 
 
 @pytest.mark.parametrize("image", IMAGES)

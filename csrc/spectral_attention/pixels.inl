@@ -83,10 +83,10 @@ LORUN_TARGET LORUN_INLINE inline void copy_rows(const From* from, int64_t from_p
 
 // Pixels among the kPixels that follow those from p on, a part for each head: what they hold is fetched beside its
 // work.
-struct Ahead {
+struct Next {
   int64_t begin, end;
 
-  Ahead(const Shape& s, int64_t p, int64_t end_of_all, int64_t head) {
+  Next(const Shape& s, int64_t p, int64_t end_of_all, int64_t head) {
     const int64_t count = std::max<int64_t>(std::min(end_of_all - p - kPixels, kPixels), 0);
     begin = p + kPixels + count * head / s.heads;
     end = p + kPixels + count * (head + 1) / s.heads;
@@ -96,8 +96,8 @@ struct Ahead {
 // Asks for `values` values of these rows, for 1 to be written: their pieces are too short for the processor to see them
 // coming.
 template <int Write, class T>
-LORUN_TARGET LORUN_INLINE inline void fetch(const Ahead& ahead, const T* rows, int64_t pitch, int64_t values) {
-  for (int64_t r = ahead.begin; r < ahead.end; ++r) {
+LORUN_TARGET LORUN_INLINE inline void fetch(const Next& next, const T* rows, int64_t pitch, int64_t values) {
+  for (int64_t r = next.begin; r < next.end; ++r) {
     const char* at = reinterpret_cast<const char*>(rows + r * pitch);
     for (int64_t i = 0; i < values * static_cast<int64_t>(sizeof(T)) + 63; i += 64) {
       __builtin_prefetch(at + i, Write, 2);
@@ -132,10 +132,10 @@ LORUN_TARGET void sum_pixels(const Shape& s, const T* qkv, const T* grad, int64_
     const int64_t pixels = std::min(kPixels, end - p);
     for (int64_t head = 0; head < s.heads; ++head) {
       const T* q = qkv + p * s.width() + head * s.d;
-      const Ahead ahead(s, p, end, head);
-      fetch<0>(ahead, qkv, s.width(), (grad ? 3 : 2) * channels);
+      const Next next(s, p, end, head);
+      fetch<0>(next, qkv, s.width(), (grad ? 3 : 2) * channels);
       if (grad) {
-        fetch<0>(ahead, grad, s.out_width(), channels);
+        fetch<0>(next, grad, s.out_width(), channels);
       }
       W* to = sums + head * at.values();
       copy_rows(q, s.width(), pixels, s.d, left, pitch);
@@ -180,9 +180,9 @@ LORUN_TARGET void mix_pixels(const Shape& s, const T* qkv, const Wide<T>* mix, i
   for (int64_t p = begin; p < end; p += kPixels) {
     const int64_t pixels = std::min(kPixels, end - p), rows = (pixels + kRows - 1) / kRows * kRows;
     for (int64_t head = 0; head < s.heads; ++head) {
-      const Ahead ahead(s, p, end, head);
-      fetch<0>(ahead, qkv + 2 * channels, width, channels + s.hidden);
-      fetch<1>(ahead, y, out, out);
+      const Next next(s, p, end, head);
+      fetch<0>(next, qkv + 2 * channels, width, channels + s.hidden);
+      fetch<1>(next, y, out, out);
       copy_rows(qkv + p * width + 2 * channels + head * s.d, width, pixels, s.d, v, pitch);
       std::fill_n(mixed, rows * pitch, W(0));
       product(v, pitch, 1, mix + head * s.matrix(), pitch, rows, s.d, mixed);
@@ -209,10 +209,10 @@ LORUN_TARGET void mix_gradients(const Shape& s, const T* qkv, const T* grad, con
   for (int64_t p = begin; p < end; p += kPixels) {
     const int64_t pixels = std::min(kPixels, end - p), rows = (pixels + kRows - 1) / kRows * kRows;
     for (int64_t head = 0; head < s.heads; ++head) {
-      const Ahead ahead(s, p, end, head);
-      fetch<0>(ahead, qkv, width, width);
-      fetch<0>(ahead, grad, out, out);
-      fetch<1>(ahead, to, width, width);
+      const Next next(s, p, end, head);
+      fetch<0>(next, qkv, width, width);
+      fetch<0>(next, grad, out, out);
+      fetch<1>(next, to, width, width);
       const T* from = qkv + p * width + head * s.d;
       copy_rows(from, width, pixels, s.d, q, pitch);
       copy_rows(from + channels, width, pixels, s.d, k, pitch);

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
-    STORAGE_DTYPES,
     as_dtype,
+    check_image,
     check_same_device,
     check_tensor,
     parameter_dtype,
@@ -22,8 +22,8 @@ from lorun_fast.reference import spectral_attention as reference
 
 
 def _check(qkv: Tensor, temperature: Tensor, hidden: int) -> None:
-    if qkv.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"qkv: expected float32, float64, bfloat16 or float16, got {qkv.dtype}")
+    layout = f"(N, pixels, 3 C + {hidden})"
+    check_image("qkv", qkv, 3, layout)
     if temperature.ndim != 1 or temperature.shape[0] < 1:
         raise ValueError(f"temperature: expected (heads,), got shape {shape_of(temperature)}")
     if temperature.dtype != parameter_dtype(qkv.dtype):
@@ -31,10 +31,8 @@ def _check(qkv: Tensor, temperature: Tensor, hidden: int) -> None:
             f"temperature: expected {parameter_dtype(qkv.dtype)} for qkv in {qkv.dtype}, got {temperature.dtype}"
         )
     heads = temperature.shape[0]
-    if qkv.ndim != 3 or hidden < 0 or qkv.shape[2] <= hidden or (qkv.shape[2] - hidden) % (3 * heads):
-        raise ValueError(
-            f"qkv: expected (N, pixels, 3 C + {hidden}) with C a multiple of {heads} heads, got shape {shape_of(qkv)}"
-        )
+    if hidden < 0 or qkv.shape[2] <= hidden or (qkv.shape[2] - hidden) % (3 * heads):
+        raise ValueError(f"qkv: expected {layout} with C a multiple of {heads} heads, got shape {shape_of(qkv)}")
     check_same_device(("qkv", qkv), ("temperature", temperature))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorun_fast.reference._wide import wide
 from lorun_fast.reference.lora import epilogue
 
 
@@ -13,7 +14,6 @@ def fused_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
     x: (N, in, H, W). weight: (out, in, 3, 3). bias: (out,). residual: (N, out, H, W). All of one dtype.
     """
-    wide = (t if t is None or t.element_size() > 2 else t.float() for t in (x, weight, bias, residual))
-    x_, weight_, bias_, residual_ = wide
+    x_, weight_, bias_, residual_ = (None if t is None else wide(t) for t in (x, weight, bias, residual))
     y = epilogue(F.conv2d(x_, weight_, bias_, padding=1), "relu" if relu else None, residual_)
     return y.to(x.dtype)

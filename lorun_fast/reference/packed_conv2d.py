@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorun_fast.adapters import merged_weight
+from lorun_fast.reference._wide import wide
 
 DEPTH, CHANNELS = 32, 16
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def packed_shape(out: int, channels: int, kernel: int) -> tuple[int, int, int, int]:
@@ -38,7 +35,7 @@ def packed_weight(
     """
     dtype = dtype or weight.dtype
     if down is not None:
-        weight = merged_weight(_wide(weight), down, up, scale)
+        weight = merged_weight(wide(weight), down, up, scale)
     weight = weight.to(dtype)
     if adjoint:
         weight = weight.flip(2, 3).transpose(0, 1)
@@ -76,7 +73,7 @@ def packed_conv2d(
     shuffle: s > 1 takes the ``out`` channels as (row, column, channel) of s x s cells of the result.
     """
     w = unpacked_weight(weight, out, x.shape[1], kernel)
-    y = F.conv2d(_wide(x), _wide(w), bias, stride, padding)
+    y = F.conv2d(wide(x), wide(w), bias, stride, padding)
     if shuffle > 1:
         n, _, height, width = y.shape
         cells = y.reshape(n, shuffle, shuffle, -1, height, width).permute(0, 3, 4, 1, 5, 2)
@@ -84,7 +81,7 @@ def packed_conv2d(
     if relu:
         y = F.relu(y)
     if residual is not None:
-        y = y + _wide(residual)
+        y = y + wide(residual)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -97,11 +94,11 @@ def packed_conv2d_backward(
         cells = grad.reshape(n, -1, height // shuffle, shuffle, width // shuffle, shuffle)
         grad = cells.permute(0, 3, 5, 1, 2, 4).reshape(n, out, height // shuffle, width // shuffle)
     w = unpacked_weight(weight, out, x.shape[1], kernel)
-    wide = _wide(grad)
+    grad = wide(grad)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        wide, _wide(x), _wide(w), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
+        grad, wide(x), wide(w), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, True, False]
     )
-    return grad_x.to(x.dtype), packed_weight(grad_weight.to(weight.dtype)), wide.sum((0, 2, 3))
+    return grad_x.to(x.dtype), packed_weight(grad_weight.to(weight.dtype)), grad.sum((0, 2, 3))
 
 
 def packed_block(
@@ -115,6 +112,6 @@ def packed_block(
 ) -> Tensor:
     """x + conv(relu(conv(x) + first_bias)) + second_bias + residual, 3 x 3, ``middle`` channels between."""
     y = packed_conv2d(x, first, first_bias, None, middle, 3, 1, 1, 1, True)
-    added = _wide(x) if residual is None else _wide(x) + _wide(residual)
-    y = packed_conv2d(_wide(y), _wide(second), second_bias, added, x.shape[1], 3, 1, 1, 1, False)
+    added = wide(x) if residual is None else wide(x) + wide(residual)
+    y = packed_conv2d(wide(y), wide(second), second_bias, added, x.shape[1], 3, 1, 1, 1, False)
     return y.to(x.dtype)

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d
 
+from lorun_fast.reference._wide import wide
 from lorun_fast.reference.packed_weight_gradient import packed_weight_gradient
-
-
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
 
 
 def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
@@ -28,7 +25,7 @@ def packed_factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, p
 
     In fp32, or fp64 beside fp64.
     """
-    grad, x, down, up = _wide(grad, x, down, up)
+    grad, x, down, up = (wide(t) for t in (grad, x, down, up))
     s, t = _mixed(grad, up), conv2d(x, down, padding=padding)
     return packed_weight_gradient(s, x, down.shape[2], padding), _over_pixels(grad, t)
 
@@ -37,7 +34,7 @@ def packed_factor_gradients_backward(
     of_down: Tensor, of_up: Tensor, grad: Tensor, x: Tensor, down: Tensor, up: Tensor, padding: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for ``grad``, ``x``, ``down`` and ``up`` from those of both results."""
-    grad, x, down, up = _wide(grad, x, down, up)
+    grad, x, down, up = (wide(t) for t in (grad, x, down, up))
     s, t = _mixed(grad, up), conv2d(x, down, padding=padding)
     for_s, for_t = conv2d(x, of_down, padding=padding), _mixed(grad, of_up)
     return (
