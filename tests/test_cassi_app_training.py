@@ -62,10 +62,11 @@ def test_a_sensor_counts_levels_of_the_brightest_measurement(scenes):
 def test_batches_depend_on_seed_and_step_alone(scenes):
     one, two = recipe(scenes), recipe(scenes)
     net = one.base()
-    losses = [one.loss(net, step, torch.device("cpu")).item() for step in range(6)]
-    assert losses[4] == two.loss(net, 4, torch.device("cpu")).item()
+    losses = [one.loss(net, one.draw(net, step)).item() for step in range(6)]
+    assert losses[4] == two.loss(net, two.draw(net, 4)).item()
     assert len(set(losses)) == 6
-    assert recipe(scenes, "--seed", 1).loss(net, 4, torch.device("cpu")).item() != losses[4]
+    three = recipe(scenes, "--seed", 1)
+    assert three.loss(net, three.draw(net, 4)).item() != losses[4]
 
 
 def test_masks_are_windows_of_the_file_or_random(scenes):
@@ -99,7 +100,7 @@ def test_loss_and_score(scenes):
     op = own._window(8, 12, rng)
     y = op(x)
     want = (op.gradient_step(op.initial(y), y, net.step_size[0]) - x).square().mean().sqrt()
-    torch.testing.assert_close(own.loss(net, 5, torch.device("cpu")), want, rtol=1e-4, atol=0)
+    torch.testing.assert_close(own.loss(net, own.draw(net, 5)), want, rtol=1e-4, atol=0)
     x = own.validation[0]
     assert x.shape == (1, BANDS, 16, 18)
     op = lf.CASSI(torch.from_numpy(mask(16, 18)), BANDS, STEP)

@@ -92,8 +92,9 @@ def test_phase_one_learns_gaussian_noise_of_every_level(photographs):
         return z
 
     net.denoiser.forward = denoiser
-    x = made.sampler(3)
-    loss = made.loss(net, 3, torch.device("cpu"))
+    batch = made.draw(net, 3)
+    x = batch.x
+    loss = made.loss(net, batch)
     ((z, level),) = seen
     assert level.min() < 0.7 / 255 and 40 / 255 < level.max() < 60 / 255
     spread = (z - x).flatten(1).std(1)
@@ -116,7 +117,8 @@ def test_batches_mix_kernels_and_noise_and_go_through_every_scale(photographs):
     assert x.shape == (64, 3, 24, 24)
     scales = set()
     for step in range(12):
-        y, op, sigma = made.measure(x, np.random.default_rng((0, step, 1)))
+        batch = made.disturbed(x, np.random.default_rng((0, step, 1)))
+        y, op, sigma = made.measure(batch), batch.op, batch.others["sigma"]
         scales.add(op.scale)
         assert op.kernel.shape == (64, 25, 25)
         assert 0.3 < (sigma == 0).float().mean() < 0.7 and sigma.max() <= 25 / 255
@@ -132,7 +134,7 @@ def test_batches_mix_kernels_and_noise_and_go_through_every_scale(photographs):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_share_of_the_measurements_is_without_noise(photographs, share):
     made = recipe(photographs, noiseless=share)
-    _, _, sigma = made.measure(made.sampler(0), np.random.default_rng(0))
+    sigma = made.disturbed(made.sampler(0), np.random.default_rng(0)).others["sigma"]
     assert abs((sigma == 0).float().mean() - share) < 0.15
 
 

@@ -25,6 +25,7 @@ from lorun_fast.apps import models, train, unrolling
 from lorun_fast.apps.cli import build_parser, main
 from lorun_fast.apps.sampling import PatchSampler, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
+from lorun_fast.apps.training_step import Step
 from lorun_fast.io import read_config
 
 
@@ -85,10 +86,8 @@ def test_the_weights_do_not_tell_where_they_were_trained(uninterrupted, photogra
 
 
 def test_the_phases_draw_different_batches(photographs, tmp_path, monkeypatch):
-    loss, seen = Recipe.loss, {1: set(), 2: set()}
-    monkeypatch.setattr(
-        Recipe, "loss", lambda own, net, step, *more: seen[net.stages].add(step) or loss(own, net, step, *more)
-    )
+    draw, seen = Recipe.draw, {1: set(), 2: set()}
+    monkeypatch.setattr(Recipe, "draw", lambda own, net, step: seen[net.stages].add(step) or draw(own, net, step))
     assert main(arguments(photographs, tmp_path / "run")) == 0
     assert len(seen[1]) == len(seen[2]) == 6 and not seen[1] & seen[2]
 
@@ -346,7 +345,8 @@ def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth():
 def test_nothing_decays_and_an_operator_learns_at_a_rate_of_its_own(photographs):
     args = build_parser("train").parse_args(arguments(photographs, "unused", "--lr", "0.2", "--operator-lr", "0.1"))
     net = Recipe(args).base()
-    denoiser, operator = train._optimizer(net, args).param_groups
+    step = Step(net, None, train._peaks(net, args), args.clip, torch.float32, torch.device("cpu"))
+    denoiser, operator = step.optimizer.param_groups
     assert (denoiser["peak"], operator["peak"]) == (0.2, 0.1)
     assert denoiser["weight_decay"] == operator["weight_decay"] == 0
     assert operator["params"] == [net.op.phi] and len(denoiser["params"]) == len(list(net.parameters())) - 1

@@ -18,7 +18,7 @@ import torch
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.ops import _backends
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 1, "cuda": 8}
 _LARGEST = 1e30  # noise of some times more would be infinite in fp32
 _MOST_THREADS = 1024  # thousands more and the thread pool ends the process
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=at_least_one, metavar="N", help="images of one size at a time (default: 1 on a CPU, 8 on a GPU)"
     )
     group.add_argument(
-        "--dtype", choices=_DTYPES, default="fp32", help="of the denoiser; Phi stays fp32 (default: fp32)"
+        "--dtype", choices=DTYPES, default="fp32", help="of the denoiser; Phi stays fp32 (default: fp32)"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
@@ -123,7 +123,7 @@ class Runtime:
     @property
     def dtype_name(self) -> str:
         """As the option spells it."""
-        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def synchronize(self) -> None:
         """Waits for the device, before a clock is read."""
@@ -172,7 +172,7 @@ def chosen(args: argparse.Namespace) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        yield Runtime(device, _DTYPES[args.dtype], args.batch or _BATCH[device.type])
+        yield Runtime(device, DTYPES[args.dtype], args.batch or _BATCH[device.type])
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -14,18 +14,21 @@ import math
 import resource
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lorun_fast import _native
-from lorun_fast.apps import models, runtime, tasks
+from lorun_fast.apps import background, models, runtime, tasks
+from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.files import make_folder, replacing
 from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, percentage, seed
+from lorun_fast.apps.training_step import RecordedStep, Step
 from lorun_fast.io import save
 from lorun_fast.network import LoRun, falling_step_sizes
 from lorun_fast.ops._backends import use_backend
@@ -33,7 +36,7 @@ from lorun_fast.optimize import fastest_convolutions
 
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
 # What may change between two starts of one run: nothing that the numbers depend on.
-_FREE = ("resume", "checkpoint_every", "threads", "stop_after", "func", "command", "output")
+_FREE = ("resume", "checkpoint_every", "threads", "stop_after", "cuda_graph", "func", "command", "output")
 _RESUME = "resume"
 
 
@@ -88,7 +91,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", action="store_true", help="recompute activations per stage to save memory")
     add(
         "--dtype",
-        choices=("bf16", "fp32"),
+        choices=tuple(runtime.DTYPES),
         default=runtime.fastest_dtype(),
         help="of the denoiser (autocast); default: bf16 where the machine multiplies in it, fp32 elsewhere",
     )
@@ -107,6 +110,12 @@ def _add_free_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--threads", type=runtime.threads, help="CPU threads (default: all)")
     add("--checkpoint-every", type=at_least_one, default=100, help="steps between checkpoints (default 100)")
+    add(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, record a step once and replay it (default), or launch its thousands of kernels each time",
+    )
     add("--stop-after", type=at_least_one, help="stop after this many steps of this start, to resume later")
 
 
@@ -122,14 +131,12 @@ def _write(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
-def _optimizer(net: LoRun, args: argparse.Namespace) -> torch.optim.Optimizer:
+def _peaks(net: LoRun, args: argparse.Namespace) -> list[tuple[list[Tensor], float]]:
+    """What learns, in groups, and the peak learning rate of each."""
     operator = [p for p in net.op.parameters() if p.requires_grad]
     own = {id(p) for p in operator}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in own]
-    groups = [{"params": rest, "peak": args.lr}]
-    if operator:
-        groups.append({"params": operator, "peak": args.operator_lr})
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+    return [(rest, args.lr), *([(operator, args.operator_lr)] if operator else [])]
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -185,72 +192,86 @@ class Run:
     def _phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
         args, device = self.args, self.device
         net.to(device).train()
-        optimizer = _optimizer(net, args)
+        step = Step(net, self.recipe, _peaks(net, args), args.clip, runtime.DTYPES[args.dtype], device)
+        take = RecordedStep(step) if device.type == "cuda" and args.cuda_graph else step
         first, seconds = 0, 0.0
         total_loss, counted = 0.0, 0
+        unread: Tensor | None = None  # the last step's loss: reading it waits for the device
         if resume is not None:
             net.load_state_dict(resume["net"])
-            optimizer.load_state_dict(resume["optimizer"])
+            step.load_state_dict(resume["optimizer"])
             first, seconds = resume["step"], resume["seconds"]
             total_loss, counted = resume["total_loss"], resume["counted"]
         self._truncate_log(name, first)
         clock = time.perf_counter() - seconds
-        offset = 0 if name == "base" else 10_000_000  # the two phases draw different batches
-        trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        progress = bar(steps, f"phase {name}", "step")
+        progress.update(first)
 
-        def keep(step: int) -> None:
+        def read(done: int) -> None:
+            nonlocal total_loss, counted, unread
+            if unread is None:
+                return
+            loss, unread = unread.item(), None
+            if not math.isfinite(loss):
+                progress.close()
+                raise UserError(
+                    f"{self.folder}: expected a finite loss, got {loss} in step {done} of phase {name}: try a lower "
+                    f"--lr; what the last checkpoint holds is still there"
+                )
+            total_loss, counted = total_loss + loss, counted + 1
+
+        def keep(done: int) -> None:
             state = {
                 "phase": name,
-                "step": step,
+                "step": done,
                 "seconds": time.perf_counter() - clock,
                 "total_loss": total_loss,
                 "counted": counted,
                 "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": step.optimizer.state_dict(),
             }
             with replacing(self.folder / "checkpoint.pt") as f:
                 torch.save(state, f)
 
-        progress = bar(steps, f"phase {name}", "step")
-        progress.update(first)
-        for step in range(first, steps):
+        for index, batch in self._drawn(name, net, range(first, steps)):
             if args.stop_after is not None and self.taken >= args.stop_after:
-                keep(step)
+                read(index)
+                keep(index)
                 progress.close()
                 return False
-            factor = learning_rate_factor(step, steps, args.warm_up)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-                loss = self.recipe.loss(net, offset + step, device)
-            if not math.isfinite(loss.item()):
-                progress.close()
-                raise UserError(
-                    f"{self.folder}: expected a finite loss, got {loss.item()} in step {step + 1} of phase {name}: try "
-                    f"a lower --lr; what the last checkpoint holds is still there"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trainable, args.clip)
-            # A batch whose gradient overflows is left out instead of poisoning the optimizer's state.
-            if torch.isfinite(norm):
-                optimizer.step()
-            total_loss, counted, self.taken = total_loss + loss.item(), counted + 1, self.taken + 1
-            done = step + 1
+            factor = learning_rate_factor(index, steps, args.warm_up)
+            step.set_rates(factor)
+            loss, norm = take(batch)
+            read(index)
+            unread, done = loss, index + 1
+            self.taken += 1
             progress.update()
-            if done % args.validate_every == 0 or done == steps:
+            validates = done % args.validate_every == 0 or done == steps
+            if validates or done % args.checkpoint_every == 0 or device.type == "cpu":
+                read(done)
+            if validates:
                 net.eval()
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+                with step.autocast():
                     score = self.recipe.score(net, device)
                 net.train()
                 row = (name, done, total_loss / counted, norm.item(), args.lr * factor, score)
                 self._log(row, time.perf_counter() - clock)
                 total_loss, counted = 0.0, 0
-                keep(done)
-            elif done % args.checkpoint_every == 0:
+            if validates or done % args.checkpoint_every == 0:
                 keep(done)
         progress.close()
         return True
+
+    def _drawn(self, phase: str, net: LoRun, steps: range) -> Iterator[tuple[int, Batch]]:
+        """(step, its batch); on a GPU the next batch is drawn meanwhile."""
+        offset = 0 if phase == "base" else 10_000_000  # the two phases draw different batches
+
+        def draw(step: int) -> Batch:
+            return self.recipe.draw(net, offset + step)
+
+        if self.device.type == "cuda":
+            return background.ahead(steps, lambda step: draw(step).pinned())
+        return ((step, draw(step)) for step in steps)
 
     def _truncate_log(self, phase: str, step: int) -> None:
         """Drops rows that a killed run wrote after its last checkpoint."""

@@ -45,8 +45,8 @@ def get(name: str) -> ModuleType:
 def recipe(name: str) -> ModuleType:
     """The training module of a task: ``add_arguments(parser)`` and ``Recipe(args)``, which apps/train.py drives.
 
-    A recipe has base(), the single-block LoRun of phase 1; loss(net, step, device), of the batch that (seed, step)
-    names; and score(net, device), the validation PSNR in dB.
+    A recipe has base(), the single-block LoRun of phase 1; draw(net, step), the Batch that (seed, step) names, on the
+    CPU; loss(net, batch), of one on the network's device; and score(net, device), the validation PSNR in dB.
     """
     return importlib.import_module(f"{get(name).__name__}.training")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorun_fast.apps import losses, unrolling
+from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, share
 from lorun_fast.apps.sampling import held_out
@@ -162,28 +163,25 @@ class Recipe:
             source = torch.Generator().manual_seed(
                 int(np.random.default_rng((self.args.seed, step, 3)).integers(2**62))
             )
-            y = y.cpu()
             if self.args.sensor_noise:
                 y = sensor.expose(y, self.args.bands / max(1, self.args.step), generator=source)
             if self.args.noise:
                 y = y + self.args.noise * torch.randn(y.shape, generator=source)
-        return y.to(x.device)
+        return y
 
-    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Root mean squared error per cube, averaged: between MSE, which dark scenes hardly move, and PSNR.
-
-        In phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own.
-        """
-        x = torch.from_numpy(self.sampler(step)).to(device)
+    def draw(self, net: LoRun, step: int) -> Batch:
+        """Cubes, their mask and measurements; in phase 1 also 0 to ``--pretrain-unroll`` passes of the block's own."""
+        x = torch.from_numpy(self.sampler(step))
         rng = np.random.default_rng((self.args.seed, step, 1))
-        op = self._window(*self.size, rng).to(device)
-        y = self._measure(op, x, step)
-        if net.stages > 1:
-            restored = net(y, op=op)
-        else:
-            passes = int(rng.integers(self.args.pretrain_unroll + 1))
-            restored = unrolling.trained_pass(net, y, passes, op)
-        return losses.root_mean_squared_error(restored, x)
+        op = self._window(*self.size, rng)
+        passes = 0 if net.stages > 1 else int(rng.integers(self.args.pretrain_unroll + 1))
+        return Batch(x, {"y": self._measure(op, x, step)}, op, passes)
+
+    def loss(self, net: LoRun, batch: Batch) -> Tensor:
+        """Root mean squared error per cube, averaged: between MSE, which dark scenes hardly move, and PSNR."""
+        y, op = batch.others["y"], batch.op
+        restored = net(y, op=op) if net.stages > 1 else unrolling.trained_pass(net, y, batch.passes, op)
+        return losses.root_mean_squared_error(restored, batch.x)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:

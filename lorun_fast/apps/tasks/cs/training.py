@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorun_fast.apps import unrolling
+from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, percentage
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_gray
@@ -78,14 +79,19 @@ class Recipe:
             moments += blocks.mT @ blocks
         return torch.linalg.eigh(moments).eigenvectors[:, -m:].flip(1).mT.float()
 
-    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Mean squared error of one batch; in phase 1 after 0 to ``--pretrain-unroll`` passes of the block's own."""
-        x = self.sampler(step).to(device)
-        y = net.op(x)
+    def draw(self, net: LoRun, step: int) -> Batch:
+        """Patches; in phase 1 also 0 to ``--pretrain-unroll`` passes of the block's own."""
+        x = self.sampler(step)
         if net.stages > 1:
-            return nn.functional.mse_loss(net(y), x)
-        passes = int(np.random.default_rng((self.args.seed, step, 1)).integers(self.args.pretrain_unroll + 1))
-        return nn.functional.mse_loss(unrolling.trained_pass(net, y, passes), x)
+            return Batch(x)
+        rng = np.random.default_rng((self.args.seed, step, 1))
+        return Batch(x, passes=int(rng.integers(self.args.pretrain_unroll + 1)))
+
+    def loss(self, net: LoRun, batch: Batch) -> Tensor:
+        """Mean squared error."""
+        y = net.op(batch.x)
+        restored = net(y) if net.stages > 1 else unrolling.trained_pass(net, y, batch.passes)
+        return nn.functional.mse_loss(restored, batch.x)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:

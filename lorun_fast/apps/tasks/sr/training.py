@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lorun_fast.apps import losses, unrolling
+from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import at_least_one, not_negative, share
 from lorun_fast.apps.sampling import PatchSampler, find_images, held_out, load_colour
@@ -86,41 +89,52 @@ class Recipe:
         denoiser = ResUNet(3, 3, tuple(args.channels), noise_level=True)
         return LoRun(op, denoiser, stages=1, sharing="tied", data_step=args.data_step, noise_map=self.noise_map)
 
-    def measure(
-        self, x: Tensor, rng: np.random.Generator, scale: int | None = None
-    ) -> tuple[Tensor, BlurDownsample, Tensor]:
-        """(y, op, sigma) of images (N, 3, H, W): one random scale, a kernel and a noise level for each."""
+    def draw(self, net: LoRun, step: int) -> Batch:
+        """Patches with what blurs and disturbs them; in phase 1 with Gaussian noise of every level, or, without a noise
+        map of the stage, 0 to ``--pretrain-unroll`` passes of the block's own.
+        """
+        x = self.sampler(step)
+        rng = np.random.default_rng((self.args.seed, step, 1))
+        if self._learns_noise(net):
+            sigma = torch.from_numpy(_LEVELS[0] * (_LEVELS[1] / _LEVELS[0]) ** rng.random(len(x), dtype=np.float32))
+            return Batch(x, {"sigma": sigma, "noise": self._normal(x.shape, rng)})
+        batch = self.disturbed(x, rng)
+        if net.stages > 1:
+            return batch
+        return dataclasses.replace(batch, passes=int(rng.integers(self.args.pretrain_unroll + 1)))
+
+    def disturbed(self, x: Tensor, rng: np.random.Generator, scale: int | None = None) -> Batch:
+        """Images (N, 3, H, W) with one random scale, a kernel and a noise level for each."""
         args = self.args
         scale = int(rng.choice(args.scales)) if scale is None else scale
         blur = np.stack([kernels.draw(rng, args.kernel_size) for _ in x])
-        op = BlurDownsample(torch.from_numpy(blur).to(x.device), scale)
         noisy = rng.random(len(x)) >= args.noiseless
         sigma = np.where(noisy, rng.uniform(0, args.noise, len(x)), 0).astype(np.float32)
-        y = op(x)
-        noise = torch.from_numpy(rng.standard_normal(tuple(y.shape), dtype=np.float32)).to(y.device)
-        sigma = torch.from_numpy(sigma).to(y.device)
-        column = sigma.reshape(-1, 1, 1, 1)
-        return torch.where(column > 0, y + column * noise, (255 * y).round() / 255), op, sigma
+        noise = self._normal((*x.shape[:2], x.shape[2] // scale, x.shape[3] // scale), rng)
+        op = BlurDownsample(torch.from_numpy(blur), scale)
+        return Batch(x, {"sigma": torch.from_numpy(sigma), "noise": noise}, op)
 
-    def loss(self, net: LoRun, step: int, device: torch.device) -> Tensor:
-        """Root mean squared error of each image, averaged: between MSE, which the blurred and noisy rule, and PSNR.
+    @staticmethod
+    def _normal(shape: Sequence[int], rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
-        In phase 1 of removing Gaussian noise, or, without a noise map of the stage, of one pass after 0 to
-        ``--pretrain-unroll`` of the block's own.
-        """
-        x = self.sampler(step).to(device)
-        rng = np.random.default_rng((self.args.seed, step, 1))
+    @staticmethod
+    def measure(batch: Batch) -> Tensor:
+        """y: with the noise of its level, or rounded to 8 bits where that is zero."""
+        y, column = batch.op(batch.x), batch.others["sigma"].reshape(-1, 1, 1, 1)
+        return torch.where(column > 0, y + column * batch.others["noise"], (255 * y).round() / 255)
+
+    def loss(self, net: LoRun, batch: Batch) -> Tensor:
+        """Root mean squared error of each image, averaged: between MSE, which the blurred and noisy rule, and PSNR."""
         if self._learns_noise(net):
-            level = torch.from_numpy(_LEVELS[0] * (_LEVELS[1] / _LEVELS[0]) ** rng.random(len(x), dtype=np.float32))
-            restored = self._denoise(net, x, level.to(device), rng)
+            restored = self._denoise(net, batch)
         else:
-            y, op, sigma = self.measure(x, rng)
+            y, op, sigma = self.measure(batch), batch.op, batch.others["sigma"]
             if net.stages > 1:
                 restored = net(y, op=op, sigma=sigma)
             else:
-                passes = int(rng.integers(self.args.pretrain_unroll + 1))
-                restored = unrolling.trained_pass(net, y, passes, op, sigma)
-        return losses.root_mean_squared_error(restored, x)
+                restored = unrolling.trained_pass(net, y, batch.passes, op, sigma)
+        return losses.root_mean_squared_error(restored, batch.x)
 
     @staticmethod
     def _learns_noise(net: LoRun) -> bool:
@@ -128,9 +142,10 @@ class Recipe:
         return net.stages == 1 and net.noise_map == "stage"
 
     @staticmethod
-    def _denoise(net: LoRun, x: Tensor, level: Tensor, rng: np.random.Generator) -> Tensor:
-        noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)).to(x.device)
-        return net.denoiser(x + level.reshape(-1, 1, 1, 1) * noise, stage=0, sigma=level)
+    def _denoise(net: LoRun, batch: Batch) -> Tensor:
+        sigma = batch.others["sigma"]
+        noisy = batch.x + sigma.reshape(-1, 1, 1, 1) * batch.others["noise"]
+        return net.denoiser(noisy, stage=0, sigma=sigma)
 
     @torch.no_grad()
     def score(self, net: LoRun, device: torch.device) -> float:
@@ -140,14 +155,16 @@ class Recipe:
         """
         total = 0.0
         for i, image in enumerate(self.validation):
-            x = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)[None].to(device)
+            x = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)[None]
             scale = self.args.scales[i % len(self.args.scales)]
             rng = np.random.default_rng((self.args.seed, i, 2))
             if self._learns_noise(net):
-                restored = self._denoise(net, x, torch.full((1,), 15 / 255, device=device), rng)
+                batch = Batch(x, {"sigma": torch.full((1,), 15 / 255), "noise": self._normal(x.shape, rng)}).to(device)
+                restored = self._denoise(net, batch)
             else:
-                y, op, sigma = self.measure(x, rng, scale)
+                batch = self.disturbed(x, rng, scale).to(device)
+                y, op, sigma = self.measure(batch), batch.op, batch.others["sigma"]
                 restored = net(y, op=op, sigma=sigma)
                 restored = unrolling.more_passes(net, restored, y, self.args.pretrain_unroll, op, sigma)
-            total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - x) ** 2)).item()
+            total += -10 * torch.log10(torch.mean((restored.clamp(0, 1) - batch.x) ** 2)).item()
         return total / len(self.validation)
