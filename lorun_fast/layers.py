@@ -424,7 +424,10 @@ def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tupl
         if not isinstance(layer, AdaptedConvolution) or layer.weight.device.type not in _lora_autograd.DEVICES:
             continue
         stacked = _lora_autograd.merge(layer.weight, layer.down, layer.up, layer.scale, layer._transposed)
-        found[layer] = stacked.to(_lora_autograd.narrowed(layer.weight)).unbind()
+        dtype = _lora_autograd.narrowed(layer.weight)
+        # cuDNN's convolutions in 16 bits read channels innermost: laid out once for all stages and both passes.
+        layout = torch.channels_last if dtype.itemsize == 2 else torch.preserve_format
+        found[layer] = stacked.flatten(0, 1).to(dtype, memory_format=layout).view_as(stacked).unbind()
     return found
 
 

@@ -28,6 +28,16 @@ def test_the_next_item_is_made_while_this_one_is_used():
     assert list(background.ahead([], make)) == []
 
 
+def test_several_items_are_made_at_once():
+    together = threading.Barrier(3)
+
+    def make(item):
+        together.wait(10)
+        return -item
+
+    assert list(background.ahead(range(6), make, threads=3)) == [(n, -n) for n in range(6)]
+
+
 def test_an_error_comes_at_its_items_turn():
     items = background.ahead([1, 0], lambda n: 1 / n)
     assert next(items) == (1, 1.0)

@@ -385,6 +385,24 @@ def test_a_kernel_per_image_makes_the_fft_method_dearer(monkeypatch):
         assert not torch.equal(auto, blur_downsample(x, kernel, scale=1, method=other))
 
 
+@pytest.mark.parametrize(
+    ("planes", "kernels", "height", "width", "scale", "direct_us", "fft_us"),
+    [
+        (3, 1, 288, 480, 3, 29.7, 67.2),
+        (48, 1, 288, 480, 3, 293, 265),
+        (3, 1, 288, 480, 1, 66.2, 68.2),
+        (24, 8, 96, 96, 2, 29.2, 60.6),
+        (48, 1, 96, 96, 4, 38.5, 62.9),
+    ],
+)
+def test_a_gpu_takes_what_was_measured_to_be_faster(
+    planes, kernels, height, width, scale, direct_us, fft_us, monkeypatch
+):
+    """Steps with kernels of 25 x 25 on an H200, in CUDA graphs."""
+    monkeypatch.setitem(_blur_downsample_cost._COMPILED, "cuda", True)
+    assert prefer_fft(planes, kernels, height, width, 25, 25, scale, "cuda") == (fft_us < direct_us)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_threads_at_once(method):
     problems = [problem(case, dtype=torch.float32) for case in ((24, 36, 7, 7, 3), (24, 36, 6, 5, 2))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -241,6 +243,22 @@ def test_library_holds_what_fits_and_the_sampler_draws_from_a_window_of_it(cube)
     reads.clear()
     fresh = scenes.CropSampler(scenes.Library(range(6), read, memory=2 * size), (4, 4), 2, 0, mosaic=0.5, window=10)
     assert np.array_equal(fresh(29), first[29])  # a function of seed and step alone, whatever was drawn before
+
+
+def test_threads_share_a_library():
+    """Each scene is read once, however many ask for it meanwhile."""
+    read = []
+
+    def slowly(index):
+        read.append(index)
+        time.sleep(0.02)
+        return scenes.quantised(np.ones((2, 4, 4)) * (index + 1))
+
+    library = scenes.Library([0, 1], slowly, 2**20)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(library.__getitem__, [0, 1, 0, 1] * 4))
+    assert sorted(read) == [0, 1]
+    assert all(scene is library[index] for index, scene in zip([0, 1, 0, 1] * 4, found, strict=True))
 
 
 def test_crops_are_turned_and_mosaics_have_four_parts():

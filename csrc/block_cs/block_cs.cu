@@ -31,9 +31,9 @@
 //     fp32: 128 tiles of 64 x 128. 192 KB, 1.7 us or more. 8 pieces, 96 mma and 400 others, 4.3 us. mma 3.3 to 5 us.
 //     bf16: 128 tiles of 128 x 64. 192 KB, 1.7 us or more. 8 pieces, 48 mma and 220 others, 2.3 us. mma 1.7 to 2.5.
 // To each comes a launch, a first wait for memory and the ending, some 3 us. Both together: 16 to 20 us in fp32, 11
-// to 14 in bf16, by estimate. Measured: 33 and 28 us, of which the products alone 15 and 15 (fp32), 8 and 11 (bf16,
-// adjoint); a bf16 step's second product takes what is left of 28, some 20. cuBLAS's two products on blocks that lie
-// ready take 40 and 8.
+// to 14 in bf16, by estimate. Measured: 33 and 23 us; the two kernels 15 and 18 (fp32), 8 and 15 (bf16), the products
+// without a residual and an image to add 14 and 15, 8 and 11. cuBLAS's two products on blocks that lie ready take 38
+// and 8.
 //
 // Where large tiles are too few (one 512 x 512 image: 32) there are small ones, which sum in the same order. Only a
 // gradient for Phi, whose depth is the batch, shares it out among blocks as well; one more launch adds their parts.
@@ -162,11 +162,13 @@ struct ImageLines {  // line: block, position: pixel
 };
 
 // Endings. store(row(i), col(j), before, value) takes the finished element (i, j); before(row(i), col(j)) has loaded
-// what it needs.
+// what it needs, as it lies in memory: converted beside its load, under a condition, each would wait for the one before
+// (a bf16 step took 5 us more).
 
 template <class T>
 struct StoreMeasurement {  // rows: measurements, columns: blocks
   using Row = int64_t;
+  using Before = Nothing;
   MeasurementLines<T> y;
   T* out;
 
@@ -176,10 +178,10 @@ struct StoreMeasurement {  // rows: measurements, columns: blocks
   __device__ int64_t col(int b) const {
     return y.position(b);
   }
-  __device__ Wide<T> before(Row, int64_t) const {
-    return 0;
+  __device__ Before before(Row, int64_t) const {
+    return {};
   }
-  __device__ void store(Row row, int64_t col, Wide<T>, Wide<T> value) const {
+  __device__ void store(Row row, int64_t col, Before, Wide<T> value) const {
     out[row + col] = static_cast<T>(value);
   }
 };
@@ -192,6 +194,7 @@ template <class T>
 struct StoreResidual {  // rows: measurements, columns: blocks; r = rho (y - value), kept = value - y unless null
   using W = Wide<T>;
   using Row = int64_t;
+  using Before = W;
   MeasurementLines<W> y;
   const W* rho;
   int64_t rho_by_sample;
@@ -229,6 +232,7 @@ struct StoreResidual {  // rows: measurements, columns: blocks; r = rho (y - val
 template <class T, bool Add>
 struct StoreImage {  // rows: blocks, columns: pixels; out = value, or x + value; out is contiguous
   using Lines = ImageLines<T>;
+  using Before = std::conditional_t<Add, T, Nothing>;
   struct Row {
     typename Lines::Line from;
     T* to;
@@ -249,12 +253,19 @@ struct StoreImage {  // rows: blocks, columns: pixels; out = value, or x + value
     const auto at = x.position(p);
     return {at, at.i * x.width + at.j};
   }
-  __device__ Wide<T> before(const Row& row, const Column& col) const {
-    return Add && x.inside(row.from, col.from) ? static_cast<Wide<T>>(*x.at(row.from, col.from)) : 0;
+  __device__ Before before(const Row& row, const Column& col) const {
+    if constexpr (Add) {
+      return x.inside(row.from, col.from) ? *x.at(row.from, col.from) : Before{};
+    } else {
+      return {};
+    }
   }
-  __device__ void store(const Row& row, const Column& col, Wide<T> before, Wide<T> value) const {
+  __device__ void store(const Row& row, const Column& col, Before before, Wide<T> value) const {
     if (x.inside(row.from, col.from)) {
-      row.to[col.to] = static_cast<T>(Add ? before + value : value);
+      if constexpr (Add) {
+        value += static_cast<Wide<T>>(before);
+      }
+      row.to[col.to] = static_cast<T>(value);
     }
   }
 };
@@ -262,6 +273,7 @@ struct StoreImage {  // rows: blocks, columns: pixels; out = value, or x + value
 template <class W>
 struct StoreMatrix {
   using Row = int64_t;
+  using Before = Nothing;
   W* out;
   int64_t cols;
 
@@ -271,10 +283,10 @@ struct StoreMatrix {
   __device__ int col(int j) const {
     return j;
   }
-  __device__ W before(Row, int) const {
-    return 0;
+  __device__ Before before(Row, int) const {
+    return {};
   }
-  __device__ void store(Row row, int col, W, W value) const {
+  __device__ void store(Row row, int col, Before, W value) const {
     out[row + col] = value;
   }
 };

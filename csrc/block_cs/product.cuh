@@ -631,11 +631,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = static_cast<int>(threadIdx.x) / kCols;
 #pragma unroll 1
   for (int q = 0; q < kMine; q += kBatch) {
-    W before[kBatch];
+    typename End::Before before[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int r = first + (q + i) * kApart;
-      before[i] = row0 + r < rows ? end.before(row_table[r], column) : W(0);
+      before[i] = row0 + r < rows ? end.before(row_table[r], column) : typename End::Before{};
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {

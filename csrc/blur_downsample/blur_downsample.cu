@@ -133,17 +133,17 @@ struct Work {
       const T* const column = from + col_of[n] * in.by_col;
       W* const to = lines + n / 4 % 2 * half + n / 8 * 4 + n % 4;
       for (int m0 = warp; m0 < height; m0 += warps * kBatch) {
-        W values[kBatch];
+        T values[kBatch];  // as they lie there: a conversion would be made, and waited for, under the condition
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           const int m = m0 + k * warps;
-          values[k] = m < height ? static_cast<W>(column[row_of[m] * in.by_row]) : W(0);
+          values[k] = m < height ? column[row_of[m] * in.by_row] : T{};
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           const int m = m0 + k * warps;
           if (m < height) {
-            to[m * tile.line()] = values[k];
+            to[m * tile.line()] = static_cast<W>(values[k]);
           }
         }
       }
@@ -195,9 +195,9 @@ struct Work {
   }
 };
 
-// A x of all planes if not Adjoint, else A^T y: end.store(plane, i, j, value) takes each value. A x is the sum over
-// phases of each phase's sum, whether a block takes all phases, or, given `phases`, one of them, which it leaves there:
-// (phases, planes, rows, cols).
+// A x of all planes if not Adjoint, else A^T y: end.store(plane, i, j, before, value) takes each value,
+// end.before(plane, i, j) has loaded what it needs. A x is the sum over phases of each phase's sum, whether a block
+// takes all phases, or, given `phases`, one of them, which it leaves there: (phases, planes, rows, cols).
 template <class T, class W, bool Adjoint, class End>
 __global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
     correlate(const Shape shape, const Planes<T> in, const W* kernels, const End end, const Tile tile, W* phases) {
@@ -249,21 +249,30 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
       total[c] += sum[c];
     }
   }
-  if (sums && top + row < rows.count) {
-    const int64_t i = top + row;
-    phase = last_phase - 1;
+  if (!sums || top + row >= rows.count) {
+    return;
+  }
+  const int64_t i = top + row, j0 = left + lane * kEach;
+  if (!Adjoint && apart) {
+    W* const to = phases + (((last_phase - 1) * shape.planes() + plane) * rows.count + i) * cols.count;
 #pragma unroll
     for (int c = 0; c < kEach; ++c) {
-      const int64_t j = left + lane * kEach + c;
-      if (j < cols.count) {
-        if constexpr (Adjoint) {
-          end.store(plane, i * s + phase / s, j * s + phase % s, total[c]);
-        } else if (apart) {
-          phases[((phase * shape.planes() + plane) * rows.count + i) * cols.count + j] = total[c];
-        } else {
-          end.store(plane, i, j, total[c]);
-        }
+      if (j0 + c < cols.count) {
+        to[j0 + c] = total[c];
       }
+    }
+    return;
+  }
+  const int64_t each = Adjoint ? s : 1, p = Adjoint ? (last_phase - 1) / s : 0, q = Adjoint ? (last_phase - 1) % s : 0;
+  typename End::Before before[kEach];
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) {
+    before[c] = j0 + c < cols.count ? end.before(plane, i * each + p, (j0 + c) * each + q) : typename End::Before{};
+  }
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) {
+    if (j0 + c < cols.count) {
+      end.store(plane, i * each + p, (j0 + c) * each + q, before[c], total[c]);
     }
   }
 }
@@ -277,7 +286,8 @@ __global__ void __launch_bounds__(256) add_phases(const Shape shape, const W* ph
     for (int64_t k = 0; k < shape.rows.scale * shape.cols.scale; ++k) {
       sum += phases[k * each + index];
     }
-    end.store(index / cols / rows, index / cols % rows, index % cols, sum);
+    const int64_t plane = index / cols / rows, i = index / cols % rows, j = index % cols;
+    end.store(plane, i, j, end.before(plane, i, j), sum);
   }
 }
 
@@ -285,9 +295,13 @@ __global__ void __launch_bounds__(256) add_phases(const Shape shape, const W* ph
 
 template <class T>
 struct StoreValue {
+  using Before = Nothing;
   T* out;
   int64_t rows, cols;
-  __device__ void store(int64_t plane, int64_t i, int64_t j, Wide<T> value) const {
+  __device__ Before before(int64_t, int64_t, int64_t) const {
+    return {};
+  }
+  __device__ void store(int64_t plane, int64_t i, int64_t j, Before, Wide<T> value) const {
     out[(plane * rows + i) * cols + j] = static_cast<T>(value);
   }
 };
@@ -296,16 +310,19 @@ struct StoreValue {
 template <class T>
 struct StoreDifference {
   using W = Wide<T>;
+  using Before = T;
   Planes<T> base;
   const W* rho;
   int64_t by_plane;
   W sign;
   T* out;
   int64_t rows, cols;
-  __device__ void store(int64_t plane, int64_t i, int64_t j, W value) const {
+  __device__ Before before(int64_t plane, int64_t i, int64_t j) const {
+    return base.row(plane, i)[j * base.by_col];
+  }
+  __device__ void store(int64_t plane, int64_t i, int64_t j, Before from, W value) const {
     const W rate = rho == nullptr ? sign : sign * rho[plane * by_plane];
-    const W from = static_cast<W>(base.row(plane, i)[j * base.by_col]);
-    out[(plane * rows + i) * cols + j] = static_cast<T>(from - rate * value);
+    out[(plane * rows + i) * cols + j] = static_cast<T>(static_cast<W>(from) - rate * value);
   }
 };
 

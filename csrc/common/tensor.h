@@ -19,6 +19,9 @@ namespace lorun {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
+
+// What a kernel's ending that reads nothing has read.
+struct Nothing {};
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

@@ -11,20 +11,20 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(items: Iterable[T], make: Callable[[T], U]) -> Iterator[tuple[T, U]]:
-    """(item, make(item)) in order; the next item is made in a thread while the caller works on this one.
+def ahead(items: Iterable[T], make: Callable[[T], U], threads: int = 1) -> Iterator[tuple[T, U]]:
+    """(item, make(item)) in order; so many of the next items are made in threads while the caller works on this one.
 
     What make raises is raised where its item's turn comes.
     """
-    with ThreadPoolExecutor(1) as thread:
-        waiting: tuple[T, Future[U]] | None = None
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[T, Future[U]]] = deque()
         for item in items:
-            upcoming = (item, thread.submit(make, item))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = upcoming
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            waiting.append((item, pool.submit(make, item)))
+            if len(waiting) > threads:
+                item, made = waiting.popleft()
+                yield item, made.result()
+        for item, made in waiting:
+            yield item, made.result()
 
 
 class Workers:

@@ -38,6 +38,8 @@ _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validati
 # What may change between two starts of one run: nothing that the numbers depend on.
 _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "cuda_graph", "func", "command", "output")
 _RESUME = "resume"
+# Threads that draw batches for a GPU: one takes as long for spectral crops as the step that they are for.
+_DRAWING = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,14 +265,14 @@ class Run:
         return True
 
     def _drawn(self, phase: str, net: LoRun, steps: range) -> Iterator[tuple[int, Batch]]:
-        """(step, its batch); on a GPU the next batch is drawn meanwhile."""
+        """(step, its batch); on a GPU the next batches are drawn meanwhile."""
         offset = 0 if phase == "base" else 10_000_000  # the two phases draw different batches
 
         def draw(step: int) -> Batch:
             return self.recipe.draw(net, offset + step)
 
         if self.device.type == "cuda":
-            return background.ahead(steps, lambda step: draw(step).pinned())
+            return background.ahead(steps, lambda step: draw(step).pinned(), _DRAWING)
         return ((step, draw(step)) for step in steps)
 
     def _truncate_log(self, phase: str, step: int) -> None:

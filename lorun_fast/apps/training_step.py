@@ -17,8 +17,8 @@ class Step:
     recipe: the task's (see apps/tasks). peaks: (parameters, peak learning rate) of each group. clip: the norm above
     which gradients are scaled. dtype: of autocast; float32 for none.
 
-    Called with a batch on the device, returns (loss, gradient norm), 0-d and there. A batch whose gradient
-    overflows is left out instead of poisoning the optimizer's state.
+    Called with a batch, returns (loss, gradient norm), 0-d and on the device. A batch whose gradient overflows is left
+    out instead of poisoning the optimizer's state.
     """
 
     def __init__(
@@ -57,6 +57,10 @@ class Step:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.on_device(batch.to(self.device))
+
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same for a batch that is there already, and without a word to the host where that is a GPU."""
         with self.autocast():
             loss = self.recipe.loss(self.net, batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -91,7 +95,7 @@ class RecordedStep:
             self.seen[kind] += 1
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
-                loss, norm = self.step(batch.to(self.step.device))
+                loss, norm = self.step(batch)
             current.wait_stream(self.stream)
             return loss, norm
         if kind not in self.recorded:
@@ -106,5 +110,5 @@ class RecordedStep:
         self.step.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, self.stream):
-            results = self.step(batch)
+            results = self.step.on_device(batch)
         return graph, batch, results

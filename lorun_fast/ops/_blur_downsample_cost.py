@@ -1,7 +1,7 @@
 """Which method of the blur ops is expected to be faster: a cost model; nothing is tuned at run time.
 
-The unit is one multiply-add of the direct method for one measurement. On a CPU the constants are fitted to measured
-times (docs/operators.md); on CUDA they follow from bytes and operations, unmeasured.
+The unit is one multiply-add of the direct method for one measurement at scale 1. The constants are fitted to measured
+times (docs/operators.md), on CUDA to those of five steps on an H200.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 # One pixel of one plane or kernel through the FFTs, forward and back, in direct multiply-adds.
-FFT_PER_PIXEL = 330
+FFT_PER_PIXEL = {"cpu": 330, "cuda": 150}
 # What the FFT method costs whatever the size: some fifteen calls of PyTorch's operators.
-FFT_PER_CALL = {"cpu": 8_000_000, "cuda": 1_000_000_000}
+FFT_PER_CALL = {"cpu": 8_000_000, "cuda": 200_000_000}
 # Where the direct method is not compiled, PyTorch's convolutions of planes take about so much longer.
 UNCOMPILED = 100
 # Measurements that the direct method computes at once.
@@ -31,5 +31,8 @@ def prefer_fft(planes: int, kernels: int, height: int, width: int, kh: int, kw: 
     columns = (width // scale + LANES - 1) // LANES * LANES
     direct = planes * (height // scale) * columns * kh * kw
     if not _COMPILED.get(device, False):
-        direct = direct * UNCOMPILED
-    return direct > FFT_PER_PIXEL * (planes + kernels) * height * width + FFT_PER_CALL.get(device, FFT_PER_CALL["cpu"])
+        direct *= UNCOMPILED
+    elif device == "cuda":
+        direct *= scale  # the taps of a phase are few: a GPU loads them longer than it sums
+    constants = device if device in FFT_PER_CALL else "cpu"
+    return direct > FFT_PER_PIXEL[constants] * (planes + kernels) * height * width + FFT_PER_CALL[constants]

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -81,19 +82,22 @@ class Library:
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], Scene], memory: int):
         self.paths, self.read, self.memory = list(paths), read, memory
         self._held: OrderedDict[int, Scene] = OrderedDict()
+        self._lock = Lock()  # batches are drawn in several threads
         self._room: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Scene:
-        if index not in self._held:
-            scene = self.read(self.paths[index])
-            while self._held and sum(s.codes.nbytes for s in self._held.values()) + scene.codes.nbytes > self.memory:
-                self._held.popitem(last=False)
-            self._held[index] = scene
-        self._held.move_to_end(index)
-        return self._held[index]
+        with self._lock:
+            if index not in self._held:
+                scene = self.read(self.paths[index])
+                held = sum(s.codes.nbytes for s in self._held.values())
+                while self._held and held + scene.codes.nbytes > self.memory:
+                    held -= self._held.popitem(last=False)[1].codes.nbytes
+                self._held[index] = scene
+            self._held.move_to_end(index)
+            return self._held[index]
 
     def room(self) -> int:
         """How many scenes of the first one's size fit the memory."""
