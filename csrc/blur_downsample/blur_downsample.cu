@@ -9,6 +9,9 @@
 //
 // A step is two launches, with the residual between them; a small A x takes one more, phases apart. Accumulation is
 // fp32 (fp64 for fp64 images), in one order: no atomics, bitwise repeatable.
+//
+// Kernels count in 32 bits: with 64, what leads to a phase's sums (which pixels, where they lie) was half of all
+// instructions of 25 x 25 taps at x3.
 
 #include <torch/csrc/stable/library.h>
 
@@ -36,10 +39,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+using Axis32 = AxisOf<int>;
+using Shape32 = ShapeOf<int>;
+
 // A tile of sums, `rows` by `lanes` * kEach, and how many taps, `tap_rows` by `tap_cols`, meet it at once.
 struct Tile {
   int lanes, rows, tap_rows, tap_cols;
-  int64_t down, across;  // tiles of a plane
+  int down, across;  // tiles of a plane
 
   LORUN_HD int cols() const {
     return lanes * kEach;
@@ -57,10 +63,10 @@ struct Tile {
     return (tap_cols + 3) / 4 * 4;
   }
 
-  // Values of `in`, of w, and indices of rows and columns.
+  // Values of `in`, of w, and where rows and columns lie.
   template <class W>
   int64_t bytes() const {
-    return (lines() * line() + tap_rows * weight_line()) * sizeof(W) + (lines() + line()) * sizeof(int);
+    return (lines() * line() + tap_rows * weight_line()) * sizeof(W) + (lines() + line()) * sizeof(int64_t);
   }
 
   int64_t threads() const {
@@ -72,11 +78,11 @@ struct Tile {
   static Tile of(int64_t planes, int64_t all_rows, int64_t all_cols, int64_t taps_down, int64_t taps_across,
                  int64_t blocks) {
     Tile t{};
-    t.across = ceil_div(all_cols, kMostLanes * kEach);
+    t.across = static_cast<int>(ceil_div(all_cols, kMostLanes * kEach));
     t.lanes = static_cast<int>(ceil_div(ceil_div(all_cols, t.across), kEach));
     // Smaller tiles where there would be too few to occupy the device.
     const auto cut = [&](int rows) {
-      t.down = ceil_div(all_rows, rows);
+      t.down = static_cast<int>(ceil_div(all_rows, rows));
       t.rows = static_cast<int>(ceil_div(all_rows, t.down));
     };
     for (int rows = kMostRows; cut(rows), rows > 4 && planes * t.across * t.down < blocks; rows /= 2) {
@@ -95,28 +101,28 @@ template <class W>
 struct Work {
   const Tile tile;
   W *const lines, *const weights;
-  int *const row_of, *const col_of;
+  int64_t *const row_at, *const col_at;  // in values, from the plane's first
 
   __device__ explicit Work(const Tile& tile)
       : tile(tile),
         lines(reinterpret_cast<W*>(dynamic_shared())),
         weights(lines + tile.lines() * tile.line()),
-        row_of(reinterpret_cast<int*>(weights + tile.tap_rows * tile.weight_line())),
-        col_of(row_of + tile.lines()) {}
+        row_at(reinterpret_cast<int64_t*>(weights + tile.tap_rows * tile.weight_line())),
+        col_at(row_at + tile.lines()) {}
 
-  // Copies in[row(m)][col(n)] for all that the tile and rows x cols taps meet, and weight(t, u). row and col are called
-  // once per row and column: they divide.
+  // Copies from[row(m)][col(n)] for all that the tile and rows x cols taps meet, and weight(t, u). row and col are
+  // called once per row and column: they divide.
   template <class T, class Row, class Col, class Weight>
-  __device__ void load(const Planes<T>& in, int64_t plane, int rows, int cols, const Row& row, const Col& col,
-                       const Weight& weight) const {
+  __device__ void load(const T* from, int64_t by_row, int64_t by_col, int rows, int cols, const Row& row,
+                       const Col& col, const Weight& weight) const {
     const int height = tile.rows + rows - 1, width = tile.cols() + cols - 1;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     __syncthreads();  // until nobody reads what the last taps left
     for (int m = threadIdx.x; m < height + width; m += blockDim.x) {
       if (m < height) {
-        row_of[m] = static_cast<int>(row(m));
+        row_at[m] = row(m) * by_row;
       } else {
-        col_of[m - height] = static_cast<int>(col(m - height));
+        col_at[m - height] = col(m - height) * by_col;
       }
     }
     for (int t = warp; t < rows; t += warps) {
@@ -125,19 +131,18 @@ struct Work {
       }
     }
     __syncthreads();
-    const T* const from = in.plane(plane);
     const int half = tile.line() / 2;
     // All loads of a batch are on their way before the first is waited for.
     constexpr int kBatch = 8;
     for (int n = lane; n < width; n += 32) {
-      const T* const column = from + col_of[n] * in.by_col;
+      const T* const column = from + col_at[n];
       W* const to = lines + n / 4 % 2 * half + n / 8 * 4 + n % 4;
       for (int m0 = warp; m0 < height; m0 += warps * kBatch) {
         T values[kBatch];  // as they lie there: a conversion would be made, and waited for, under the condition
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           const int m = m0 + k * warps;
-          values[k] = m < height ? column[row_of[m] * in.by_row] : T{};
+          values[k] = m < height ? column[row_at[m]] : T{};
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
@@ -153,44 +158,81 @@ struct Work {
 
   // sum[c] += w[t][u] in[row + t][lane * kEach + c + u] for rows x cols taps.
   __device__ void add(int row, int lane, int rows, int cols, W (&sum)[kEach]) const {
-    const int half = tile.line() / 2;
-    for (int t = 0; t < rows; ++t) {
-      const W* const line = lines + (row + t) * tile.line() + lane * 4;
-      const W* const weight = weights + t * tile.weight_line();
-      W in[kEach + 4], w[4];
-      load4(line, in);
-      load4(line + half, in + 4);
-      int u = 0;
+    const W* const line = lines + row * tile.line() + lane * 4;
+    switch (cols / 4) {
+      case 1:
+        return add_lines<1>(line, rows, cols, sum);
+      case 2:
+        return add_lines<2>(line, rows, cols, sum);
+      default:
+        return add_lines<0>(line, rows, cols, sum);
+    }
+  }
+
+ private:
+  // Quads: how many whole ones cols are, 0 for any number. Of few, all that a line brings is in registers at once, and
+  // nothing moves; of three, nothing does in the loop, which takes three at once.
+  template <int Quads>
+  __device__ void add_lines(const W* line, int rows, int cols, W (&sum)[kEach]) const {
+    constexpr int kHeld = Quads + 2;
+    const int half = tile.line() / 2, rest = cols % 4;
+    const W* weight = weights;
+    for (int t = 0; t < rows; ++t, line += tile.line(), weight += tile.weight_line()) {
+      W in[4 * (kHeld + 1)];
+#pragma unroll
+      for (int q = 0; q < kHeld; ++q) {
+        load_quad(line, half, q, in + 4 * q);
+      }
+      int from = 0;
+      if constexpr (Quads == 0) {
 #pragma unroll 3
-      for (; u + 4 <= cols; u += 4) {
-        load4(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
-        load4(weight + u, w);
+        for (; from + 4 <= cols; from += 4) {
+          load_quad(line, half, from / 4 + 2, in + 8);
+          add_quad(weight + from, in, sum);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int c = 0; c < kEach; ++c) {
-            sum[c] += w[k] * in[k + c];
+          for (int k = 0; k < kEach; ++k) {
+            in[k] = in[k + 4];
           }
         }
+      } else {
 #pragma unroll
-        for (int k = 0; k < kEach; ++k) {
-          in[k] = in[k + 4];
+        for (int q = 0; q < Quads; ++q) {
+          add_quad(weight + 4 * q, in + 4 * q, sum);
         }
+        from = 4 * Quads;
       }
-      if (u < cols) {
-        if (u + 1 < cols) {
-          load4(line + u / 4 % 2 * half + (u / 8 + 1) * 4, in + 8);
+      if (rest > 0) {
+        W* const last = in + 4 * Quads;
+        if (rest > 1) {
+          load_quad(line, half, from / 4 + 2, last + 8);
         }
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
-          if (u + k < cols) {
-#pragma unroll
-            for (int c = 0; c < kEach; ++c) {
-              sum[c] += weight[u + k] * in[k + c];
-            }
+          if (k < rest) {
+            add_tap(weight[from + k], last + k, sum);
           }
         }
       }
+    }
+  }
+
+  __device__ static void load_quad(const W* line, int half, int q, W* to) {
+    load4(line + q % 2 * half + q / 2 * 4, to);
+  }
+
+  __device__ static void add_quad(const W* weight, const W* in, W (&sum)[kEach]) {
+    W w[4];
+    load4(weight, w);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      add_tap(w[k], in + k, sum);
+    }
+  }
+
+  __device__ static void add_tap(W w, const W* in, W (&sum)[kEach]) {
+#pragma unroll
+    for (int c = 0; c < kEach; ++c) {
+      sum[c] += w * in[c];
     }
   }
 };
@@ -200,43 +242,44 @@ struct Work {
 // takes all phases, or, given `phases`, one of them, which it leaves there: (phases, planes, rows, cols).
 template <class T, class W, bool Adjoint, class End>
 __global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
-    correlate(const Shape shape, const Planes<T> in, const W* kernels, const End end, const Tile tile, W* phases) {
+    correlate(const Shape32 shape, const Planes<T> in, const W* kernels, const End end, const Tile tile, W* phases) {
   const Work<W> work(tile);
-  const Axis &rows = shape.rows, &cols = shape.cols;
-  const int64_t s = rows.scale;
+  const Axis32 &rows = shape.rows, &cols = shape.cols;
+  const int s = rows.scale;
   const bool apart = Adjoint || phases != nullptr;
-  int64_t index = blockIdx.x, phase = 0, last_phase = s * s;
+  int index = static_cast<int>(blockIdx.x), phase = 0, last_phase = s * s;
   if (apart) {
     phase = index % (s * s), last_phase = phase + 1;
     index /= s * s;
   }
-  const int64_t left = index % tile.across * tile.cols(), top = index / tile.across % tile.down * tile.rows;
-  const int64_t plane = index / tile.across / tile.down;
-  const int row = threadIdx.x / tile.lanes, lane = threadIdx.x % tile.lanes;
+  const int left = index % tile.across * tile.cols(), top = index / tile.across % tile.down * tile.rows;
+  const int plane = index / tile.across / tile.down;
+  const int row = static_cast<int>(threadIdx.x) / tile.lanes, lane = static_cast<int>(threadIdx.x) % tile.lanes;
   const bool sums = row < tile.rows;
-  const W* const kernel = kernels + shape.kernel_of(plane) * shape.taps();
+  const W* const kernel = kernels + static_cast<int64_t>(shape.kernel_of(plane)) * shape.taps();
+  const T* const from = in.plane(plane);
   W total[kEach] = {};
   for (; phase < last_phase; ++phase) {
-    const int64_t p = phase / s, q = phase % s;
+    const int p = phase / s, q = phase % s;
     W sum[kEach] = {};
-    const int64_t first_row = Adjoint ? rows.first(p) : p, first_col = Adjoint ? cols.first(q) : q;
-    const int64_t down = rows.steps(first_row), across = cols.steps(first_col);
-    for (int64_t t0 = 0; t0 < down; t0 += tile.tap_rows) {
-      for (int64_t u0 = 0; u0 < across; u0 += tile.tap_cols) {
-        const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), down - t0));
-        const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), across - u0));
+    const int first_row = Adjoint ? rows.first(p) : p, first_col = Adjoint ? cols.first(q) : q;
+    const int down = rows.steps(first_row), across = cols.steps(first_col);
+    const int shift_down = Adjoint ? rows.shift(p) : 0, shift_across = Adjoint ? cols.shift(q) : 0;
+    for (int t0 = 0; t0 < down; t0 += tile.tap_rows) {
+      for (int u0 = 0; u0 < across; u0 += tile.tap_cols) {
+        const int height = min(tile.tap_rows, down - t0), width = min(tile.tap_cols, across - u0);
         work.load(
-            in, plane, height, width,
+            from, in.by_row, in.by_col, height, width,
             [&](int m) {
-              const int64_t e = top + t0 + m;
-              return Adjoint ? rows.measurement(e + rows.shift(p)) : rows.pixel(e * s + p);
+              const int e = top + t0 + m;
+              return Adjoint ? rows.measurement(e + shift_down) : rows.pixel(e * s + p);
             },
             [&](int n) {
-              const int64_t e = left + u0 + n;
-              return Adjoint ? cols.measurement(e + cols.shift(q)) : cols.pixel(e * s + q);
+              const int e = left + u0 + n;
+              return Adjoint ? cols.measurement(e + shift_across) : cols.pixel(e * s + q);
             },
             [&](int t, int u) {
-              const int64_t e = first_row + (t0 + t) * s, f = first_col + (u0 + u) * s;
+              const int e = first_row + (t0 + t) * s, f = first_col + (u0 + u) * s;
               return Adjoint ? kernel[e * cols.taps + f] : kernel[(rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f];
             });
         if (sums) {
@@ -252,9 +295,10 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
   if (!sums || top + row >= rows.count) {
     return;
   }
-  const int64_t i = top + row, j0 = left + lane * kEach;
+  const int i = top + row, j0 = left + lane * kEach;
   if (!Adjoint && apart) {
-    W* const to = phases + (((last_phase - 1) * shape.planes() + plane) * rows.count + i) * cols.count;
+    const int64_t line = (static_cast<int64_t>(last_phase - 1) * shape.planes() + plane) * rows.count + i;
+    W* const to = phases + line * cols.count;
 #pragma unroll
     for (int c = 0; c < kEach; ++c) {
       if (j0 + c < cols.count) {
@@ -263,7 +307,7 @@ __global__ void __launch_bounds__(kMostThreads, sizeof(W) == 4 ? 2 : 1)
     }
     return;
   }
-  const int64_t each = Adjoint ? s : 1, p = Adjoint ? (last_phase - 1) / s : 0, q = Adjoint ? (last_phase - 1) % s : 0;
+  const int each = Adjoint ? s : 1, p = Adjoint ? (last_phase - 1) / s : 0, q = Adjoint ? (last_phase - 1) % s : 0;
   typename End::Before before[kEach];
 #pragma unroll
   for (int c = 0; c < kEach; ++c) {
@@ -330,45 +374,47 @@ struct StoreDifference {
 // all), cut into pieces of tap_rows x tap_cols, one in `parts`. Tiles are of taps.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    correlate_with_measurements(const Shape shape, const Planes<T> x, const Planes<Wide<T>> y, const Tile tile,
-                                int64_t parts, int64_t planes, Wide<T>* out) {
+    correlate_with_measurements(const Shape32 shape, const Planes<T> x, const Planes<Wide<T>> y, const Tile tile,
+                                int parts, int planes, Wide<T>* out) {
   using W = Wide<T>;
   const Work<W> work(tile);
-  const Axis &rows = shape.rows, &cols = shape.cols;
-  const int64_t s = rows.scale;
-  int64_t index = blockIdx.x;
-  const int64_t left = index % tile.across * tile.cols();
+  const Axis32 &rows = shape.rows, &cols = shape.cols;
+  const int s = rows.scale;
+  int index = static_cast<int>(blockIdx.x);
+  const int left = index % tile.across * tile.cols();
   index /= tile.across;
-  const int64_t top = index % tile.down * tile.rows;
+  const int top = index % tile.down * tile.rows;
   index /= tile.down;
-  const int64_t q = index % s, p = index / s % s;
+  const int q = index % s, p = index / s % s;
   index /= s * s;
-  const int64_t part = index % parts, group = index / parts;
-  const int row = threadIdx.x / tile.lanes, lane = threadIdx.x % tile.lanes;
+  const int part = index % parts, group = index / parts;
+  const int row = static_cast<int>(threadIdx.x) / tile.lanes, lane = static_cast<int>(threadIdx.x) % tile.lanes;
   const bool sums = row < tile.rows;
-  const int64_t across = (cols.count + tile.tap_cols - 1) / tile.tap_cols,
-                down = (rows.count + tile.tap_rows - 1) / tile.tap_rows;
+  const int across = (cols.count + tile.tap_cols - 1) / tile.tap_cols,
+            down = (rows.count + tile.tap_rows - 1) / tile.tap_rows;
   W sum[kEach] = {};
-  for (int64_t piece = part; piece < planes * down * across; piece += parts) {
-    const int64_t plane = group * planes + piece / across / down;
-    const int64_t i0 = piece / across % down * tile.tap_rows, j0 = piece % across * tile.tap_cols;
-    const int height = static_cast<int>(min(static_cast<int64_t>(tile.tap_rows), rows.count - i0));
-    const int width = static_cast<int>(min(static_cast<int64_t>(tile.tap_cols), cols.count - j0));
+  for (int64_t piece = part; piece < static_cast<int64_t>(planes) * down * across; piece += parts) {
+    const int plane = group * planes + static_cast<int>(piece / across / down);
+    const int i0 = static_cast<int>(piece / across % down) * tile.tap_rows;
+    const int j0 = static_cast<int>(piece % across) * tile.tap_cols;
+    const int height = min(tile.tap_rows, rows.count - i0), width = min(tile.tap_cols, cols.count - j0);
+    const W* const measured = y.row(plane, i0) + j0 * y.by_col;
     work.load(
-        x, plane, height, width, [&](int m) { return rows.pixel((i0 + top + m) * s + p); },
+        x.plane(plane), x.by_row, x.by_col, height, width, [&](int m) { return rows.pixel((i0 + top + m) * s + p); },
         [&](int n) { return cols.pixel((j0 + left + n) * s + q); },
-        [&](int t, int u) { return y.row(plane, i0 + t)[(j0 + u) * y.by_col]; });
+        [&](int t, int u) { return measured[t * y.by_row + u * y.by_col]; });
     if (sums) {
       work.add(row, lane, height, width, sum);
     }
   }
-  const int64_t e = (top + row) * s + p;
+  const int e = (top + row) * s + p;
   if (sums && e < rows.taps) {
+    W* const to = out + (static_cast<int64_t>(group) * parts + part) * shape.taps();
 #pragma unroll
     for (int c = 0; c < kEach; ++c) {
-      const int64_t f = (left + lane * kEach + c) * s + q;
+      const int f = (left + lane * kEach + c) * s + q;
       if (f < cols.taps) {
-        out[(group * parts + part) * shape.taps() + (rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f] = sum[c];
+        to[(rows.taps - 1 - e) * cols.taps + cols.taps - 1 - f] = sum[c];
       }
     }
   }
@@ -386,17 +432,27 @@ __global__ void __launch_bounds__(256) sum_parts(const W* partial, int64_t parts
   }
 }
 
-void check_size(const Shape& shape) {
-  STD_TORCH_CHECK(shape.rows.pixels() <= 0x3fffffff && shape.cols.pixels() <= 0x3fffffff,
-                  "expected at most 2^30 - 1 rows and columns on CUDA, got ", shape.rows.pixels(), "x",
-                  shape.cols.pixels());
+// The shape in 32 bits, with room for what tiles reach beyond.
+Shape32 narrow(const Shape& shape) {
+  const Axis &rows = shape.rows, &cols = shape.cols;
+  STD_TORCH_CHECK(rows.pixels() < 1 << 30 && cols.pixels() < 1 << 30,
+                  "expected at most 2^30 - 1 rows and columns on CUDA, got ", rows.pixels(), "x", cols.pixels());
+  STD_TORCH_CHECK(rows.scale <= 1 << 15, "scale: expected at most 32768 on CUDA, got ", rows.scale);
+  STD_TORCH_CHECK(
+      std::max(rows.taps, cols.taps) <= 1 << 28 && shape.taps() < int64_t{1} << 31 && shape.planes() < int64_t{1} << 31,
+      "expected fewer than 2^31 taps and planes and at most 2^28 taps a side on CUDA, got ", rows.taps, "x", cols.taps,
+      " and ", shape.planes());
+  const auto axis = [](const Axis& of) {
+    return Axis32{static_cast<int>(of.count), static_cast<int>(of.scale), static_cast<int>(of.taps)};
+  };
+  return {static_cast<int>(shape.samples), static_cast<int>(shape.channels), axis(rows), axis(cols), shape.per_sample};
 }
 
 // `beside`: work space is allocated beside it.
 template <class T, bool Adjoint, class W, class End>
 void run(const OnDeviceOf& device, const Tensor& beside, const Shape& shape, const Planes<T>& in, const W* kernel,
          const End& end) {
-  check_size(shape);
+  const Shape32 narrowed = narrow(shape);
   const int64_t planes = shape.planes(), phases = shape.rows.scale * shape.cols.scale;
   if (planes == 0) {
     return;
@@ -406,7 +462,7 @@ void run(const OnDeviceOf& device, const Tensor& beside, const Shape& shape, con
     return Tile::of<W>(each, shape.rows.count, shape.cols.count, shape.rows.most_steps(), shape.cols.most_steps(),
                        wish);
   };
-  const auto blocks = [&](const Tile& t) { return planes * t.down * t.across; };
+  const auto blocks = [&](const Tile& t) { return planes * t.down * t.across; };  // in 64 bits, as planes are
   Tile tile = tile_for(Adjoint ? planes * phases : planes);
   std::optional<Tensor> partial;
   if constexpr (!Adjoint) {
@@ -418,7 +474,7 @@ void run(const OnDeviceOf& device, const Tensor& beside, const Shape& shape, con
     }
   }
   launch(device, &correlate<T, W, Adjoint, End>, blocks(tile) * (Adjoint || partial ? phases : 1), tile.threads(),
-         tile.bytes<W>(), shape, in, kernel, end, tile, partial ? partial->mutable_data_ptr<W>() : nullptr);
+         tile.bytes<W>(), narrowed, in, kernel, end, tile, partial ? partial->mutable_data_ptr<W>() : nullptr);
   if (partial) {
     launch(device, &add_phases<W, End>, ceil_div(planes * shape.rows.count * shape.cols.count, 256), 256, 0, shape,
            partial->const_data_ptr<W>(), end);
@@ -498,7 +554,7 @@ Tensor grad_kernel(Tensor x, Tensor y, int64_t kh, int64_t kw, int64_t scale, bo
   const OnDeviceOf device(x);
   const Shape shape = shape_of_image(x, kh, kw, per_sample, scale);
   check_beside("y", y, x, shape);
-  check_size(shape);
+  const Shape32 narrowed = narrow(shape);
   const Tensor grad = empty_kernel(y, shape);
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -513,8 +569,8 @@ Tensor grad_kernel(Tensor x, Tensor y, int64_t kh, int64_t kw, int64_t scale, bo
     const Tensor partial = empty_beside(y, {groups, parts, taps}, y.scalar_type());
     if (groups * parts > 0) {
       launch(device, &correlate_with_measurements<T>, groups * parts * scale * scale * tile.down * tile.across,
-             tile.threads(), tile.bytes<W>(), shape, planes_of<T>(x), planes_of<W>(y), tile, parts, planes,
-             partial.mutable_data_ptr<W>());
+             tile.threads(), tile.bytes<W>(), narrowed, planes_of<T>(x), planes_of<W>(y), tile, static_cast<int>(parts),
+             static_cast<int>(planes), partial.mutable_data_ptr<W>());
     }
     if (groups > 0) {
       launch(device, &sum_parts<W>, ceil_div(groups * taps, 256), 256, 0, partial.const_data_ptr<W>(), parts, taps,

@@ -16,68 +16,74 @@
 
 namespace lorun::blur_downsample {
 
-struct Axis {
-  int64_t count;  // measurements; the image has count * scale pixels
-  int64_t scale;
-  int64_t taps;
+// I: the integers to count in.
+template <class I>
+struct AxisOf {
+  I count;  // measurements; the image has count * scale pixels
+  I scale;
+  I taps;
 
-  LORUN_HD int64_t pixels() const {
+  LORUN_HD I pixels() const {
     return count * scale;
   }
 
   // x's pixel at X[e]; e may lie any number of periods away.
-  LORUN_HD int64_t pixel(int64_t e) const {
+  LORUN_HD I pixel(I e) const {
     return modulo(e - (taps - 1 - taps / 2), pixels());
   }
 
   // y's measurement at Y[e].
-  LORUN_HD int64_t measurement(int64_t e) const {
+  LORUN_HD I measurement(I e) const {
     return modulo(e - taps / 2 / scale, count);
   }
 
   // The first tap that reaches pixels of phase q; the others follow at multiples of the scale.
-  LORUN_HD int64_t first(int64_t q) const {
+  LORUN_HD I first(I q) const {
     return modulo(taps / 2 - q, scale);
   }
 
   // Where Y starts for pixels of phase q: 0 or 1.
-  LORUN_HD int64_t shift(int64_t q) const {
+  LORUN_HD I shift(I q) const {
     return taps / 2 / scale + (q - taps / 2 + first(q)) / scale;
   }
 
   // How many of the taps start, start + s, start + 2s, ... there are.
-  LORUN_HD int64_t steps(int64_t start) const {
+  LORUN_HD I steps(I start) const {
     return start < taps ? (taps - start + scale - 1) / scale : 0;
   }
 
   // The most steps that any start has.
-  LORUN_HD int64_t most_steps() const {
+  LORUN_HD I most_steps() const {
     return steps(0);
   }
 
-  static LORUN_HD int64_t modulo(int64_t value, int64_t period) {
-    const int64_t rest = value % period;
+  static LORUN_HD I modulo(I value, I period) {
+    const I rest = value % period;
     return rest < 0 ? rest + period : rest;
   }
 };
 
-struct Shape {
-  int64_t samples, channels;
-  Axis rows, cols;
+template <class I>
+struct ShapeOf {
+  I samples, channels;
+  AxisOf<I> rows, cols;
   bool per_sample;  // a kernel for each sample
 
-  LORUN_HD int64_t planes() const {
+  LORUN_HD I planes() const {
     return samples * channels;
   }
 
-  LORUN_HD int64_t taps() const {
+  LORUN_HD I taps() const {
     return rows.taps * cols.taps;
   }
 
-  LORUN_HD int64_t kernel_of(int64_t plane) const {
+  LORUN_HD I kernel_of(I plane) const {
     return per_sample ? plane / channels : 0;
   }
 };
+
+using Axis = AxisOf<int64_t>;
+using Shape = ShapeOf<int64_t>;
 
 // The planes of an (N, C, rows, cols) tensor with any strides.
 template <class T>
