@@ -38,8 +38,8 @@ _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validati
 # What may change between two starts of one run: nothing that the numbers depend on.
 _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "cuda_graph", "func", "command", "output")
 _RESUME = "resume"
-# Threads that draw batches for a GPU: one takes as long for spectral crops as the step that they are for.
-_DRAWING = 4
+# Threads that draw batches for a GPU: one takes as long for some as the step that they are for.
+_DRAWING = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

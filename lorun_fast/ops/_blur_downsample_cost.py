@@ -1,7 +1,7 @@
 """Which method of the blur ops is expected to be faster: a cost model; nothing is tuned at run time.
 
 The unit is one multiply-add of the direct method for one measurement at scale 1. The constants are fitted to measured
-times (docs/operators.md), on CUDA to those of five steps on an H200.
+times (docs/operators.md), on CUDA to those of eight steps on an H200.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 # One pixel of one plane or kernel through the FFTs, forward and back, in direct multiply-adds.
-FFT_PER_PIXEL = {"cpu": 330, "cuda": 150}
+FFT_PER_PIXEL = {"cpu": 330, "cuda": 200}
 # What the FFT method costs whatever the size: some fifteen calls of PyTorch's operators.
-FFT_PER_CALL = {"cpu": 8_000_000, "cuda": 200_000_000}
+FFT_PER_CALL = {"cpu": 8_000_000, "cuda": 280_000_000}
 # Where the direct method is not compiled, PyTorch's convolutions of planes take about so much longer.
 UNCOMPILED = 100
 # Measurements that the direct method computes at once.
