@@ -19,9 +19,6 @@ namespace lorun {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-// What a kernel's ending that reads nothing has read.
-struct Nothing {};
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -32,6 +29,9 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 inline ScalarType wide_type(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
+
+// What a kernel's ending that reads nothing has read.
+struct Nothing {};
 
 template <class T>
 struct TypeTag {
