@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -158,6 +161,43 @@ def test_a_recorded_step_is_the_step(data, which, phase, dtype):
     assert all((m > 0) == learns for m, learns in zip(moved, learn, strict=True))
     for p, q, m in zip(recorded.step.parameters, plain.parameters, moved, strict=True):
         assert (p - q).abs().max() <= (0.05 if dtype == torch.float32 else 0.5) * m + 1e-6
+
+
+def test_a_recording_is_of_its_thread_alone(data, monkeypatch):
+    """Threads that draw batches pin memory meanwhile; recorded as torch does by default, that ends the run."""
+    modes = []
+
+    @contextmanager
+    def graph(*_, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    recipe = recipe_of(data, "cs")
+    recorded = RecordedStep(step_of(staged(recipe), recipe))
+    recorded._record(recipe.draw(recorded.step.net, 0))
+    assert modes == ["thread_local"]
+
+
+@pytest.mark.gpu
+def test_memory_is_pinned_while_a_step_is_recorded(data, monkeypatch):
+    recipe = recipe_of(data, "cs")
+    recorded = RecordedStep(step_of(staged(recipe).cuda().train(), recipe, "cuda"))
+    loss = recipe.loss
+
+    def meanwhile(net, batch):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.empty(2**20 * len(pinned) + 1).pin_memory).result()
+        pinned.append(torch.cuda.is_current_stream_capturing())
+        return loss(net, batch)
+
+    pinned = []
+    monkeypatch.setattr(recipe, "loss", meanwhile)
+    for index in range(4):
+        recorded(recipe.draw(recorded.step.net, index).pinned())
+    assert pinned == [False, False, True]
 
 
 @pytest.mark.gpu
