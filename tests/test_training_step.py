@@ -14,6 +14,7 @@ import torch
 from cassi_help import BANDS
 from PIL import Image
 
+import lorun_fast as lf
 from lorun_fast.apps import tasks
 from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.cli import build_parser, main
@@ -118,9 +119,22 @@ def test_what_a_batch_is_of_is_its_kind():
             Batch(x, {"y": x}),
             Batch(x, {"z": x}),
             Batch(x.half()),
+            Batch(x, op=lf.BlurDownsample(x[0, 0], 2)),
+            Batch(x, op=lf.BlurDownsample(x[0, 0], 4)),
+            Batch(x, op=lf.CASSI(x[0, 0], 3)),
         )
     ]
     assert len(set(kinds)) == len(kinds) and Batch(x + 1).kind() == kinds[0]
+
+
+def test_a_batch_stays_where_it_is():
+    """A step moves it, its operator too, and may be asked for it again."""
+    x = torch.zeros(1, 3, 4, 4)
+    batch = Batch(x, {"y": x}, lf.CASSI(x[0, 0], 3), 2)
+    moved = batch.to(torch.device("meta"))
+    assert [t.device.type for t in moved.tensors()] == 3 * ["meta"]
+    assert [t.device.type for t in batch.tensors()] == 3 * ["cpu"]
+    assert moved.kind() == batch.kind() and moved.op.config() == batch.op.config()
 
 
 def test_rates_follow_the_step_whatever_was_saved(data):
