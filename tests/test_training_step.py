@@ -18,6 +18,7 @@ import lorun_fast as lf
 from lorun_fast.apps import tasks
 from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.cli import build_parser, main
+from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.apps.training_step import RecordedStep, Step
 from lorun_fast.network import LoRun
 
@@ -150,6 +151,28 @@ def test_rates_follow_the_step_whatever_was_saved(data):
     assert (group["lr"], group["weight_decay"]) == (0.5, 0)
     assert all(state["step"] == 1 for state in other.optimizer.state.values())
     assert len(other.optimizer.state) == len(other.parameters)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_computes_in_the_dtype_that_is_asked_for(data, tmp_path, dtype, monkeypatch):
+    """Its losses and its validations."""
+    seen = {"loss": set(), "score": set()}
+
+    def noting(name):
+        own = getattr(Recipe, name)
+
+        def noted(*args):
+            seen[name].add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return own(*args)
+
+        return noted
+
+    for name in seen:
+        monkeypatch.setattr(Recipe, name, noting(name))
+    line = arguments(data, "cs", "--stages", "2", "--base-steps", "1", "--steps", "1", "--device", "cpu")
+    assert main([*line, "--dtype", dtype, "-o", str(tmp_path / "run")]) == 0
+    expected = torch.bfloat16 if dtype == "bf16" else False
+    assert seen == {"loss": {expected}, "score": {expected}}
 
 
 @pytest.mark.gpu
