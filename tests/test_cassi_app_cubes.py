@@ -245,6 +245,20 @@ def test_library_holds_what_fits_and_the_sampler_draws_from_a_window_of_it(cube)
     assert np.array_equal(fresh(29), first[29])  # a function of seed and step alone, whatever was drawn before
 
 
+def test_a_library_lets_go_of_the_oldest_scene_alone():
+    read = []
+
+    def scene(index):
+        read.append(index)
+        return scenes.quantised(np.ones((2, 4, 4 * (1 + index // 3)), np.float32))
+
+    library = scenes.Library(range(6), scene, memory=3 * scene(0).codes.nbytes)
+    read.clear()
+    for index in (0, 1, 2, 0, 4, 4, 0, 1):  # the fifth, twice as large, takes the place of the second and third
+        assert library[index].width == (8 if index == 4 else 4)
+    assert read == [0, 1, 2, 4, 1]
+
+
 def test_threads_share_a_library():
     """Each scene is read once, however many ask for it meanwhile."""
     read = []
