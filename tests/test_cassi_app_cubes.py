@@ -292,4 +292,8 @@ def test_crops_are_turned_and_mosaics_have_four_parts():
     parts = {float(mosaic[i : i + 2, j : j + 3].min()) for i in (0, 2) for j in (0, 3)}
     assert len(parts) == 4 and {float(v) for v in mosaic.ravel()} == parts
     with pytest.raises(UserError, match="expected scenes of at least 20 x 20 pixels, got 16 x 16"):
-        scenes.CropSampler(library, (20, 20), 1, 0, mosaic=0.0)(0)
+        scenes.CropSampler(library, (20, 20), 1, 0, mosaic=0.0)
+    mixed = scenes.Library([16, 8], lambda side: scenes.quantised(ramp[:, :side]), 2**20)
+    sampler = scenes.CropSampler(mixed, (12, 12), 1, 0, mosaic=0.0)
+    with pytest.raises(UserError, match="expected scenes of at least 12 x 12 pixels, got 8 x 16"):
+        [sampler(step) for step in range(20)]
