@@ -362,6 +362,18 @@ def test_every_step_has_its_own_learning_rate(photographs, tmp_path, monkeypatch
     np.testing.assert_allclose(seen, [[0.002 * f, 0.001 * f] for f in 2 * factors])
 
 
+def test_the_log_holds_the_mean_loss_since_the_last_line(photographs, tmp_path, monkeypatch):
+    seen, loss = [], Recipe.loss
+    monkeypatch.setattr(Recipe, "loss", lambda *args: seen.append(loss(*args)) or seen[-1])
+    assert main(arguments(photographs, tmp_path / "run", "--checkpoint-every", "100")) == 0
+    seen = [each.item() for each in seen]
+    want = [np.mean(part) for part in (seen[:4], seen[4:6], seen[6:10], seen[10:])]
+    np.testing.assert_allclose([float(r["loss"]) for r in log_without_time(tmp_path / "run")], want, rtol=1e-5)
+    # What is logged is kept, whatever --checkpoint-every says.
+    last = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert (last["phase"], last["step"]) == ("stages", 6)
+
+
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photographs, tmp_path, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
