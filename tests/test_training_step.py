@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest import mock
@@ -107,6 +108,16 @@ def test_a_batch_takes_the_values_of_another_of_its_kind(data, which, phase):
     scales = 3 if which.startswith("sr") else 1
     gaussian = which == "sr" and phase == "base"  # noise alone: no scale, no passes
     assert len(first) == (1 if gaussian else scales * (2 if phase == "base" else 1))
+
+
+@pytest.mark.parametrize("which", [which for which in OPTIONS if which != "sr"])  # whose block learns noise alone
+def test_a_block_learns_from_what_its_own_passes_leave(data, which):
+    recipe = recipe_of(data, which)
+    net = recipe.base()
+    batch = recipe.draw(net, 0)
+    with torch.no_grad():
+        losses = {recipe.loss(net, dataclasses.replace(batch, passes=passes)).item() for passes in range(3)}
+    assert len(losses) == 3
 
 
 def test_what_a_batch_is_of_is_its_kind():
