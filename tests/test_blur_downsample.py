@@ -407,6 +407,10 @@ def test_a_gpu_takes_what_was_measured_to_be_faster(
     assert prefer_fft(planes, kernels, height, width, 3 * taps, 3 * taps, scale, "cuda")
 
 
+def test_another_device_is_taken_for_a_cpu_without_the_extension():
+    assert prefer_fft(3, 1, 288, 480, 25, 25, 3, "mps") and not prefer_fft(3, 1, 288, 480, 1, 1, 3, "mps")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_threads_at_once(method):
     problems = [problem(case, dtype=torch.float32) for case in ((24, 36, 7, 7, 3), (24, 36, 6, 5, 2))]

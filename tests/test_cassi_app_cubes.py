@@ -245,6 +245,20 @@ def test_library_holds_what_fits_and_the_sampler_draws_from_a_window_of_it(cube)
     assert np.array_equal(fresh(29), first[29])  # a function of seed and step alone, whatever was drawn before
 
 
+def test_a_library_lets_go_of_the_oldest_scene_alone():
+    read = []
+
+    def scene(index):
+        read.append(index)
+        return scenes.quantised(np.ones((2, 4, 4 * (1 + index // 3)), np.float32))
+
+    library = scenes.Library(range(6), scene, memory=3 * scene(0).codes.nbytes)
+    read.clear()
+    for index in (0, 1, 2, 0, 4, 4, 0, 1):  # the fifth, twice as large, takes the place of the second and third
+        assert library[index].width == (8 if index == 4 else 4)
+    assert read == [0, 1, 2, 4, 1]
+
+
 def test_threads_share_a_library():
     """Each scene is read once, however many ask for it meanwhile."""
     read = []
@@ -278,4 +292,8 @@ def test_crops_are_turned_and_mosaics_have_four_parts():
     parts = {float(mosaic[i : i + 2, j : j + 3].min()) for i in (0, 2) for j in (0, 3)}
     assert len(parts) == 4 and {float(v) for v in mosaic.ravel()} == parts
     with pytest.raises(UserError, match="expected scenes of at least 20 x 20 pixels, got 16 x 16"):
-        scenes.CropSampler(library, (20, 20), 1, 0, mosaic=0.0)(0)
+        scenes.CropSampler(library, (20, 20), 1, 0, mosaic=0.0)
+    mixed = scenes.Library([16, 8], lambda side: scenes.quantised(ramp[:, :side]), 2**20)
+    sampler = scenes.CropSampler(mixed, (12, 12), 1, 0, mosaic=0.0)
+    with pytest.raises(UserError, match="expected scenes of at least 12 x 12 pixels, got 8 x 16"):
+        [sampler(step) for step in range(20)]

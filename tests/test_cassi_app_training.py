@@ -182,6 +182,21 @@ def test_refused(more, message, scenes, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "side"),
+    [
+        (("--patch", HEIGHT, WIDTH), WIDTH),  # a crop of the whole scene fits it as it lies, but not turned
+        (("--patch", 2 * WIDTH), 2 * WIDTH),
+        (("--patch", 2 * WIDTH, "--mosaic", 1), WIDTH),
+    ],
+)
+def test_scenes_too_small_for_crops_are_refused_at_once(more, side, scenes, tmp_path, capsys):
+    np.save(tmp_path / "mask.npy", mask(2 * WIDTH, 2 * WIDTH))
+    line = refused(capsys, *arguments(scenes, tmp_path / "run", "--mask", tmp_path / "mask.npy", *more))
+    assert f"--data: expected scenes of at least {side} x {side} pixels, got {HEIGHT} x {WIDTH}" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_scene_is_too_few(scenes, tmp_path, capsys):
     line = refused(capsys, *arguments(scenes / "scene0.mat", tmp_path / "run", "--mask", scenes.parent / "mask.npy"))
     assert "--data: expected at least two scenes, got 1" in line

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorun_fast as lf
 from lorun_fast import _native, adapters
+from lorun_fast.layers import all_stage_weights, merged_weights
 from lorun_fast.ops import _backends, _lora_autograd
 
 
@@ -170,6 +171,19 @@ def test_a_network_merges_every_layer_once_for_a_pass(form, autocast, checkpoint
     for mine, theirs in zip(got, want, strict=True):
         limit = 0.1 if autocast else 1e-4
         assert (mine - theirs).norm() <= limit * theirs.norm() + 1e-9
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("kind", [lf.LoRAConv2d, lf.LoRAConvTranspose2d])
+def test_weights_of_16_bits_lie_as_convolutions_read_them(kind, autocast, as_on_a_gpu):
+    layer = kind(5, 6, 3, stages=3, rank=2)
+    nn.init.normal_(layer.up)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        weights = all_stage_weights([layer])[layer]
+    assert len(weights) == 3
+    for got, want in zip(weights, merged_weights([layer])[0], strict=True):
+        torch.testing.assert_close(got, want.bfloat16() if autocast else want)
+        assert got.is_contiguous(memory_format=torch.channels_last if autocast else torch.contiguous_format)
 
 
 def test_a_merged_network_merges_nothing(as_on_a_gpu, merges):

@@ -131,6 +131,21 @@ def test_batches_mix_kernels_and_noise_and_go_through_every_scale(photographs):
     assert scales == {2, 3, 4}
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_loss_is_of_what_the_network_restores_knowing_the_noise(photographs, stages):
+    made = recipe(photographs, data_step="prox", noise_map="measurement", noiseless=0.0, batch=2, channels=[4, 8])
+    base = made.base()
+    net = base if stages == 1 else lf.LoRun(base.op, base.denoiser.base, stages, data_step="prox")
+    batch = made.draw(net, 1)
+    y, sigma = made.measure(batch), batch.others["sigma"]
+    with torch.no_grad():
+        x = batch.op.initial(y)
+        for stage in [0] * (batch.passes + 1) if stages == 1 else range(stages):
+            x = net.stage_step(stage, x, y, batch.op, sigma)
+        want = (x - batch.x).square().mean((1, 2, 3)).sqrt().mean()
+        torch.testing.assert_close(made.loss(net, batch), want)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_share_of_the_measurements_is_without_noise(photographs, share):
     made = recipe(photographs, noiseless=share)

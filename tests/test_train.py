@@ -151,7 +151,7 @@ def test_stopping_and_resuming_changes_nothing(photographs, uninterrupted, tmp_p
     assert not (tmp_path / "run" / "model.safetensors").exists()
     with (tmp_path / "run" / "log.csv").open("a") as f:  # as a run does that is killed before its next checkpoint
         f.write(f"{'base' if stop == 3 else 'stages'},4,1,1,1,1,1\n")
-    assert main(arguments(photographs, tmp_path / "run", "--resume")) == 0
+    assert main(arguments(photographs, tmp_path / "run", "--resume", "--no-cuda-graph")) == 0  # which is free to change
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -352,6 +352,28 @@ def test_nothing_decays_and_an_operator_learns_at_a_rate_of_its_own(photographs)
     assert operator["params"] == [net.op.phi] and len(denoiser["params"]) == len(list(net.parameters())) - 1
 
 
+def test_every_step_has_its_own_learning_rate(photographs, tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: seen.append([g["lr"] for g in self.param_groups]) or step(self)
+    )
+    assert main(arguments(photographs, tmp_path / "run", "--lr", "0.002", "--operator-lr", "0.001")) == 0
+    factors = [train.learning_rate_factor(index, 6, 2) for index in range(6)]
+    np.testing.assert_allclose(seen, [[0.002 * f, 0.001 * f] for f in 2 * factors])
+
+
+def test_the_log_holds_the_mean_loss_since_the_last_line(photographs, tmp_path, monkeypatch):
+    seen, loss = [], Recipe.loss
+    monkeypatch.setattr(Recipe, "loss", lambda *args: seen.append(loss(*args)) or seen[-1])
+    assert main(arguments(photographs, tmp_path / "run", "--checkpoint-every", "100")) == 0
+    seen = [each.item() for each in seen]
+    want = [np.mean(part) for part in (seen[:4], seen[4:6], seen[6:10], seen[10:])]
+    np.testing.assert_allclose([float(r["loss"]) for r in log_without_time(tmp_path / "run")], want, rtol=1e-5)
+    # What is logged is kept, whatever --checkpoint-every says.
+    last = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert (last["phase"], last["step"]) == ("stages", 6)
+
+
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(photographs, tmp_path, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
@@ -385,6 +407,20 @@ def test_a_run_that_diverges_stops(photographs, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "expected a finite loss, got nan in step" in error or "expected a finite loss, got inf in step" in error
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stop", [["--stop-after", "3"], []], ids=["the last step of this start", "any step"])
+def test_a_loss_that_is_not_finite_is_not_kept(photographs, uninterrupted, tmp_path, capsys, monkeypatch, stop):
+    """The step is named, and what was kept before it is what the run goes on from."""
+    run, calls, loss = tmp_path / "run", itertools.count(1), Recipe.loss
+    line = arguments(photographs, run, "--checkpoint-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "loss", lambda *args: loss(*args) * (float("nan") if next(calls) == 3 else 1))
+        assert main([*line, *stop]) == 2
+    assert "got nan in step 3 of phase base" in capsys.readouterr().err
+    assert torch.load(run / "checkpoint.pt")["step"] == 2
+    assert main(["train", "resume", str(run)]) == 0
+    assert_same_run(run, uninterrupted)
 
 
 def test_batches_are_a_function_of_seed_and_step():

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +15,11 @@ import torch
 from cassi_help import BANDS
 from PIL import Image
 
+import lorun_fast as lf
 from lorun_fast.apps import tasks
 from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.cli import build_parser, main
+from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.apps.training_step import RecordedStep, Step
 from lorun_fast.network import LoRun
 
@@ -104,6 +110,16 @@ def test_a_batch_takes_the_values_of_another_of_its_kind(data, which, phase):
     assert len(first) == (1 if gaussian else scales * (2 if phase == "base" else 1))
 
 
+@pytest.mark.parametrize("which", [which for which in OPTIONS if which != "sr"])  # whose block learns noise alone
+def test_a_block_learns_from_what_its_own_passes_leave(data, which):
+    recipe = recipe_of(data, which)
+    net = recipe.base()
+    batch = recipe.draw(net, 0)
+    with torch.no_grad():
+        losses = {recipe.loss(net, dataclasses.replace(batch, passes=passes)).item() for passes in range(3)}
+    assert len(losses) == 3
+
+
 def test_what_a_batch_is_of_is_its_kind():
     x = torch.zeros(2, 3, 4, 4)
     kinds = [
@@ -115,9 +131,22 @@ def test_what_a_batch_is_of_is_its_kind():
             Batch(x, {"y": x}),
             Batch(x, {"z": x}),
             Batch(x.half()),
+            Batch(x, op=lf.BlurDownsample(x[0, 0], 2)),
+            Batch(x, op=lf.BlurDownsample(x[0, 0], 4)),
+            Batch(x, op=lf.CASSI(x[0, 0], 3)),
         )
     ]
     assert len(set(kinds)) == len(kinds) and Batch(x + 1).kind() == kinds[0]
+
+
+def test_a_batch_stays_where_it_is():
+    """A step moves it, its operator too, and may be asked for it again."""
+    x = torch.zeros(1, 3, 4, 4)
+    batch = Batch(x, {"y": x}, lf.CASSI(x[0, 0], 3), 2)
+    moved = batch.to(torch.device("meta"))
+    assert [t.device.type for t in moved.tensors()] == 3 * ["meta"]
+    assert [t.device.type for t in batch.tensors()] == 3 * ["cpu"]
+    assert moved.kind() == batch.kind() and moved.op.config() == batch.op.config()
 
 
 def test_rates_follow_the_step_whatever_was_saved(data):
@@ -133,6 +162,28 @@ def test_rates_follow_the_step_whatever_was_saved(data):
     assert (group["lr"], group["weight_decay"]) == (0.5, 0)
     assert all(state["step"] == 1 for state in other.optimizer.state.values())
     assert len(other.optimizer.state) == len(other.parameters)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_computes_in_the_dtype_that_is_asked_for(data, tmp_path, dtype, monkeypatch):
+    """Its losses and its validations."""
+    seen = {"loss": set(), "score": set()}
+
+    def noting(name):
+        own = getattr(Recipe, name)
+
+        def noted(*args):
+            seen[name].add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return own(*args)
+
+        return noted
+
+    for name in seen:
+        monkeypatch.setattr(Recipe, name, noting(name))
+    line = arguments(data, "cs", "--stages", "2", "--base-steps", "1", "--steps", "1", "--device", "cpu")
+    assert main([*line, "--dtype", dtype, "-o", str(tmp_path / "run")]) == 0
+    expected = torch.bfloat16 if dtype == "bf16" else False
+    assert seen == {"loss": {expected}, "score": {expected}}
 
 
 @pytest.mark.gpu
@@ -158,6 +209,43 @@ def test_a_recorded_step_is_the_step(data, which, phase, dtype):
     assert all((m > 0) == learns for m, learns in zip(moved, learn, strict=True))
     for p, q, m in zip(recorded.step.parameters, plain.parameters, moved, strict=True):
         assert (p - q).abs().max() <= (0.05 if dtype == torch.float32 else 0.5) * m + 1e-6
+
+
+def test_a_recording_is_of_its_thread_alone(data, monkeypatch):
+    """Threads that draw batches pin memory meanwhile; recorded as torch does by default, that ends the run."""
+    modes = []
+
+    @contextmanager
+    def graph(*_, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    recipe = recipe_of(data, "cs")
+    recorded = RecordedStep(step_of(staged(recipe), recipe))
+    recorded._record(recipe.draw(recorded.step.net, 0))
+    assert modes == ["thread_local"]
+
+
+@pytest.mark.gpu
+def test_memory_is_pinned_while_a_step_is_recorded(data, monkeypatch):
+    recipe = recipe_of(data, "cs")
+    recorded = RecordedStep(step_of(staged(recipe).cuda().train(), recipe, "cuda"))
+    loss = recipe.loss
+
+    def meanwhile(net, batch):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.empty(2**20 * len(pinned) + 1).pin_memory).result()
+        pinned.append(torch.cuda.is_current_stream_capturing())
+        return loss(net, batch)
+
+    pinned = []
+    monkeypatch.setattr(recipe, "loss", meanwhile)
+    for index in range(4):
+        recorded(recipe.draw(recorded.step.net, index).pinned())
+    assert pinned == [False, False, True]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,4 +45,8 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         others = {name: change(t) for name, t in self.others.items()}
-        return Batch(change(self.x), others, None if self.op is None else self.op._apply(change), self.passes)
+        op = copy.copy(self.op)
+        if op is not None:
+            op._buffers = op._buffers.copy()  # or it would be this batch's own operator that changes
+            op._apply(change)
+        return Batch(change(self.x), others, op, self.passes)

@@ -249,7 +249,7 @@ class Run:
             self.taken += 1
             progress.update()
             validates = done % args.validate_every == 0 or done == steps
-            if validates or done % args.checkpoint_every == 0 or device.type == "cpu":
+            if validates or done % args.checkpoint_every == 0:
                 read(done)
             if validates:
                 net.eval()

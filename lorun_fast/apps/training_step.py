@@ -109,6 +109,7 @@ class RecordedStep:
     def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, Tensor]]:
         self.step.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, self.stream):
+        # Of this thread alone: those that draw batches pin memory meanwhile, which would end a recording of all.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             results = self.step.on_device(batch)
         return graph, batch, results

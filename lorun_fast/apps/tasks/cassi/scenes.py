@@ -123,7 +123,7 @@ class CropSampler:
     """Crops with flips and quarter turns, some of them mosaics of four; a function of (seed, step) alone.
 
     Where not all scenes fit the memory, each run of ``window`` steps draws from as many as do, so that a scene is
-    read once a window and not once a crop.
+    read once a window and not once a crop. Raises UserError for scenes too small: for the first one when it is made.
     """
 
     def __init__(
@@ -131,6 +131,16 @@ class CropSampler:
     ):
         self.library, self.size, self.batch, self.seed = library, size, batch, seed
         self.mosaic, self.window = mosaic, window
+        # What a turned crop would meet at some step is said at once, of the scene that room() reads anyway.
+        longest = max(size) if mosaic < 1 else (max(size) + 1) // 2
+        self._check_holds(library[0], longest, longest)
+
+    @staticmethod
+    def _check_holds(scene: Scene, height: int, width: int) -> None:
+        if scene.height < height or scene.width < width:
+            raise UserError(
+                f"--data: expected scenes of at least {height} x {width} pixels, got {scene.height} x {scene.width}"
+            )
 
     def _choice(self, step: int) -> np.ndarray:
         count, room = len(self.library), self.library.room()
@@ -142,10 +152,7 @@ class CropSampler:
         scene = self.library[int(rng.choice(scenes))]
         turns = int(rng.integers(4))
         tall, wide = (width, height) if turns % 2 else (height, width)
-        if scene.height < tall or scene.width < wide:
-            raise UserError(
-                f"--data: expected scenes of at least {tall} x {wide} pixels, got {scene.height} x {scene.width}"
-            )
+        self._check_holds(scene, tall, wide)
         top, left = rng.integers(scene.height - tall + 1), rng.integers(scene.width - wide + 1)
         crop = np.rot90(scene.crop(top, left, tall, wide), turns, (1, 2))
         return crop[:, :, ::-1] if rng.integers(2) else crop
