@@ -119,6 +119,8 @@ def test_the_users_own_allocator_setting_is_left_alone(variable, monkeypatch):
 def test_noise_that_fp32_does_not_hold_is_refused():
     assert runtime.not_negative("0") == 0
     assert runtime.not_negative("25.5") == 25.5
-    for text, wanted in (("1e300", "at most 1e+30"), ("-1", "at least 0"), ("nan", "at least 0")):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number of {re.escape(wanted)}, got '{text}'"):
+    for text in ("1e300", "-1", "nan", "inf"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=re.escape(f"expected a number from 0 to 1e+30, got '{text}'")
+        ):
             runtime.not_negative(text)

@@ -291,6 +291,7 @@ def test_a_pca_start_keeps_more_of_an_image_than_a_gaussian_one(photographs, tmp
         (["--gamma", "0"], "expected a number above 0 and up to 100, got '0'"),
         (["--gamma", "1000"], "expected a number above 0 and up to 100, got '1000'"),
         (["--pretrain-unroll", "-1"], "expected a whole number of at least 0, got '-1'"),
+        (["--clip", "inf"], "expected a number from 0 to 1e+30, got 'inf'"),
         (["--threads", "1000000"], "expected a whole number from 1 to 1024, got '1000000'"),
         (["--init", "{text}"], "{text}: expected a complete safetensors file, got a damaged one"),
         (["--warm-start", "{text}"], "{text}: expected a complete safetensors file, got a damaged one"),

@@ -67,8 +67,7 @@ def percentage(text: str) -> float:
 
 def not_negative(text: str) -> float:
     """The argparse type of noise levels."""
-    _number(text, lambda value: value >= 0, "of at least 0")
-    return _number(text, lambda value: value <= _LARGEST, f"of at most {_LARGEST:g}")
+    return _number(text, lambda value: 0 <= value <= _LARGEST, f"from 0 to {_LARGEST:g}")
 
 
 def share(text: str) -> float:
