@@ -223,6 +223,7 @@ class Run:
             total_loss, counted = total_loss + loss, counted + 1
 
         def keep(done: int) -> None:
+            read(done)
             state = {
                 "phase": name,
                 "step": done,
@@ -237,7 +238,6 @@ class Run:
 
         for index, batch in self._drawn(name, net, range(first, steps)):
             if args.stop_after is not None and self.taken >= args.stop_after:
-                read(index)
                 keep(index)
                 progress.close()
                 return False
@@ -249,9 +249,8 @@ class Run:
             self.taken += 1
             progress.update()
             validates = done % args.validate_every == 0 or done == steps
-            if validates or done % args.checkpoint_every == 0:
-                read(done)
             if validates:
+                read(done)
                 net.eval()
                 with step.autocast():
                     score = self.recipe.score(net, device)
