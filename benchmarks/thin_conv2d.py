@@ -1,4 +1,4 @@
-"""A 3 x 3 convolution from or to few channels in fp32: a network's first layer and its last, for inference on a CPU."""
+"""A 3 x 3 convolution from or to few channels in fp32, and the gradient of its weight: first layers and last ones."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from torch import Tensor
 
 import lorun_fast as lf
 from benchmarks.harness.registry import FORWARD, OURS, WARM, Problem, Work, case, size
-from benchmarks.winograd_conv2d import plain_contenders
+from benchmarks.winograd_conv2d import gradient_of, gradient_problem, plain_contenders
 
 # in, out: gray and colour images, networks of 16, 48 and 64 channels
 _LAYERS = ((1, 16), (16, 1), (3, 48), (48, 3), (64, 1))
 
 
+_CPU = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": ("fp32",)}
+_SMALL = size("8 to 1, 1x13x13", quick=True, channels=8, out=1, px=13, **_CPU)
+
+
 def _sizes() -> list:
-    cpu = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": ("fp32",)}
     sizes = [
-        size(f"{i} to {o}, 1x256x256", channels=i, out=o, px=256, compiled=(i, o) == (16, 1), **cpu) for i, o in _LAYERS
+        size(f"{i} to {o}, 1x256x256", channels=i, out=o, px=256, compiled=(i, o) == (16, 1), **_CPU)
+        for i, o in _LAYERS
     ]
-    return [*sizes, size("8 to 1, 1x13x13", quick=True, channels=8, out=1, px=13, **cpu)]
+    return [*sizes, _SMALL]
 
 
 def _layer(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -49,3 +53,22 @@ def _(p: Problem):
 
 
 plain_contenders(layer, _layer)
+
+
+@case(
+    "thin_conv2d.weight_gradient",
+    suite="layers",
+    sizes=[*(size(f"{i} to {o}, 1x256x256", channels=i, out=o, px=256, **_CPU) for i, o in _LAYERS), _SMALL],
+)
+def weight_gradient(dtype, device, *, channels, out, px) -> Problem:
+    """In training."""
+    return gradient_problem(dtype, device, 1, channels, out, px)
+
+
+@weight_gradient.contender("lorun_fast", kind=OURS, ops=("thin_weight_gradient",))
+def _(p: Problem):
+    """In one pass over both images."""
+    return lambda: lf.functional.thin_weight_gradient(p.grad, p.x)
+
+
+plain_contenders(weight_gradient, gradient_of)

@@ -1,4 +1,7 @@
-"""A residual block, x + conv(relu(conv(x))), both convolutions 3 x 3 in fp32: what inference on a CPU consists of."""
+"""A residual block, x + conv(relu(conv(x))), both convolutions 3 x 3 in fp32: what inference on a CPU consists of.
+
+And the gradient of such a convolution's weight, of which training takes one for each.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from torch import Tensor
 import lorun_fast as lf
 from benchmarks.harness.registry import FORWARD, LIMIT, OURS, WARM, Case, Problem, Run, Work, case, size
 
+_CPU = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": ("fp32",)}
+
 SIZES = ((16, 256), (28, 256), (32, 128), (64, 64), (64, 32), (64, 256))
 
 
 def block_sizes(dtype: str) -> list:
     """Of a residual block: channels and pixels a side."""
-    cpu = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": (dtype,), "n": 1}
+    cpu = _CPU | {"dtypes": (dtype,), "n": 1}
     sizes = [
         size(f"1x{channels}x{px}x{px}", channels=channels, px=px, compiled=channels == 16, **cpu)
         for channels, px in SIZES
@@ -114,3 +119,44 @@ def bare_convolutions(p: Problem) -> Run:
 
 plain_contenders(block, block_of)
 block.contender("two bare convolutions", kind=LIMIT)(bare_convolutions)
+
+
+# Of the residual blocks of cs-25's network in training, and of one image.
+_GRADIENTS = ((8, 16, 96), (8, 32, 48), (8, 64, 24), (1, 64, 256))
+
+
+def gradient_of(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.grad.conv2d_weight(x, (grad.shape[1], x.shape[1], 3, 3), grad, padding=1)
+
+
+def gradient_problem(dtype, device, n: int, channels: int, out: int, px: int) -> Problem:
+    """Of a result's gradient and an image, both in channels_last."""
+    grad, x = (
+        torch.randn(n, c, px, px, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+        for c in (out, channels)
+    )
+    moved = x.element_size() * (grad.numel() + x.numel())
+    flops = 2 * 9 * x.numel() * out * (1 / 4 if min(out, channels) >= 8 else 1)
+    return Problem({"grad": grad, "x": x}, gradient_of, forward=Work(moved, flops), tolerance=2e-5)
+
+
+@case(
+    "winograd_conv2d.weight_gradient",
+    suite="layers",
+    sizes=[
+        *(size(f"{n}x{c}x{px}x{px}", n=n, channels=c, px=px, **_CPU) for n, c, px in _GRADIENTS),
+        size("1x8x13x13", quick=True, n=1, channels=8, px=13, **_CPU),
+    ],
+)
+def weight_gradient(dtype, device, *, n, channels, px) -> Problem:
+    """As many channels in as out."""
+    return gradient_problem(dtype, device, n, channels, channels, px)
+
+
+@weight_gradient.contender("lorun_fast", kind=OURS, ops=("winograd_weight_gradient",))
+def _(p: Problem):
+    """By minimal filtering."""
+    return lambda: lf.functional.winograd_weight_gradient(p.grad, p.x)
+
+
+plain_contenders(weight_gradient, gradient_of)

@@ -9,7 +9,7 @@ from lorun_fast.ops.blur_downsample import (
 )
 from lorun_fast.ops.cassi import cassi, cassi_adjoint, cassi_prox, cassi_step
 from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
-from lorun_fast.ops.fused_conv2d import fused_conv2d
+from lorun_fast.ops.fused_conv2d import fused_conv2d, thin_weight_gradient
 from lorun_fast.ops.lora_conv2d import lora_conv2d
 from lorun_fast.ops.lora_linear import lora_linear
 from lorun_fast.ops.lora_merge import lora_merge
@@ -49,6 +49,7 @@ __all__ = [
     "packed_weight",
     "packed_weight_gradient",
     "spectral_attention",
+    "thin_weight_gradient",
     "winograd_block",
     "winograd_conv2d",
     "winograd_weight",

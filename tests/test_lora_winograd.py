@@ -11,7 +11,7 @@ from torch import nn
 import lorun_fast as lf
 from lorun_fast import _native, adapters
 from lorun_fast.functional import lora_conv2d
-from lorun_fast.ops import _backends, winograd_conv2d
+from lorun_fast.ops import _backends, fused_conv2d, winograd_conv2d
 
 K = 3
 backend = _backends.BACKENDS["lora_conv2d"]["winograd"]
@@ -31,19 +31,26 @@ def problem(form="loralib", **sizes) -> dict:
 @pytest.mark.parametrize("form", adapters.FORMS)
 @pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize(("channels", "out"), [(8, 16), (28, 9)])
+@pytest.mark.parametrize(("channels", "out"), [(8, 16), (28, 9), (8, 1), (16, 3), (3, 8)])
 def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activation, form, stage, added, channels, out):
     p = problem(form, stages=None if stage is None else K, in_=channels, out=out)
     if added:
         p["residual"] = torch.randn(4, out, 7, 6, dtype=torch.float64)
     calls, found = [], {}
-    convolution = winograd_conv2d.winograd_conv2d
+    thin = min(channels, out) <= 4
 
-    def counted(*args, **settings):
-        calls.append(1)
-        return convolution(*args, **settings)
+    def counted(convolution):
+        def call(*args, **settings):
+            calls.append(1)
+            return convolution(*args, **settings)
 
-    monkeypatch.setattr("lorun_fast.ops._lora_winograd.winograd_conv2d", counted)
+        return call
+
+    for name, kernel in (
+        ("winograd_conv2d", not thin and winograd_conv2d.winograd_conv2d),
+        ("fused_conv2d", thin and fused_conv2d.fused_conv2d),
+    ):
+        monkeypatch.setattr(f"lorun_fast.ops._lora_winograd.{name}", counted(kernel) if kernel else None)
     weights = torch.randn(4, out, 7, 6, dtype=torch.float64)
     for wish in ("winograd", "reference"):
         monkeypatch.setattr(_native, "WISH", wish)
@@ -69,6 +76,11 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activati
         ({"padding": [0, 0]}, "stride, padding and dilation are 1"),
         ({"weight": (12, 9, 3, 3)}, None),
         ({"weight": (12, 7, 3, 3)}, "8 channels or more"),
+        ({"weight": (16, 5, 3, 3)}, "8 channels or more"),
+        ({"weight": (12, 3, 3, 3)}, "1 to 4 and a multiple of 8"),
+        ({"weight": (1, 16, 3, 3)}, None),
+        ({"weight": (1, 16, 3, 3), "layout": torch.contiguous_format}, "channels_last"),
+        ({"weight": (16, 3, 3, 3), "layout": torch.contiguous_format}, None),
         ({"layout": torch.contiguous_format}, "channels_last"),
         ({"dtype": torch.bfloat16}, "float32 or float64"),
     ],
@@ -106,8 +118,10 @@ def test_a_backend_for_a_while():
 
 @pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
 @pytest.mark.parametrize("form", adapters.FORMS)
-def test_no_gradient_goes_by_a_direct_convolution(asked_for, monkeypatch, form):
-    p = {name: t.requires_grad_() for name, t in problem(form, stages=None, dtype=torch.float32).items()}
+@pytest.mark.parametrize(("channels", "out"), [(8, 16), (8, 1), (2, 16)])
+def test_no_gradient_goes_by_a_direct_convolution(asked_for, monkeypatch, form, channels, out):
+    p = problem(form, stages=None, dtype=torch.float32, in_=channels, out=out)
+    p = {name: t.requires_grad_() for name, t in p.items()}
     y = lora_conv2d(**p, padding=1)
 
     def refused(*_):
@@ -115,6 +129,20 @@ def test_no_gradient_goes_by_a_direct_convolution(asked_for, monkeypatch, form):
 
     monkeypatch.setattr("lorun_fast.ops._lora_aten.aten", refused)
     torch.autograd.grad(y.sum(), [p[name] for name in ("x", "down", "up")])
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_a_first_layer_keeps_the_layout_that_torch_gives_it(asked_for):
+    """From one channel, which is in no layout, torch's forward pass and this backward pass."""
+    p = {name: t.requires_grad_() for name, t in lora_help.problem(in_=1, out=8, dtype=torch.float32).items()}
+    y = lora_conv2d(**p, padding=1)
+    assert y.is_contiguous() and _backends.choose("lora_conv2d", "cpu", call_of(p)).name == "winograd"
+    grad = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
+    found = torch.autograd.grad(y, list(p.values()), grad)
+    with lf.use_backend("aten"):
+        y = lora_conv2d(**p, padding=1)
+    for name, a, b in zip(p, found, torch.autograd.grad(y, list(p.values()), grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_a_network_trains_to_the_same_gradients(asked_for):

@@ -1,4 +1,4 @@
-"""fused_conv2d from or to few channels on a CPU, by a kernel of its own, against torch's in float64."""
+"""fused_conv2d from or to few channels on a CPU, by kernels of its own with gradients, against torch's in float64."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
 from lorun_fast import _native
-from lorun_fast.functional import fused_conv2d
+from lorun_fast.functional import fused_conv2d, thin_weight_gradient
 from lorun_fast.ops.fused_conv2d import is_thin
 
 op = torch.ops.lorun_fast.thin_conv2d.default
+gradient_op = torch.ops.lorun_fast.thin_weight_gradient.default
 
 CHANNELS = [(1, 8), (1, 16), (3, 40), (4, 24), (8, 1), (16, 1), (48, 1), (16, 2), (24, 3), (32, 3), (16, 4)]
 # N, H, W: one pixel, ragged ends, a whole step of pixels and one more or less, rows for more than one thread, no images
@@ -105,6 +106,84 @@ def test_any_layout(channels, out, layout):
     torch.testing.assert_close(y.double(), direct(x, weight, residual=residual), rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("image", [*IMAGES, (1, 3, 64), (2, 70, 65)])
+@pytest.mark.parametrize(("channels", "out"), CHANNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_weights_gradient(poisoned, dtype, channels, out, image):
+    x, weight, _, grad = problem(channels, out, *image, dtype=dtype)
+    found = thin_weight_gradient(grad, x)
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    assert found.dtype == dtype and found.is_contiguous()
+    # Of sums over all pixels of products of about 1.
+    bound = (1e-14 if dtype == torch.float64 else 1e-6) * max(x[:, 0].numel(), 1) ** 0.5 + 1e-12
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=10 * bound)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("channels", "out"), [(16, 3), (2, 8)])
+def test_the_weights_gradient_of_any_layout(channels, out, layout):
+    x, weight, _, grad = (LAYOUTS[layout](t) if t.ndim == 4 else t for t in problem(channels, out, 2, 10, 13))
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    torch.testing.assert_close(thin_weight_gradient(grad, x).double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("grad", "x", "error"),
+    [
+        ((1, 5, 4, 4), (1, 16, 4, 4), "1 to 4 channels on one side .*, 5 and 16"),
+        ((1, 1, 4, 4), (1, 12, 4, 4), "1 to 4 channels on one side .*, 1 and 12"),
+        ((1, 1, 4, 5), (1, 8, 4, 4), r"expected \(N, out, H, W\) and \(N, in, H, W\), got \(1, 1, 4, 5\)"),
+        ((2, 1, 4, 4), (1, 8, 4, 4), r"got \(2, 1, 4, 4\) and \(1, 8, 4, 4\)"),
+        ((1, 1, 4), (1, 8, 4, 4), r"grad: expected \(N, out, H, W\)"),
+    ],
+)
+def test_the_weights_gradient_refuses_what_does_not_fit(grad, x, error):
+    for call in (thin_weight_gradient, gradient_op):
+        with pytest.raises((ValueError, RuntimeError), match=error if call is thin_weight_gradient else "expected"):
+            call(torch.ones(grad), torch.ones(x))
+
+
+def test_the_weights_gradient_has_the_images_dtype():
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises((TypeError, ValueError), match=r"expected (torch\.)?float32"):
+            thin_weight_gradient(torch.ones(1, 1, 4, 4, dtype=torch.bfloat16), torch.ones(1, 8, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(("channels", "out"), [(8, 2), (1, 8)])
+def test_opcheck_and_gradients_of_the_weights_gradient(channels, out):
+    x, _, _, grad = (t.requires_grad_() for t in problem(channels, out, 1, 3, 5, dtype=torch.float64))
+    opcheck(gradient_op, (grad, x))
+    assert torch.autograd.gradcheck(gradient_op, (grad, x), fast_mode=True)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(16, 1), (1, 8)])
+def test_gradients_come_from_these_kernels_too(monkeypatch, calls, record_calls, channels, out):
+    from lorun_fast.ops import fused_conv2d as ops
+
+    gradients = record_calls(ops, "_gradient_op")
+    x, weight, bias, residual = (t.requires_grad_() for t in problem(channels, out, 1, 9, 7))
+    y = fused_conv2d(x, weight, bias, activation="relu", residual=residual)
+
+    def refused(*_):
+        raise AssertionError("a direct convolution")
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", refused)
+    found = torch.autograd.grad(y.square().sum(), [x, weight, bias, residual])
+    monkeypatch.undo()
+    assert len(calls) == 3 and len(gradients) == 1  # forward, what ReLU took, image
+    expected = torch.autograd.grad(
+        direct(x, weight, bias, "relu", residual).square().sum(), [x, weight, bias, residual]
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(16, 1), (8, 3), (1, 16)])
+def test_the_weights_gradient_does_not_depend_on_threads(channels, out):
+    x, _, _, grad = problem(channels, out, 3, 50, 43)
+    check_threads(lambda: thin_weight_gradient(grad, x))
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("epilogue", [False, True])
 @pytest.mark.parametrize(("channels", "out"), [(8, 2), (1, 8)])
@@ -133,6 +212,8 @@ def test_compiles_as_one_graph(calls):
     expected = call(x)
     assert calls
     torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), expected)
+    gradient = torch.compile(lambda grad, x: thin_weight_gradient(2 * grad, x), fullgraph=True)
+    torch.testing.assert_close(gradient(residual, x), thin_weight_gradient(2 * residual, x))
 
 
 def test_nan_reaches_its_neighbourhood_through_relu():
@@ -153,7 +234,7 @@ def test_does_not_depend_on_threads_or_batch_mates(channels, out):
 
 
 VARIANTS = """
-from lorun_fast.functional import fused_conv2d
+from lorun_fast.functional import fused_conv2d, thin_weight_gradient
 for dtype in (torch.float32, torch.float64):
     for i, o in ((16, 1), (24, 2), (16, 3), (8, 4), (1, 16), (4, 8)):
         x, weight = torch.randn(2, i, 6, 23, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype)
@@ -161,6 +242,9 @@ for dtype in (torch.float32, torch.float64):
         y = fused_conv2d(x, weight, bias, activation="relu", residual=residual)
         expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + residual
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+        found = thin_weight_gradient(residual, x).double()
+        expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, residual.double(), padding=1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-4)
 """
 
 

@@ -60,9 +60,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
                   shape_of(weight));
   const int64_t n = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = weight.size(0);
   check_shape("weight", weight, {out, in, 3, 3});
-  const bool from = in >= 1 && in <= kFew && out % kChannels == 0, to = out >= 1 && out <= kFew && in % kChannels == 0;
-  STD_TORCH_CHECK(from || to, "expected 1 to 4 channels on one side and multiples of 8 on the other, got ", in, " and ",
-                  out);
+  const bool from = check_channels(in, out);
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
   check_type("weight", weight, wide);
   const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);

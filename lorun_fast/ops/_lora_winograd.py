@@ -1,19 +1,23 @@
 """The "winograd" backend of lora_conv2d and lora_residual_block: 3x3 convolutions of training on CPUs.
 
-By minimal filtering: forward pass and gradients take a quarter of their multiplications. It does not stand in the
-table: with it a fresh network equals the tied one to rounding, not to the last bit.
+By minimal filtering: forward pass and gradients take a quarter of their multiplications. From or to few channels, a
+network's first layer and its last, by the kernels of thin_conv2d, which torch takes some ten times as long for. It does
+not stand in the table: with it a fresh network equals the tied one to rounding, not to the last bit.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
-from lorun_fast.ops.lora import is_channels_last
+from lorun_fast.ops.fused_conv2d import FEW, MANY, are_thin, fused_conv2d, thin_weight_gradient
+from lorun_fast.ops.fused_conv2d import adjoint as adjoint_weight
+from lorun_fast.ops.lora import is_channels_last, layout_of
 from lorun_fast.ops.winograd_conv2d import (
     DTYPES,
     LEAST_CHANNELS,
@@ -33,15 +37,19 @@ def supports(
         return "its convolution is 3 x 3, not transposed, of one group"
     if [*stride, *padding, *dilation] != [1] * 6:
         return "its stride, padding and dilation are 1"
-    if not has_enough(*weight.shape[:2]):
-        return f"it has {LEAST_CHANNELS} channels or more on both sides"
-    if x.dtype not in DTYPES or not is_channels_last(x):
+    thin = are_thin(*weight.shape[:2])
+    if not thin and not has_enough(*weight.shape[:2]):
+        return f"it has {LEAST_CHANNELS} channels or more on both sides, or 1 to {FEW} and a multiple of {MANY}"
+    # A few channels are soon in any layout.
+    if x.dtype not in DTYPES or not (is_channels_last(x) or (thin and weight.shape[1] <= FEW)):
         return "x is float32 or float64 in channels_last"
     return None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
+    if are_thin(*weight.shape[:2]):
+        return fused_conv2d(x, adjoint_weight(weight) if adjoint else weight, bias, **finishing)
     return winograd_conv2d(x, winograd_weight(weight, adjoint=adjoint), bias, **finishing)
 
 
@@ -52,6 +60,11 @@ def conv2d(
     def convolve(samples: Tensor, layer: tuple, **finishing) -> Tensor:
         return _convolve(samples, _lora_aten.merge(*layer, False, x.dtype), bias, **finishing)
 
+    if layout_of(x, weight) != torch.channels_last:  # from one channel, or few: what these kernels give would be copied
+        return _lora_aten.conv2d(
+            x, weight, bias, down, up, stage, residual, scale, stride, padding, dilation, groups, activation,
+            transposed, output_padding,
+        )  # fmt: skip
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
@@ -60,7 +73,10 @@ def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> T
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    if not has_enough(grad.shape[1]):  # of factors, whose channels are the rank
+    out, channels = weight.shape[:2]
+    if are_thin(out, channels):
+        return thin_weight_gradient(grad, x)
+    if not has_enough(out, channels):  # of factors, whose channels are the rank
         return _lora_aten.weight_gradient(grad, x, weight, geometry)
     return winograd_weight_gradient(grad, x)
 
@@ -68,7 +84,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -
 def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometry: tuple) -> tuple[Tensor, Tensor]:
     """From the whole weight's, which costs less than three convolutions with r channels on one side."""
     rank, channels = down.shape[:2]
-    whole = winograd_weight_gradient(grad, x).permute(2, 3, 1, 0).flatten(0, 2)
+    thin = are_thin(grad.shape[1], channels)
+    whole = thin_weight_gradient(grad, x) if thin else winograd_weight_gradient(grad, x)
+    whole = whole.permute(2, 3, 1, 0).flatten(0, 2)
     by_tap = down.permute(2, 3, 1, 0).reshape(-1, rank)
     return (whole @ up).view(3, 3, channels, rank).permute(3, 2, 0, 1), whole.mT @ by_tap
 

@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
-from lorun_fast.ops._checks import check_finishing, check_image, check_tensor, empty_channels_last, shape_of
+from lorun_fast.ops._checks import (
+    check_finishing,
+    check_image,
+    check_same_device,
+    check_tensor,
+    empty_channels_last,
+    shape_of,
+)
 from lorun_fast.ops._library import define
 from lorun_fast.reference import fused_conv2d as reference
+from lorun_fast.reference._convolution import weight_gradient_backward
 
 CHANNELS = 16
 """Both channel counts are multiples of it in the GPU's kernel."""
 FEW, MANY = 4, 8
 """Of thin_conv2d: 1 to so many channels on one side, multiples of so many on the other."""
+
+THIN_DTYPES = (torch.float32, torch.float64)
 
 _ACTIVATIONS = (None, "relu")
 _MOST_CHANNELS = 128
@@ -53,16 +63,34 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None)
 
 
-def _backward(ctx, grad):
+def _before_relu(ctx, grad, op):
     x, weight, bias, y = ctx.saved_tensors
-    before = grad
-    if ctx.relu:
-        before = grad * ((_op(x, weight, bias, None, True) if y is None else y) > 0)
+    if not ctx.relu:
+        return grad
+    return grad * ((op(x, weight, bias, None, True) if y is None else y) > 0)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, _ = ctx.saved_tensors
+    before = _before_relu(ctx, grad, _op)
     sizes = None if bias is None else [bias.shape[0]]
     found = torch.ops.aten.convolution_backward(
         before, x, weight, sizes, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3]
     )
     return (*found, grad if ctx.needs_input_grad[3] else None, None)
+
+
+def _backward_thin(ctx, grad):
+    x, weight, _, _ = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+    before = _before_relu(ctx, grad, _thin_op)
+    return (
+        _thin_op(before, adjoint(weight), None, None, False) if needs_x else None,
+        _gradient_op(before, x) if needs_weight else None,
+        before.sum((0, 2, 3)) if needs_bias else None,
+        grad if needs_residual else None,
+        None,
+    )
 
 
 def _flops(x, *_, out_shape, **__) -> int:
@@ -97,17 +125,79 @@ _thin_op = define(
     "thin_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
     reference=_definition,
     fake=_fake,
-    backward=_backward,
+    backward=_backward_thin,
     setup_context=_setup,
     direct=True,
     flops=_flops,
 )
 
 
+def are_thin(out: int, channels: int) -> bool:
+    few, many = sorted((out, channels))
+    return 1 <= few <= FEW and many % MANY == 0
+
+
 def is_thin(weight: Tensor) -> bool:
     """Whether thin_conv2d takes such a weight, (out, in, 3, 3)."""
-    few, many = sorted(weight.shape[:2])
-    return 1 <= few <= FEW and many % MANY == 0 and weight.dtype in (torch.float32, torch.float64)
+    return are_thin(*weight.shape[:2]) and weight.dtype in THIN_DTYPES
+
+
+def adjoint(weight: Tensor) -> Tensor:
+    """The weight, (in, out, 3, 3), of the convolution that takes a gradient back to x."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _check_images(grad: Tensor, x: Tensor) -> None:
+    check_image("x", x, 4, "(N, in, H, W)")
+    check_image("grad", grad, 4, "(N, out, H, W)")
+    if grad.shape[0] != x.shape[0] or grad.shape[2:] != x.shape[2:]:
+        raise ValueError(f"grad, x: expected (N, out, H, W) and (N, in, H, W), got {shape_of(grad)} and {shape_of(x)}")
+    if grad.dtype != x.dtype:
+        raise TypeError(f"grad: expected {x.dtype} as x has, got {grad.dtype}")
+    if not are_thin(grad.shape[1], x.shape[1]) or x.dtype not in THIN_DTYPES:
+        raise ValueError(
+            f"grad, x: expected float32 or float64, 1 to {FEW} channels on one side and multiples of {MANY} on the "
+            f"other, got {x.dtype}, {grad.shape[1]} and {x.shape[1]}"
+        )
+    check_same_device(("x", x), ("grad", grad))
+
+
+def _fake_gradient(grad, x):
+    _check_images(grad, x)
+    return x.new_empty((grad.shape[1], x.shape[1], 3, 3))
+
+
+def _setup_gradient(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gradient(ctx, grad_weight):
+    grad, x = ctx.saved_tensors
+    found = weight_gradient_backward(grad_weight, grad, x)
+    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+_gradient_op = define(
+    "thin_weight_gradient(Tensor grad, Tensor x) -> Tensor",
+    reference=reference.thin_weight_gradient,
+    fake=_fake_gradient,
+    backward=_backward_gradient,
+    setup_context=_setup_gradient,
+    direct=True,
+    flops=lambda grad, x, **__: 2 * math.prod(grad) * x[1] * 3**2,
+)
+
+
+def thin_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a convolution's weight, (out, in, 3, 3), from that of its result: from or to few channels.
+
+    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32 or float64; both channels_last without a copy. 1 to 4
+        channels on one side and a multiple of 8 on the other.
+    C++ on a CPU, in an order that does not depend on the number of threads. Differentiable. Raises ValueError or
+    TypeError naming the argument that does not fit.
+    """
+    _check_images(grad, x)
+    return _gradient_op(grad, x)
 
 
 def unfit(x: Tensor, weight: Tensor) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import packed_weight_gradient as reference
+from lorun_fast.reference._convolution import weight_gradient_backward
 
 
 def _check(grad: Tensor, x: Tensor, kernel: int, padding: int) -> None:
@@ -36,7 +37,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_weight):
-    found = reference.packed_weight_gradient_backward(grad_weight, *ctx.saved_tensors, ctx.padding)
+    found = weight_gradient_backward(grad_weight, *ctx.saved_tensors, ctx.padding)
     return (*[g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:2], strict=True)], None, None)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, empty_channels_last, shape_of
 from lorun_fast.ops._library import define
 from lorun_fast.reference import winograd_conv2d as reference
+from lorun_fast.reference._convolution import weight_gradient_backward
 
 LEAST_CHANNELS = 8
 """Of the image and of the result, unless there are none."""
@@ -193,7 +194,7 @@ def _setup_gradient(ctx, inputs, output):
 
 
 def _backward_gradient(ctx, grad_weight):
-    found = reference.winograd_weight_gradient_backward(grad_weight, *ctx.saved_tensors)
+    found = weight_gradient_backward(grad_weight, *ctx.saved_tensors)
     return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 

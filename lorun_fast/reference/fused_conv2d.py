@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,3 +18,8 @@ def fused_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     x_, weight_, bias_, residual_ = (None if t is None else wide(t) for t in (x, weight, bias, residual))
     y = epilogue(F.conv2d(x_, weight_, bias_, padding=1), "relu" if relu else None, residual_)
     return y.to(x.dtype)
+
+
+def thin_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weight, (out, in, 3, 3), of a convolution of x whose result has this gradient."""
+    return torch.nn.grad.conv2d_weight(x, (grad.shape[1], x.shape[1], 3, 3), grad, padding=1)

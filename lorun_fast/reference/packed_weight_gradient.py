@@ -18,13 +18,3 @@ def packed_weight_gradient(grad: Tensor, x: Tensor, kernel: int, padding: int) -
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1].contiguous()
-
-
-def packed_weight_gradient_backward(
-    grad_weight: Tensor, grad: Tensor, x: Tensor, padding: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients for ``grad`` and ``x`` from that of the result."""
-    weight = grad_weight.to(x.dtype)
-    for_grad = torch.nn.functional.conv2d(x, weight, padding=padding)
-    for_x = torch.nn.functional.conv_transpose2d(grad, weight, padding=padding)
-    return for_grad, for_x

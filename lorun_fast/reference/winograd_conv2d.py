@@ -121,11 +121,6 @@ def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return winograd_weight_backward(points).permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def winograd_weight_gradient_backward(grad_weight: Tensor, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients for ``grad`` and ``x`` from that of the result."""
-    return F.conv2d(x, grad_weight, padding=1), F.conv_transpose2d(grad, grad_weight, padding=1)
-
-
 def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for x and U of the convolution alone."""
     height, width = x.shape[2:]
