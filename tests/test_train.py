@@ -23,6 +23,7 @@ import lorun_fast as lf
 from lorun_fast import _native
 from lorun_fast.apps import models, train, unrolling
 from lorun_fast.apps.cli import build_parser, main
+from lorun_fast.apps.runtime import fastest_dtype
 from lorun_fast.apps.sampling import PatchSampler, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.apps.training_step import Step
@@ -123,6 +124,26 @@ def test_fp32_trains_by_minimal_filtering(photographs, tmp_path, monkeypatch, dt
     assert main(arguments(photographs, tmp_path / "run", "--dtype", dtype, "--stop-after", "7")) == 0
     assert seen == [used] * 7
     assert asked == _native.WISH
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "loops", "asked", "dtype"),
+    [
+        (("amx_bf16", "avx512_bf16"), "avx512", "auto", "bf16"),
+        (("avx512_bf16",), "avx512", "auto", "fp32"),
+        (("avx512_bf16",), "avx512", "aten", "bf16"),
+        (("avx512_bf16",), "baseline", "auto", "bf16"),
+        ((), "avx2", "auto", "fp32"),
+    ],
+)
+def test_the_default_dtype_is_the_fastest(photographs, tmp_path, monkeypatch, capabilities, loops, asked, dtype):
+    monkeypatch.setattr(_native, "WISH", asked)
+    info = _native.build_info() | {"cpu_active": loops}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
+    assert main(arguments(photographs, tmp_path / "run", "--device", "cpu", "--stop-after", "1")) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == dtype
+    assert fastest_dtype(torch.device("cuda"), filtered=True) == "bf16"
 
 
 def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):
