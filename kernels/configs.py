@@ -2,9 +2,8 @@
 
 The forward tiles of sm_90 in 16 bits were searched for on an H200 (docs/kernels.md), without spills (``make
 kernels-check``); the others come from the compiler and the model in :mod:`lorun_fast.kernels.model`. Nothing is ever
-tuned by itself. Whoever asks for
-tuning (tune.py) gets a file, and LORUN_KERNELS_CONFIGS=FILE puts its tiles before the shipped ones: read once, at the
-first launch, and as fixed from there on.
+tuned by itself. Whoever asks for tuning (tune.py) gets a file, and LORUN_KERNELS_CONFIGS=FILE puts its tiles before the
+shipped ones: read once, at the first launch, and as fixed from there on.
 """
 
 from __future__ import annotations

@@ -316,7 +316,11 @@ class FusedConv2d(StandIn):
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-    """act(conv(x)) + residual, in one pass where the layer can. activation: None or "relu"."""
+    """act(conv(x)) + residual, in one pass where the layer can; for the code of a denoiser.
+
+    conv: any convolution, or what adapt() and optimize() put in its place. activation: None or "relu".
+    residual: as the result.
+    """
     if not isinstance(conv, StandIn):
         return _finish(conv(x), activation, residual)
     if residual is not None and residual.dtype != conv.weight.dtype:
@@ -325,7 +329,7 @@ def convolve(conv: nn.Module, x: Tensor, activation: str | None = None, residual
 
 
 def depthwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x), sooner where it is a depthwise nn.Conv2d of 3 x 3 and x lies on a CPU with its channels innermost.
+    """conv(x), sooner where it is a depthwise nn.Conv2d of 3 x 3 and x (N, C, H, W) lies on a CPU, channels innermost.
 
     An exported program keeps torch's convolution, so that it runs without this library.
     """
@@ -343,7 +347,11 @@ def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tenso
 
 
 def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x + second(relu(first(x))) + residual, in one pass where the layers can."""
+    """x + second(relu(first(x))) + residual, in one pass where the layers can; for the code of a denoiser.
+
+    first, second: nn.Conv2d that keep the image's size, or what adapt() and optimize() put in their place.
+    x, residual: (N, C, H, W). Returns the same shape. Layers with hooks are called one by one.
+    """
     if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and first.keeps_size and second.keeps_size:
         return packed_block(
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,

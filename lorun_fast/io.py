@@ -220,7 +220,11 @@ def pretrained_names() -> list[str]:
 
 
 def load_pretrained(name: str, *, device: str | torch.device = "cpu") -> LoRun:
-    """A network whose weights come with the package, such as "cs-25". docs/results.md says how each was trained."""
+    """A network whose weights come with the package, in fp32 and eval mode; docs/results.md says how each was trained.
+
+    name: "cs-25", "cs-10", "cs-4", "cs-1", "sr" or "cassi". Raises ValueError for another, and for a device that torch
+    does not reach.
+    """
     if name not in pretrained_names():
         raise ValueError(f"expected one of {', '.join(pretrained_names()) or '(none shipped)'}, got {name!r}")
     with resources.as_file(resources.files("lorun_fast") / "weights" / f"{name}.safetensors") as path:

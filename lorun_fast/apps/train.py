@@ -75,8 +75,13 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--stages", type=at_least_one, default=9, help="K (default 9)")
     add("--gamma", type=percentage, default=10, help="rank in percent of min(in, out) (default 10)")
-    add("--form", choices=("loralib", "peft"), default="loralib")
-    add("--sharing", choices=("lora", "tied", "untied"), default="lora")
+    add("--form", choices=("loralib", "peft"), default="loralib", help="of the adapters (default loralib)")
+    add(
+        "--sharing",
+        choices=("lora", "tied", "untied"),
+        default="lora",
+        help="a base with an adapter per stage (default), one denoiser for all stages, or one for each",
+    )
     add(
         "--train-base",
         action="store_true",
@@ -84,7 +89,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base-steps", type=at_least_one, default=3000, help="steps of phase 1 (default 3000)")
     add("--steps", type=at_least_one, default=4000, help="steps of phase 2 (default 4000)")
-    add("--batch", type=at_least_one, default=8)
+    add("--batch", type=at_least_one, default=8, help="images of a step (default 8)")
     add("--lr", type=not_negative, default=1e-3, help="peak learning rate (default 1e-3)")
     add("--operator-lr", type=not_negative, default=3e-4, help="of a learned operator (default 3e-4)")
     add("--warm-up", type=none_or_more, default=100, help="steps of linear warm-up (default 100)")
@@ -103,7 +108,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=runtime.default_device(),
         help="default: cuda where there is one, else cpu",
     )
-    add("--seed", type=seed, default=0)
+    add("--seed", type=seed, default=0, help="of weights and batches (default 0)")
     add("--validate-every", type=at_least_one, default=250, help="steps between validations (default 250)")
     _add_free_arguments(parser)
 

@@ -19,15 +19,18 @@ class SensingOperator(nn.Module):
     task: str = ""
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Phi^T y."""
+        """Phi^T y, an image (N, C, H, W) in y's dtype. size: (H, W), where y alone cannot tell."""
         raise NotImplementedError
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        """x - rho * Phi^T (Phi x - y), one op; rho a number, 0-d, or broadcastable to (N, C, 1, 1)."""
+        """x - rho * Phi^T (Phi x - y), one op, in x's shape and dtype.
+
+        rho: a number, 0-d, or broadcastable to (N, C, 1, 1).
+        """
         raise NotImplementedError
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """The start x_0 of the iteration."""
+        """The start x_0 of the iteration, (N, C, H, W). size: (H, W), where y alone cannot tell."""
         raise NotImplementedError
 
     def norm(self) -> Tensor:
@@ -35,7 +38,7 @@ class SensingOperator(nn.Module):
         raise NotImplementedError
 
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
-        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2, where a closed form exists."""
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2; NotImplementedError where there is no closed form."""
         raise NotImplementedError(f"{type(self).__name__} has no closed-form proximal step: use gradient_step")
 
     def config(self) -> dict:

@@ -33,7 +33,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast evaluate`` for these networks."""
-    parser.add_argument("model", metavar="MODEL", help="a shipped network, such as cassi, or a .safetensors file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a shipped network (cassi), a .safetensors file, or a finished run's folder"
+    )
     parser.add_argument("cubes", nargs="+", type=Path, metavar="DIR", help="cubes, and folders of cubes or band images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument(

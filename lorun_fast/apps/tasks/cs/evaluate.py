@@ -27,7 +27,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast evaluate``."""
-    parser.add_argument("model", metavar="MODEL", help="a shipped network, such as cs-25, or a .safetensors file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a shipped network (cs-25), a .safetensors file, or a finished run's folder"
+    )
     parser.add_argument("images", nargs="+", type=Path, metavar="DIR", help="folders of images, and image files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the restored images there, as 8-bit PNGs")

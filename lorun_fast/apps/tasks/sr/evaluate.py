@@ -35,7 +35,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast evaluate`` for super-resolution."""
-    parser.add_argument("model", metavar="MODEL", help="sr, the shipped network, or a .safetensors file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a shipped network (sr), a .safetensors file, or a finished run's folder"
+    )
     parser.add_argument("images", nargs="+", type=Path, metavar="DIR", help="folders of images, and image files")
     parser.add_argument(
         "--kernels",
