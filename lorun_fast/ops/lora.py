@@ -22,10 +22,14 @@ def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
                 f"stage: expected one stage per sample, shape ({batch},) for an input that leads with {batch}, "
                 f"got {shape_of(stage)}: a layer that folds other axes into the batch takes one stage per call"
             )
-    elif isinstance(stage, bool) or not (isinstance(stage, int) or hasattr(stage, "__index__")):
+    elif isinstance(stage, bool) or not (isinstance(stage, int) or _is_number(stage)):
         raise TypeError(f"stage: expected an int or an int64 tensor, got {type(stage).__name__}")
     elif not 0 <= stage < stages:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {stage}")
+
+
+def _is_number(stage: object) -> bool:
+    return hasattr(stage, "__index__") and not getattr(stage, "ndim", 0)  # arrays of any size have the former
 
 
 def check_stages(stage: Tensor, stages: int) -> None:
