@@ -101,6 +101,13 @@ def test_images_without_pixels(size):
     assert grad_x.shape == x.shape and not grad_weight.any() and not grad_bias.any()
 
 
+def test_shapes_on_the_meta_device():
+    """Which has no autocast to be asked for."""
+    x, weight = torch.empty(2, 16, 5, 6, device="meta"), torch.empty(16, 1, 3, 3, device="meta")
+    found = depthwise_conv2d(x, weight)
+    assert found.is_meta and found.shape == x.shape
+
+
 def test_each_gradient_alone():
     x, weight, bias, grad = problem((2, 20, 9, 11), torch.float64)
     expected = gradients(direct, x, weight, bias, grad)

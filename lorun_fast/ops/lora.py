@@ -61,7 +61,7 @@ def check_factors(
     if lead and down.shape[0] != up.shape[0]:
         raise ValueError(f"down, up: expected one number of stages, got {down.shape[0]} and {up.shape[0]}")
     form = "peft" if down.ndim - lead == 4 else "loralib"
-    cells = weight.shape[2] if weight.ndim == 4 and form == "loralib" else 1
+    cells = max(weight.shape[2], 1) if weight.ndim == 4 and form == "loralib" else 1
     r = up.shape[-1] // cells
     want_down, want_up = factor_shapes(weight.shape, max(r, 1), form, groups=groups, transposed=transposed)
     if tuple(down.shape[lead:]) != want_down or tuple(up.shape[lead:]) != want_up:
