@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if "" in argv:  # as a path it would be the current folder
+        raise UserError("expected arguments that are not empty, got '': is a variable of the shell not set?")
     command = argv[0] if argv and argv[0] in _COMMANDS else None
     task, words = None, argv[1:]
     if command in _OF_A_TASK:
