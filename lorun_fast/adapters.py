@@ -21,6 +21,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lorun_fast.reference._wide import without_autocast
+
 FORMS = ("loralib", "peft")
 
 
@@ -103,7 +105,7 @@ def delta_backward(grad: Tensor, down: Tensor, up: Tensor, *, transposed: bool =
 
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0, *, transposed: bool = False) -> Tensor:
     """W0 + scale * dW, computed in fp32 (fp64 for fp64 weights) whatever autocast says, in the weight's dtype."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         update = delta(down.to(wide), up.to(wide), weight.shape, transposed=transposed)
         return torch.add(weight.to(wide), update, alpha=scale).to(weight.dtype)

@@ -104,7 +104,8 @@ def _path(path: str | os.PathLike) -> Path:
 def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:
     path = _path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a saved network (.safetensors), found no such file")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: expected a saved network (.safetensors), found {found}")
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}

@@ -14,7 +14,7 @@ from lorun_fast import _scope, adapters
 from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
-from lorun_fast.ops._checks import batch_of, finite, whole
+from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
 from lorun_fast.ops.lora import check_floating, check_given_stages, check_stage
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
@@ -41,6 +41,13 @@ def _take_attributes(source: nn.Module, target: nn.Module) -> None:
     for name, value in vars(source).items():
         if name not in _STAYS:
             vars(target).setdefault(name, value)
+
+
+def _storage(dtype: torch.dtype | None) -> torch.dtype | None:
+    """A user's dtype of a layer; None stands for the default one."""
+    if dtype not in (None, float, *STORAGE_DTYPES):  # torch takes Python's float, too
+        raise TypeError(f"dtype: expected float32, float64, bfloat16, float16 or None, got {dtype!r}")
+    return dtype
 
 
 class AdaptedLayer:
@@ -209,6 +216,10 @@ class AdaptedLayer:
         kind = next(plain for plain, ours in LAYERS.items() if issubclass(cls, ours))
         if not isinstance(base, kind):
             raise TypeError(f"base: expected an nn.{kind.__name__}, got {type(base).__name__}")
+        if base.weight.dtype not in STORAGE_DTYPES:
+            raise TypeError(
+                f"base: expected a weight of float32, float64, bfloat16 or float16, got {base.weight.dtype}"
+            )
         layer = cls(**cls._base_arguments(base), stages=stages, rank=rank, form=form, scale=scale, device="meta")
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
@@ -234,6 +245,7 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
     Arguments as for nn.Conv2d, then:
     stages: K. rank: r of each adapter. form: "loralib" or "peft", see :mod:`lorun_fast.adapters`.
     scale: factor of the update (alpha / r of other libraries).
+    dtype: float32, float64, bfloat16, float16 or None, torch's default.
 
     layer(x, stage): stage an int, or an int64 tensor (N,), one stage per sample; it may be left out only if
     stages == 1, or inside a staged denoiser, which provides it.
@@ -259,8 +271,9 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
         scale: float = 1.0,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            _storage(dtype),
+        )  # fmt: skip
         self._add_adapter(stages, rank, form, scale)
 
     @staticmethod
@@ -318,7 +331,7 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
     ):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
-            padding_mode, device, dtype,
+            padding_mode, device, _storage(dtype),
         )  # fmt: skip
         self._add_adapter(stages, rank, form, scale)
 
@@ -365,7 +378,7 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         form: str = "loralib",
         scale: float = 1.0,
     ):
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, device, _storage(dtype))
         self._add_adapter(stages, rank, form, scale)
 
     @staticmethod

@@ -248,8 +248,10 @@ class LoRun(nn.Module):
         nothing with it, and does not train.
 
         dtype, channels_last, convolutions, cuda_graph: instead of what would be chosen; convolutions: "direct"
-        (torch's), "winograd" or "packed" (CPU), "fused" (GPU). compile: torch.compile every stage, on a CPU with
-        frozen weights: minutes at the first call, for a network that runs long.
+        (no layer is replaced: torch's, and the kernels that a denoiser calls by itself, as SpectralTransformer does
+        for depthwise layers), "winograd" or "packed" (CPU), "fused" (GPU).
+        compile: torch.compile every stage, on a CPU with frozen weights: minutes at the first call, for a network that
+        runs long.
         images: (N, C, H, W) in [0, 1] to score bf16 on, restored from their measurements; photographs of
         scikit-image by default. sigma: for the score, of a network that takes a noise level.
         Raises TypeError or ValueError for what it does not take, and for images that tell no score.

@@ -139,14 +139,17 @@ def test_refusals_write_nothing(tmp_path, model, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no image")
+    picture(tmp_path / "links" / "a.png")
+    (tmp_path / "links" / "b.png").symlink_to("gone.png")
     (tmp_path / "mine.json").write_text("mine")
     before = contents(tmp_path)
     good = ["evaluate", model, photos]
     for command, message in (
         (["evaluate", model, tmp_path / "nowhere", "--json", tmp_path / "mine.json"], "no such file"),
-        (["evaluate", model, tmp_path / "empty", "--json", tmp_path / "mine.json"], "got no other files"),
+        (["evaluate", model, tmp_path / "empty", "--json", tmp_path / "mine.json"], "got no files"),
         (["evaluate", model, tmp_path / "text", "--json", tmp_path / "mine.json"], "got 1 other files"),
         (["evaluate", model, tmp_path / "text" / "a.txt", "--json", tmp_path / "mine.json"], "expected an image"),
+        (["evaluate", model, tmp_path / "links", "--json", tmp_path / "mine.json"], "b.png: no such file"),
         (["evaluate", "cs-99", photos, "--json", tmp_path / "mine.json"], "cs-99"),
         ([*good, "--json", tmp_path / "no" / "s.json"], "existing folder"),
         ([*good, "--json", photos], "expected a file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -133,16 +134,29 @@ def test_channels_come_together_in_any_order(tmp_path, model, phi, capsys):
 
 
 def test_eleven_measurements_keep_their_order(tmp_path):
-    """By number, not by letter, whether they have one shape or not; noise that is no number counts as none."""
+    """By number, not by letter, whether they have one shape or not."""
     ys = np.arange(11 * M, dtype=np.float32).reshape(11, M, 1, 1)
-    np.savez(tmp_path / "scan.npz", y=ys, noise=[0.1, 0.2])
+    np.savez(tmp_path / "scan.npz", y=ys)
     stack = measurements.read(tmp_path / "scan.npz", ("m", "rows", "columns"), ())
-    np.savez(tmp_path / "scan.npz", **{f"y_{i}": y for i, y in enumerate(ys)}, noise="much")
+    np.savez(tmp_path / "scan.npz", **{f"y_{i}": y for i, y in enumerate(ys)})
     single = measurements.read(tmp_path / "scan.npz", ("m", "rows", "columns"), ())
     for file in (stack, single):
         assert [item.name for item in file.items] == [f"scan_{i:02}" for i in range(11)]
         assert all(np.array_equal(item.y, y) for item, y in zip(file.items, ys, strict=True))
-        assert file.noise == 0
+
+
+@pytest.mark.parametrize(
+    ("noise", "level", "said"),
+    [
+        ([[0.1]], 0.1, ""),  # as MATLAB's numbers are
+        ([0.1, 0.2], 0, "y.npz: noise: expected one number, got shape (2,) of float64; taken as 0"),
+        ("much", 0, "y.npz: noise: expected one number, got shape () of <U4; taken as 0"),
+    ],
+)
+def test_noise_of_another_program(noise, level, said, tmp_path, capsys):
+    np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1), noise=noise)
+    assert measurements.read(tmp_path / "y.npz", ("m", "rows", "columns"), ()).noise == level
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["npz", "npy", "stack", "with phi"])
@@ -356,6 +370,9 @@ BAD_FILES = {
         "expected one size",
     ),
     "task": ({"y": _zeros(M, 1, 1), "task": "cassi"}, "expected task 'cs'"),
+    "unknown task": ({"y": _zeros(M, 1, 1), "task": "ct"}, "y.npz: task: expected one of cs, sr, cassi, got 'ct'"),
+    "long name": ({"y": _zeros(M, 1, 1), "name": "x" * 400}, "expected names of at most 255 bytes, got 404: 'xxx"),
+    "long name of wide letters": ({"y": _zeros(M, 1, 1), "name": "ü" * 126}, "at most 255 bytes, got 256: 'ü"),
 }  # fmt: skip
 
 
@@ -505,6 +522,14 @@ def test_a_damaged_mat_file(content, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells a machine without a GPU apart")
+def test_a_mat_file_in_hdf5_without_h5py(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "a.png")
+    (tmp_path / "phi.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    line = refused(capsys, "measure", tmp_path / "a.png", "--phi", tmp_path / "phi.mat", "-o", tmp_path / "y.npz")
+    assert "expected h5py, got no such package: pip install" in line
+
+
 def test_cuda_without_a_gpu(tmp_path, model, capsys):
     np.savez(tmp_path / "y.npz", y=_zeros(M, 1, 1))
     line = refused(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model, "--device", "cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,14 @@ def test_res_cnn():
 def test_errors(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_channels_of_an_array():
+    assert lf.ResUNet(channels=np.array([4, 8])).config()["channels"] == [4, 8]
+    assert lf.SpectralTransformer(blocks=torch.tensor([1, 1, 1])).blocks == (1, 1, 1)
+    for channels, got in ((np.array([4.0, 8.0]), "a whole number, got 4.0"), (np.array(8), "one number per scale")):
+        with pytest.raises(TypeError, match=f"channels: expected {got}"):
+            lf.ResUNet(channels=channels)
 
 
 def test_a_denoiser_has_channels():

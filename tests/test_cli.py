@@ -145,6 +145,35 @@ def test_an_interrupt_while_writing_leaves_no_file(tmp_path, capsys, monkeypatch
     assert contents(tmp_path / "out") == {}
 
 
+def test_a_variable_of_the_shell_that_is_not_set(tmp_path, capsys, monkeypatch):
+    """As a path an empty argument is the current folder, into which `restore y.npz -o "$OUT"` would write."""
+    monkeypatch.chdir(tmp_path)
+    for command in (("restore", "y.npz", "-o", ""), ("measure", "", "--ratio", "25", "-o", "y.npz"), ("",)):
+        assert "expected arguments that are not empty, got ''" in refused(capsys, *command)
+
+
+def test_a_process_that_is_terminated_while_writing_leaves_no_file(tmp_path):
+    """By default SIGTERM ends Python at once, and the temporary file stays."""
+    picture(tmp_path / "photos" / "a.png")
+    (tmp_path / "out").mkdir()
+    script = """
+import os, signal, sys
+import numpy as np
+from lorun_fast.apps.cli import main
+
+def terminated(f, **_arrays):
+    f.write(b"half")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+np.savez = terminated
+sys.exit(main())
+"""
+    command = ["measure", tmp_path / "photos", "--ratio", "25", "--gaussian", "-o", tmp_path / "out" / "y.npz"]
+    process = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert process.returncode == 143 and process.stderr.strip() == "lorun-fast: terminated"
+    assert contents(tmp_path / "out") == {}
+
+
 def test_info_describes_a_network(tmp_path, capsys):
     model = tiny_network(tmp_path / "net.safetensors")
     text = accepted(capsys, "info", model)

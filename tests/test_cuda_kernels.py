@@ -323,14 +323,15 @@ def test_blur_downsample_says_what_it_can_count(kernels):
 
     one, tap, far = torch.zeros(1), torch.ones(1, 1), 2**15
     high, wide = one.expand(1, 1, 2 * far * far, far), one.expand(1, 1, far, 4 * far * far)
-    refused("at most 2\\^30 - 1 rows and columns on CUDA, got 2147483648x32768", "blur_downsample", high, tap, far)
-    refused("at most 2\\^30 - 1 rows and columns on CUDA, got 32768x4294967296", "blur_downsample", wide, tap, far)
+    for image, size in ((high, "2147483648x32768"), (wide, "32768x4294967296")):
+        message = f", x: expected at most 2\\^30 - 1 rows and columns on CUDA, got {size}"
+        refused(message, "blur_downsample", image, tap, far)
     large = one.expand(1, 1, 2 * far, 2 * far)
     refused("scale: expected at most 32768 on CUDA, got 65536", "blur_downsample", large, tap, 2 * far)
     x = one.expand(1, 1, 4, 4)
     for taps, times, planes in (((2**29, 1), 1, 1), ((2**16, 2**15), 1, 1), ((1, 1), 2**31, 2**31)):
         many = x.expand(times, -1, -1, -1)
-        message = f"fewer than 2\\^31 taps and planes .* got {taps[0]}x{taps[1]} and {planes}"
+        message = f", kernel, x: expected fewer than 2\\^31 taps and planes .* got {taps[0]}x{taps[1]} and {planes}"
         refused(message, "blur_downsample_grad_kernel", many, many, *taps, 1, False)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
+import lorun_fast as lf
 from lorun_fast import _native, convolutions
 from lorun_fast.functional import depthwise_conv2d
 from lorun_fast.ops import depthwise_conv2d as ops
@@ -99,6 +100,13 @@ def test_images_without_pixels(size):
     assert depthwise_conv2d(x, weight).shape == x.shape
     grad_x, grad_weight, grad_bias = backward_op(grad, x, weight, True)
     assert grad_x.shape == x.shape and not grad_weight.any() and not grad_bias.any()
+
+
+def test_shapes_on_the_meta_device():
+    """Which has no autocast to be asked for."""
+    x, weight = torch.empty(2, 16, 5, 6, device="meta"), torch.empty(16, 1, 3, 3, device="meta")
+    found = depthwise_conv2d(x, weight)
+    assert found.is_meta and found.shape == x.shape
 
 
 def test_each_gradient_alone():
@@ -298,6 +306,23 @@ def test_a_depthwise_layer_is_served(layers_calls):
     with torch.autocast("cpu", torch.bfloat16):
         assert convolutions.depthwise(conv, image()).dtype == torch.bfloat16
     assert len(layers_calls) == 3
+
+
+def test_direct_replaces_no_layer_and_leaves_a_denoisers_own_kernels(layers_calls):
+    """SpectralTransformer's own, which optimize(convolutions="direct") is not about."""
+    op = lf.CASSI((torch.rand(16, 16) > 0.5).float(), 4)
+    base = lf.SpectralTransformer(4, 4, channels=(16,), blocks=(1,), head_channels=8)
+    net = lf.LoRun(op, base, stages=2, sharing="tied").eval()
+    fast = net.optimize(convolutions="direct", dtype=torch.float32)
+    assert fast.report["convolutions"] == ("direct", "asked for")
+    assert not any(isinstance(m, convolutions.StandIn) for m in fast.denoiser.modules())
+    y, calls = op(torch.rand(1, 4, 16, 16)), []
+    for each in (net, fast):
+        with torch.no_grad():
+            each(y)
+        calls.append(len(layers_calls))
+        layers_calls.clear()
+    assert calls[0] == calls[1] > 0
 
 
 class Other(nn.Conv2d):

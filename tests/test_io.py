@@ -375,3 +375,8 @@ def test_a_device_that_is_none(tmp_path):
     for device in ("foo", "xpu:77", 1.5):
         with pytest.raises(ValueError, match=f"device: expected one that this torch reaches, got {device!r}"):
             lf.load(tmp_path / "missing.safetensors", device=device)
+
+
+def test_a_folder_is_not_called_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a saved network \(.safetensors\), found a folder"):
+        lf.load(tmp_path)

@@ -230,6 +230,7 @@ def test_a_layer_without_inputs_is_its_bias():
         (-1, IndexError, "stage: expected 0 to 1, got -1"),
         (torch.tensor([0.0, 1.0]), TypeError, "expected an int or an int64 tensor, got torch.float32"),
         (torch.tensor([0, 1, 1]), ValueError, r"one stage per sample, shape \(2,\)"),
+        (np.array([0, 1]), TypeError, "expected an int or an int64 tensor, got ndarray"),
     ],
 )
 def test_bad_stages(stage, error, message):
@@ -313,6 +314,26 @@ def test_a_scale_is_a_finite_number(scale):
 def test_a_base_of_another_kind():
     with pytest.raises(TypeError, match=r"base: expected an nn.Conv2d, got Linear"):
         lf.LoRAConv2d.from_base(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"base: expected a weight of float32, .*, got torch.complex64"):
+        lf.LoRALinear.from_base(nn.Linear(4, 4, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"])
+def test_layers_are_of_dtypes_that_learn(case, dtype):
+    with pytest.raises(TypeError, match=r"dtype: expected float32, .* or None, got '?(torch\.)?\w+'?$"):
+        case[0](dtype=dtype)
+    assert case[0](dtype=float).up.dtype == torch.float64
+
+
+def test_a_layer_on_the_meta_device(case):
+    """Shapes, gradients' too, without memory: to count a network's operations, or to see that it fits together."""
+    layer, x = case[0](stages=3, device="meta"), torch.empty(case[1], device="meta", requires_grad=True)
+    want = case[0](stages=3)(torch.randn(case[1]), 1).shape
+    for stage in (1, torch.zeros(len(x), dtype=torch.int64, device="meta")):
+        out = layer(x, stage)
+        assert out.is_meta and out.shape == want
+        out.sum().backward()
+    assert x.grad.shape == x.shape and layer.up.grad.shape == layer.up.shape
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -262,6 +262,11 @@ def test_an_empty_batch_stays_empty(backend):
         ({"x": torch.randn(5, 4, 2, 2)}, ValueError, "an image that the kernel fits into"),
         ({"x": torch.ones(5, 4, 7, 6, dtype=torch.int64)}, TypeError, "x: expected float32, .* got torch.int64"),
         ({"weight": torch.randn(6, 4, 3, 3, device="meta")}, ValueError, "weight is on meta, but x is on cpu"),
+        (
+            {"weight": torch.randn(6, 4, 0, 3), "down": torch.randn(K, 6, 12), "up": torch.randn(K, 18, 6)},
+            ValueError,
+            "a square kernel, got 0x3",
+        ),
         ({"bias": torch.randn(4)}, ValueError, r"bias: expected \(6,\), got \(4\)"),
         ({"down": torch.randn(K, 2, 4, 3, 2)}, ValueError, r"down, up: expected \(2, 4, 3, 3\) and \(6, 2\)"),
         ({"down": torch.randn(2, 2, 4, 3, 3)}, ValueError, "expected one number of stages, got 2 and 3"),

@@ -440,7 +440,10 @@ def test_errors(change, error, message):
     [
         ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x: expected \(N, C, H, W\)"),
         ({"second": torch.zeros(1, 6, 16, 32)}, ValueError, "second: expected .* of packed_weight for"),
-        ({"middle": 0}, ValueError, "middle, x: expected one channel or more, got 0 and 8"),
+        ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
+        ({"x": torch.zeros(1, 0, 4, 4)}, ValueError, "middle, x: expected one channel or more, got 0 and 0"),
+        ({"middle": 0}, ValueError, "middle: expected at least 1, got 0"),
+        ({"middle": 8.0}, TypeError, "middle: expected a whole number, got 8.0"),
         ({"middle": 17}, ValueError, r"first: expected \(2, 3, 16, 32\) of packed_weight for \(17, 8, 3, 3\)"),
         ({"first_bias": torch.zeros(9)}, ValueError, r"first_bias: expected shape \(8\), got \(9\)"),
         ({"second_bias": torch.zeros(9)}, ValueError, r"second_bias: expected shape \(8\), got \(9\)"),
@@ -492,6 +495,23 @@ def test_factors_that_do_not_fit_the_packed_weight():
             packed_weight(weight, *given)
 
 
-def test_a_scale_that_is_no_number():
-    with pytest.raises(TypeError, match="scale: expected a number, got 'a'"):
-        packed_weight(torch.zeros(8, 8, 3, 3), scale="a")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": "a"}, "scale: expected a number, got 'a'"),
+        ({"dtype": torch.int8}, "dtype: expected float32, .* got torch.int8"),
+        ({"dtype": "bfloat16"}, "dtype: expected float32, .* got bfloat16"),
+        ({"adjoint": "yes"}, "adjoint: expected True, False or None, got 'yes'"),
+    ],
+)
+def test_what_does_not_say_how_to_pack(change, message):
+    with pytest.raises(TypeError, match=message):
+        packed_weight(torch.zeros(8, 8, 3, 3), **change)
+
+
+@pytest.mark.parametrize("size", [(0, 0, 4), (0, 4, 0), (2, 0, 4), (2, 4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_of_images_without_pixels(dtype, size):
+    """A width of zero divided by zero, which ended the process."""
+    x, packed = torch.zeros(size[0], 16, *size[1:], dtype=dtype), packed_weight(torch.zeros(16, 16, 3, 3, dtype=dtype))
+    assert packed_block(x, packed, packed, residual=x).shape == x.shape

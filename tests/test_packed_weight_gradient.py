@@ -149,8 +149,10 @@ def test_lesser_cpu_variants(variant):
         ({"grad": torch.zeros(2, 3, 4, 4)}, ValueError, r"grad: expected shape \(1, out, 4, 4\)"),
         ({"grad": torch.zeros(1, 3, 4, 4).double()}, TypeError, "grad: expected torch.float32 as x has"),
         ({"x": torch.zeros(1, 8, 4, 4).int()}, TypeError, "x: expected float32, float64, bfloat16 or float16"),
-        ({"kernel": 0}, ValueError, "kernel, padding: expected 1 or more and 0 or more, got 0 and 1"),
-        ({"padding": -1}, ValueError, "got 3 and -1"),
+        ({"kernel": 0}, ValueError, "kernel: expected at least 1, got 0"),
+        ({"kernel": (3, 3)}, TypeError, r"kernel: expected a whole number, got \(3, 3\)"),
+        ({"padding": -1}, ValueError, "padding: expected at least 0, got -1"),
+        ({"padding": "same"}, TypeError, "padding: expected a whole number, got 'same'"),
         ({"grad": torch.zeros(1, 3, 4, 4, device="meta")}, ValueError, "meta"),
     ],
 )

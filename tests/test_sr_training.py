@@ -102,6 +102,20 @@ def test_phase_one_learns_gaussian_noise_of_every_level(photographs):
     assert loss.item() == pytest.approx(level.mean().item(), rel=0.01)
 
 
+def test_a_block_on_gaussian_noise_is_scored_on_noise_of_15_of_255(photographs):
+    made = recipe(photographs, data_step="prox")
+    net, seen = made.base(), []
+
+    def denoiser(z, stage, sigma):
+        seen.append(sigma)
+        return z  # so that what is left is the noise
+
+    net.denoiser.forward = denoiser
+    score = made.score(net, torch.device("cpu"))
+    assert len(seen) == len(made.validation) and all(sigma.item() == pytest.approx(15 / 255) for sigma in seen)
+    assert score == pytest.approx(-20 * np.log10(15 / 255), abs=0.3)  # a little more, for what is clipped
+
+
 def recipe(photographs, **changes) -> training.Recipe:
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -204,6 +205,21 @@ def test_what_is_no_run_to_go_on_with(tmp_path, capsys, content, message):
         (tmp_path / "config.json").write_text(content)
     assert main(["train", "resume", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_trains(photographs, uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(arguments(photographs, folder, "--stop-after", "2")) == 0
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    capsys.readouterr()
+    assert main(["train", "resume", str(folder), "--threads", "1"]) == 2
+    assert "run: expected a run that no other process trains, got one in use" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    os.close(other)
+    assert main(["train", "resume", str(folder), "--threads", "1"]) == 0
+    assert_same_run(folder, uninterrupted)
 
 
 def test_kill_9_and_resume_changes_nothing(photographs, uninterrupted, tmp_path):

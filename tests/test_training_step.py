@@ -120,6 +120,23 @@ def test_a_block_learns_from_what_its_own_passes_leave(data, which):
     assert len(losses) == 3
 
 
+@pytest.mark.parametrize("passes", [0, 3])
+@pytest.mark.parametrize("which", [which for which in OPTIONS if which != "sr"])  # which is scored on Gaussian noise
+def test_a_block_is_scored_after_as_many_passes_as_it_learns_from(data, which, passes):
+    recipe = recipe_of(data, which, "--pretrain-unroll", str(passes))
+    net, seen = recipe.base(), []
+
+    def stage_step(k, x, y, op=None, sigma=None):
+        seen.append((id(op or net.op), id(sigma)))
+        return LoRun.stage_step(net, k, x, y, op, sigma)
+
+    net.stage_step = stage_step
+    recipe.score(net, torch.device("cpu"))
+    assert len(seen) == (1 + passes) * len(recipe.validation)
+    for i in range(0, len(seen), 1 + passes):  # of one image
+        assert len(set(seen[i : i + 1 + passes])) == 1
+
+
 def test_what_a_batch_is_of_is_its_kind():
     x = torch.zeros(2, 3, 4, 4)
     kinds = [

@@ -436,12 +436,12 @@ __global__ void __launch_bounds__(256) sum_parts(const W* partial, int64_t parts
 Shape32 narrow(const Shape& shape) {
   const Axis &rows = shape.rows, &cols = shape.cols;
   STD_TORCH_CHECK(rows.pixels() < 1 << 30 && cols.pixels() < 1 << 30,
-                  "expected at most 2^30 - 1 rows and columns on CUDA, got ", rows.pixels(), "x", cols.pixels());
+                  "x: expected at most 2^30 - 1 rows and columns on CUDA, got ", rows.pixels(), "x", cols.pixels());
   STD_TORCH_CHECK(rows.scale <= 1 << 15, "scale: expected at most 32768 on CUDA, got ", rows.scale);
   STD_TORCH_CHECK(
       std::max(rows.taps, cols.taps) <= 1 << 28 && shape.taps() < int64_t{1} << 31 && shape.planes() < int64_t{1} << 31,
-      "expected fewer than 2^31 taps and planes and at most 2^28 taps a side on CUDA, got ", rows.taps, "x", cols.taps,
-      " and ", shape.planes());
+      "kernel, x: expected fewer than 2^31 taps and planes and at most 2^28 taps a side on CUDA, got ", rows.taps, "x",
+      cols.taps, " and ", shape.planes());
   const auto axis = [](const Axis& of) {
     return Axis32{static_cast<int>(of.count), static_cast<int>(of.scale), static_cast<int>(of.taps)};
   };

@@ -112,11 +112,12 @@ int64_t row_capacity(const Filter<T>& f, int64_t columns) {
 // The most columns of results whose rings fit, `bytes(columns)` telling what they take: all, or whole strips.
 template <class Bytes>
 int64_t band_columns(int64_t width, const Bytes& bytes) {
-  int64_t columns = (width + kStrip - 1) / kStrip * kStrip;
+  const int64_t all = std::max<int64_t>(width, 1);  // bands are counted by it
+  int64_t columns = (all + kStrip - 1) / kStrip * kStrip;
   while (columns > kStrip && bytes(columns) > kRingBytes) {
     columns = (columns / 2 + kStrip - 1) / kStrip * kStrip;
   }
-  return std::min(columns, std::max<int64_t>(width, 1));
+  return std::min(columns, all);
 }
 
 // Calls segment(image, first row, last row + 1, first column, last column + 1) for the rows [begin, end) of all bands.

@@ -1,6 +1,6 @@
 """The ``lorun-fast`` command: finds the subcommand, and turns what goes wrong into one line and an exit status.
 
-Exit status: 0 done; 1 a bug (with traceback); 2 wrong input; 130 interrupted.
+Exit status: 0 done; 1 a bug (with traceback); 2 wrong input; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -37,6 +38,14 @@ _EXTRA = {
     "skimage": "scikit-image",
     "tqdm": "tqdm",
 }
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it: what is half written is to vanish, as after an interrupt."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,11 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. argv: the arguments; None stands for the process's own."""
     if argv is None:
         argv = sys.argv[1:]
-        keep_freed_memory()  # concerns the whole process, so only when it is ours
+        # Both concern the whole process, so only when it is ours.
+        keep_freed_memory()
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         status = _run(list(argv))
         sys.stdout.flush()  # a closed pipe shows here, not at exit
         return status
+    except _Terminated:
+        print("\nlorun-fast: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\nlorun-fast: interrupted", file=sys.stderr)
         return 130
@@ -139,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if "" in argv:  # as a path it would be the current folder
+        raise UserError("expected arguments that are not empty, got '': is a variable of the shell not set?")
     command = argv[0] if argv and argv[0] in _COMMANDS else None
     task, words = None, argv[1:]
     if command in _OF_A_TASK:

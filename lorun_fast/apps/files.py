@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import BinaryIO
 from lorun_fast._files import complete_file
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.progress import note
+
+_LONGEST = 255  # of a file name, in bytes
 
 
 def _reason(error: OSError) -> str:
@@ -27,7 +30,7 @@ def find(arguments: Sequence[Path], suffixes: Collection[str], what: str, one: s
     found: dict[Path, Path] = {}
     for argument in arguments:
         try:
-            paths = sorted(p for p in argument.iterdir() if p.is_file()) if argument.is_dir() else [argument]
+            paths = sorted(p for p in argument.iterdir() if _names_a_file(p)) if argument.is_dir() else [argument]
         except OSError as error:
             raise UserError(f"expected a readable folder, got {argument}: {_reason(error)}") from error
         if argument.is_dir():
@@ -35,7 +38,8 @@ def find(arguments: Sequence[Path], suffixes: Collection[str], what: str, one: s
             others = [p.name for p in paths if p.suffix.lower() not in suffixes]
             paths = [p for p in paths if p.suffix.lower() in suffixes]
             if not paths:
-                raise UserError(f"expected {what} in {argument}, got {len(others) or 'no'} other files{hint}")
+                got = f"{len(others)} other files" if others else "no files"
+                raise UserError(f"expected {what} in {argument}, got {got}{hint}")
             if others:
                 shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
                 note(f"{argument}: skipped {len(others)} files that are not {what}: {shown}")
@@ -44,6 +48,11 @@ def find(arguments: Sequence[Path], suffixes: Collection[str], what: str, one: s
         for path in paths:
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def _names_a_file(path: Path) -> bool:
+    """Whether it is one, or a link to one that is gone: that has to be told, not left out."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 @contextmanager
@@ -88,6 +97,14 @@ def _try_writing(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"expected a folder to write into, got {folder}: {_reason(error)}") from error
+
+
+def check_lengths(names: Sequence[str]) -> None:
+    """Raises UserError for a file name that is longer than file systems take, before anything is written."""
+    for name in names:
+        length = len(os.fsencode(name))
+        if length > _LONGEST:
+            raise UserError(f"expected names of at most {_LONGEST} bytes, got {length}: {name[:40]!r}...")
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

@@ -18,6 +18,8 @@ def load(path: Path) -> dict[str, np.ndarray]:
             found = loadmat(path)
         except NotImplementedError:  # MATLAB 7.3 files are HDF5
             return _load_hdf5(path)
+    except ModuleNotFoundError:  # h5py, which the command tells how to install
+        raise
     except Exception as error:  # readers of damaged files raise nearly anything
         raise UserError(f"expected a complete .mat file, got {path}: {first_line(error)}") from error
     return {k: v for k, v in found.items() if not k.startswith("__") and isinstance(v, np.ndarray)}

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorun_fast.apps import files, images, matlab
+from lorun_fast.apps import files, images, matlab, tasks
 from lorun_fast.apps.errors import UserError, first_line
+from lorun_fast.apps.progress import note
 
 SUFFIXES = (".npz", ".npy", ".mat")
 CHANNELS = ("R", "G", "B")
@@ -138,6 +139,8 @@ class Raw:
         self.arrays = {"y": arrays[""]} if "" in arrays else arrays
         task = _read_strings(path, self.arrays, "task", 1)
         self.task: str | None = task[0] if task else None
+        if self.task is not None and self.task not in tasks.NAMES:
+            raise UserError(f"{path}: task: expected one of {', '.join(tasks.NAMES)}, got {self.task!r}")
 
     def checked(self, layout: Sequence[str], operator_keys: Sequence[str]) -> MeasurementFile:
         """As :func:`read`."""
@@ -179,8 +182,7 @@ def _check(
         if name.strip() in ("", ".", "..") or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
             raise UserError(f"{path}: name: expected a plain file name, got {name!r}")
     known = {*KEYS, *operator_keys}
-    noise = np.asarray(arrays.get("noise", 0.0))
-    noise = float(noise) if noise.ndim == 0 and noise.dtype.kind in "fiu" else 0.0
+    noise = _read_noise(path, arrays)
     if not 0 <= noise <= float(np.finfo(np.float32).max):
         raise UserError(f"{path}: noise: expected a number of at least 0 that fp32 holds, got {noise:g}")
     return MeasurementFile(
@@ -239,6 +241,15 @@ def _read_sizes(path: Path, arrays: dict[str, np.ndarray], count: int) -> list[t
             f"got shape {sizes.shape} of {sizes.dtype}: {sizes.ravel()[:4].tolist()}"
         )
     return [(int(h), int(w)) for h, w in np.broadcast_to(sizes, (count, 2))]
+
+
+def _read_noise(path: Path, arrays: dict[str, np.ndarray]) -> float:
+    """The noise level; 0, with a note, where another program has something else under this name."""
+    values = arrays.get("noise", np.zeros(()))
+    if values.size == 1 and values.dtype.kind in "fiu":
+        return float(values.item())
+    note(f"{path}: noise: expected one number, got shape {values.shape} of {values.dtype}; taken as 0")
+    return 0.0
 
 
 def _read_strings(path: Path, arrays: dict[str, np.ndarray], key: str, count: int) -> list[str] | None:

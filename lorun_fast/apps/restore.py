@@ -116,6 +116,7 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         net = tiling.tiled(net, args.tile)
     restored = task.restore if own_tiles else restoring.restore
     names = _names(pictures)
+    files.check_lengths([f"{name}{suffix}" for name in names for suffix in task.suffixes(args)])
     files.make_folder(args.output)
     _spare(args.output, pictures, names, task.suffixes(args))
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import json
 import math
+import os
 import resource
 import time
 import warnings
@@ -167,6 +169,7 @@ class Run:
             args.dtype = runtime.fastest_dtype(self.device, filtered)
         self.settings = {k: _plain(v) for k, v in sorted(vars(args).items()) if k not in _FREE}
         self.taken = 0
+        self._held: int | None = None  # the folder, locked
 
     def open(self) -> dict | None:
         """Creates the folder, or reads its checkpoint; refuses to mix two runs."""
@@ -176,9 +179,11 @@ class Run:
                 how = f"lorun-fast train {_RESUME} {self.folder}"
                 raise UserError(f"{self.folder}: expected a new folder, got one that holds a run, to go on with: {how}")
             make_folder(self.folder)
+            self._hold()
             _write(config, json.dumps(self.settings, indent=1))
             return None
         before = _settings(self.folder)
+        self._hold()
         changed = [k for k in self.settings if k in before and before[k] != self.settings[k]]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
@@ -186,6 +191,22 @@ class Run:
         if not state.exists():
             return None
         return _readable(state, lambda path: torch.load(path, map_location=self.device, weights_only=True))
+
+    def _hold(self) -> None:
+        """Refuses the folder of a run that another process trains: both would write its checkpoint and its log."""
+        self._held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: expected a run that no other process trains, got one in use") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:
         """Trains ``net`` in place; False if --stop-after ended it."""
@@ -483,22 +504,25 @@ def run(args: argparse.Namespace) -> int:
         _copy_what_fits(warm, base)
     # What phase 2 would refuse is refused before phase 1, and before there is a folder.
     _staged(base, args) if start is None else _phase_two(start, init, base, args)
-    state = training.open()
-    base_file = init or training.folder / "base.safetensors"
-    if state is None or state["phase"] == "base":
-        if init is None:
-            if not training.phase("base", base, args.base_steps, state):
-                return 0
-            save(base, base_file)
-        state = None
-    torch.manual_seed(args.seed + 1)
-    net = _phase_two(models.read_network(base_file) if start is None else start, base_file, base, args)
-    if args.sharing == "lora":
-        net.denoiser.freeze_base(not args.train_base)
-    if not training.phase("stages", net, args.steps, state):
+    try:
+        state = training.open()
+        base_file = init or training.folder / "base.safetensors"
+        if state is None or state["phase"] == "base":
+            if init is None:
+                if not training.phase("base", base, args.base_steps, state):
+                    return 0
+                save(base, base_file)
+            state = None
+        torch.manual_seed(args.seed + 1)
+        net = _phase_two(models.read_network(base_file) if start is None else start, base_file, base, args)
+        if args.sharing == "lora":
+            net.denoiser.freeze_base(not args.train_base)
+        if not training.phase("stages", net, args.steps, state):
+            return 0
+        with (training.folder / "log.csv").open() as f:
+            for row in csv.DictReader(f):
+                seconds[row["phase"]] = float(row["seconds"])
+        training.finish(net, seconds)
         return 0
-    with (training.folder / "log.csv").open() as f:
-        for row in csv.DictReader(f):
-            seconds[row["phase"]] = float(row["seconds"])
-    training.finish(net, seconds)
-    return 0
+    finally:
+        training.close()

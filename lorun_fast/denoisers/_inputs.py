@@ -13,7 +13,8 @@ from lorun_fast.ops._direct import transforms_active
 
 
 def sizes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
-    """A user's whole numbers of at least ``least``, one per scale."""
+    """A user's whole numbers of at least ``least``, one per scale; an array of them too."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise TypeError(f"{name}: expected one number per scale, got {values!r}")
     return tuple(whole(name, value, least) for value in values)

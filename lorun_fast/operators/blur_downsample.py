@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lorun_fast.operators.base import SensingOperator, as_matrix
 from lorun_fast.ops import blur_downsample as ops
 from lorun_fast.ops._checks import check_image, pair, parameter_dtype
+from lorun_fast.reference._wide import without_autocast
 from lorun_fast.reference.blur_downsample_fft import gram_spectrum
 
 
@@ -96,8 +96,7 @@ class BlurDownsample(SensingOperator):
         by (s-1)/2 pixels to undo that.
         """
         self.image_size(y, size)
-        # The meta device has no autocast to turn off.
-        with nullcontext() if y.is_meta else torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             x = y.to(parameter_dtype(y.dtype))
             for dim in (2, 3):
                 x = _upsample(x, self.scale, dim)

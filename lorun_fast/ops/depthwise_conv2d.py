@@ -127,7 +127,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     number of threads. Raises ValueError or TypeError naming the argument that does not fit.
     """
     check_tensor("x", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t

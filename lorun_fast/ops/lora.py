@@ -22,10 +22,14 @@ def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
                 f"stage: expected one stage per sample, shape ({batch},) for an input that leads with {batch}, "
                 f"got {shape_of(stage)}: a layer that folds other axes into the batch takes one stage per call"
             )
-    elif isinstance(stage, bool) or not (isinstance(stage, int) or hasattr(stage, "__index__")):
+    elif isinstance(stage, bool) or not (isinstance(stage, int) or _is_number(stage)):
         raise TypeError(f"stage: expected an int or an int64 tensor, got {type(stage).__name__}")
     elif not 0 <= stage < stages:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {stage}")
+
+
+def _is_number(stage: object) -> bool:
+    return hasattr(stage, "__index__") and not getattr(stage, "ndim", 0)  # arrays of any size have the former
 
 
 def check_stages(stage: Tensor, stages: int) -> None:
@@ -57,7 +61,7 @@ def check_factors(
     if lead and down.shape[0] != up.shape[0]:
         raise ValueError(f"down, up: expected one number of stages, got {down.shape[0]} and {up.shape[0]}")
     form = "peft" if down.ndim - lead == 4 else "loralib"
-    cells = weight.shape[2] if weight.ndim == 4 and form == "loralib" else 1
+    cells = max(weight.shape[2], 1) if weight.ndim == 4 and form == "loralib" else 1
     r = up.shape[-1] // cells
     want_down, want_up = factor_shapes(weight.shape, max(r, 1), form, groups=groups, transposed=transposed)
     if tuple(down.shape[lead:]) != want_down or tuple(up.shape[lead:]) != want_up:

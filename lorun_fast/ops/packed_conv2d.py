@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
+    STORAGE_DTYPES,
+    check_flag,
     check_image,
     check_same_device,
     check_tensor,
@@ -242,6 +244,9 @@ def packed_weight(
     Differentiable. Raises ValueError or TypeError naming the argument that does not fit.
     """
     scale = finite("scale", scale)
+    check_flag("adjoint", adjoint)
+    if dtype not in (None, *STORAGE_DTYPES):
+        raise TypeError(f"dtype: expected float32, float64, bfloat16, float16 or None, got {dtype}")
     _check_layer(weight, down, up)
     return weight_op(weight, down, up, scale, dtype, adjoint)
 
@@ -295,6 +300,7 @@ def packed_block(
         rounded to x's dtype and stays in the cache.
     Returns (N, C, H, W) in channels_last. Errors and gradients as :func:`packed_conv2d`'s.
     """
-    middle = x.shape[1] if middle is None and x.ndim == 4 else middle
+    check_image("x", x, 4, "(N, C, H, W)")
+    middle = x.shape[1] if middle is None else whole("middle", middle, 1)
     _check_block(x, first, first_bias, second, second_bias, residual, middle)
     return _block_op(x, first, first_bias, second, second_bias, residual, middle)

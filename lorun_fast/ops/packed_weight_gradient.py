@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of
+from lorun_fast.ops._checks import check_image, check_same_device, parameter_dtype, shape_of, whole
 from lorun_fast.ops._library import define
 from lorun_fast.reference import packed_weight_gradient as reference
 from lorun_fast.reference._convolution import weight_gradient_backward
@@ -60,5 +60,6 @@ def packed_weight_gradient(grad: Tensor, x: Tensor, *, kernel: int, padding: int
     in an order that does not depend on the number of threads. Raises ValueError or TypeError naming the argument that
     does not fit.
     """
+    kernel, padding = whole("kernel", kernel, 1), whole("padding", padding, 0)
     _check(grad, x, kernel, padding)
     return _op(grad, x, kernel, padding)

@@ -17,7 +17,7 @@ itself offers
     sigma(file, args)                       the noise level to give a network that takes one
     restore(net, y, size, how, *, op, sigma, args)  optional: what ``restore`` runs instead of restoring.restore
     save(path, x, args)                     writes a restored (C, H, W) under this name without suffix
-    suffixes(args)                          of the files that save writes under just this name
+    suffixes(args)                          what the names of the files that save writes end in, behind this name
 """
 
 from __future__ import annotations

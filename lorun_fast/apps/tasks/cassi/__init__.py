@@ -120,7 +120,7 @@ def sigma(file: MeasurementFile, args: argparse.Namespace) -> None:
 
 def suffixes(args: argparse.Namespace) -> tuple[str, ...]:
     """Of the files named after a measurement that :func:`save` writes."""
-    return ".png", f".{args.cube}"
+    return ".png", f".{args.cube}", "_bands.png"
 
 
 def save(path: Path, x: np.ndarray, args: argparse.Namespace) -> list[Path]:
