@@ -10,6 +10,7 @@ from benchmarks import (  # noqa: F401
     network,
     network_cassi,
     packed_conv2d,
+    relayout,
     spectral_attention,
     thin_conv2d,
     winograd_conv2d,

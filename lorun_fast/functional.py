@@ -17,6 +17,7 @@ from lorun_fast.ops.lora_residual_block import lora_residual_block
 from lorun_fast.ops.packed_conv2d import packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.packed_factor_gradients import packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
+from lorun_fast.ops.relayout import relayout
 from lorun_fast.ops.spectral_attention import spectral_attention
 from lorun_fast.ops.winograd_conv2d import (
     winograd_block,
@@ -48,6 +49,7 @@ __all__ = [
     "packed_factor_gradients",
     "packed_weight",
     "packed_weight_gradient",
+    "relayout",
     "spectral_attention",
     "thin_weight_gradient",
     "winograd_block",

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lorun_fast._scope import call_holding
 from lorun_fast.operators import SensingOperator
 from lorun_fast.ops._checks import finite, number_or_tensor, parameter_dtype, whole
+from lorun_fast.ops.lora import is_channels_last
+from lorun_fast.ops.relayout import relayout
 from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt, image_of
 
 _DATA_STEPS = ("gradient", "prox")
@@ -22,6 +24,13 @@ _NOISE_MAPS = ("measurement", "stage")
 _ROUNDING = 1 / (255 * 12**0.5)
 _SPREAD = 0.1
 _KINDS = {"lora": StagedDenoiser, "tied": TiedDenoiser, "untied": UntiedDenoiser}
+
+
+def _like(x: Tensor, z: Tensor) -> Tensor:
+    """x in z's dtype, and on a CPU in the layout in which the operators compute."""
+    if x.device.type == "cpu" and is_channels_last(x) and z.is_contiguous():
+        return relayout(x, torch.contiguous_format, z.dtype)
+    return x.to(z.dtype)
 
 
 def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 255) -> Tensor:
@@ -187,7 +196,7 @@ class LoRun(nn.Module):
             if self.data_step != "prox":
                 raise ValueError(f"sigma: expected None, for {type(self.denoiser.one()).__name__} takes no sigma")
             sigma = None  # it was for the data step
-        return image_of(self.denoiser(z.to(dtype), stage=k, sigma=sigma), self.denoiser.one()).to(z.dtype)
+        return _like(image_of(self.denoiser(z.to(dtype), stage=k, sigma=sigma), self.denoiser.one()), z)
 
     def _rho(self, k: int) -> Tensor:
         rho = self.step_size[k]

@@ -452,6 +452,7 @@ def test_selection_by_suite_pattern_device_and_size():
         "fused_conv2d",
         "lora_conv2d",
         "packed_conv2d",
+        "relayout",
         "spectral_attention",
         "thin_conv2d",
         "winograd_conv2d",

@@ -58,6 +58,7 @@ class ResCNN(nn.Module):
 
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         _inputs.check_images(z, self.in_channels)
-        x = self.head(_inputs.with_noise_map(z, sigma, self.noise_level, "ResCNN"))
-        x = self.body(_inputs.channels_last(x))
-        return convolve(self.tail, x, residual=z[:, : self.out_channels] if self.residual else None)
+        x = _inputs.for_convolution(_inputs.with_noise_map(z, sigma, self.noise_level, "ResCNN"))
+        own = _inputs.to_correct(z, x, self.out_channels)
+        x = self.body(_inputs.channels_last(self.head(x)))
+        return convolve(self.tail, x, residual=own if self.residual else None)

@@ -83,7 +83,8 @@ class ResUNet(nn.Module):
         _inputs.check_images(z, self.in_channels)
         height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "ResUNet")
-        x = _inputs.whole_cells(x, 2 ** len(self.down))
+        x = _inputs.for_convolution(_inputs.whole_cells(x, 2 ** len(self.down)))
+        own = _inputs.to_correct(z, x, self.out_channels)
         # One-channel inputs cannot say which layout they are in; without this, CPU convolutions train 2x slower.
         x = _inputs.channels_last(self.head(x))
         skips = []
@@ -97,6 +98,6 @@ class ResUNet(nn.Module):
                 x = module(x)
             x = last(x, skip) if isinstance(last, ResidualBlock) else last(x) + skip
         if self.residual and x.shape[2:] == z.shape[2:]:
-            return convolve(self.tail, x, residual=z[:, : self.out_channels])
+            return convolve(self.tail, x, residual=own)
         x = self.tail(x)[:, :, :height, :width]
-        return z[:, : self.out_channels] + x if self.residual else x
+        return own + x if self.residual else x

@@ -113,6 +113,7 @@ class SpectralTransformer(nn.Module):
         height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "SpectralTransformer")
         x = _inputs.channels_last(_inputs.whole_cells(x, 2 ** len(self.down)))
+        own = _inputs.to_correct(z, x, self.out_channels)
         x = self.head(x)
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
@@ -123,4 +124,4 @@ class SpectralTransformer(nn.Module):
         for up, blocks, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
             x = blocks(up(x) + skip)
         x = self.tail(x)[:, :, :height, :width]
-        return z[:, : self.out_channels] + x if self.residual else x
+        return own + x if self.residual else x
