@@ -20,7 +20,7 @@ def _sizes() -> list:
         for n, c, px in _IMAGES
         for to in _FORMATS
     ]
-    return [*sizes, size("to channels_last, 1x8x48x48", quick=True, n=1, channels=8, px=48, to="channels_last", **cpu)]
+    return [*sizes, size("to channels_last, 1x8x72x72", quick=True, n=1, channels=8, px=72, to="channels_last", **cpu)]
 
 
 @case("relayout.copy", suite="layers", sizes=_sizes())

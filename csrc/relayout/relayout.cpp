@@ -21,7 +21,7 @@
 namespace lorun::relayout {
 namespace {
 
-constexpr int64_t kPixels = 64, kChannels = 64;  // of a tile
+constexpr int64_t kPixels = 128, kChannels = 32;  // of a tile
 
 template <class To, class From>
 LORUN_INLINE inline To converted(From v) {

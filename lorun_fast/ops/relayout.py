@@ -17,7 +17,7 @@ from lorun_fast.reference import relayout as reference
 
 LEAST_CHANNELS = 8
 """Fewer are copied as fast by torch,"""
-LEAST_VALUES = 2**14
+LEAST_VALUES = 2**15
 """and fewer values before the op has begun."""
 
 _FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -76,7 +76,7 @@ def relayout(x: Tensor, memory_format: torch.memory_format, dtype: torch.dtype |
 
     x: (N, C, H, W), float32, float64, bfloat16 or float16. memory_format: torch.channels_last or
         torch.contiguous_format. dtype: x's own by default.
-    Returns x itself where nothing changes. By C++ on a CPU from a dense image of 8 channels and 2^14 values or more in
+    Returns x itself where nothing changes. By C++ on a CPU from a dense image of 8 channels and 2^15 values or more in
     the one layout to the other, in its dtype or between fp32 and 16 bits; by torch elsewhere, where it is compiled and
     under torch.func. Differentiable; the gradient comes back in the other layout. Raises ValueError or TypeError naming
     the argument that does not fit.
