@@ -22,8 +22,8 @@ from lorun_fast.ops._checks import (
     shape_of,
 )
 from lorun_fast.ops._library import define
+from lorun_fast.ops._weight_gradient import AUTOGRAD
 from lorun_fast.reference import fused_conv2d as reference
-from lorun_fast.reference._convolution import weight_gradient_backward
 
 CHANNELS = 16
 """Both channel counts are multiples of it in the GPU's kernel."""
@@ -167,24 +167,13 @@ def _fake_gradient(grad, x):
     return x.new_empty((grad.shape[1], x.shape[1], 3, 3))
 
 
-def _setup_gradient(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_gradient(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    found = weight_gradient_backward(grad_weight, grad, x)
-    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
-
-
 _gradient_op = define(
     "thin_weight_gradient(Tensor grad, Tensor x) -> Tensor",
     reference=reference.thin_weight_gradient,
     fake=_fake_gradient,
-    backward=_backward_gradient,
-    setup_context=_setup_gradient,
     direct=True,
     flops=lambda grad, x, **__: 2 * math.prod(grad) * x[1] * 3**2,
+    **AUTOGRAD,
 )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, empty_channels_last, shape_of
 from lorun_fast.ops._library import define
+from lorun_fast.ops._weight_gradient import AUTOGRAD
 from lorun_fast.reference import winograd_conv2d as reference
-from lorun_fast.reference._convolution import weight_gradient_backward
 
 LEAST_CHANNELS = 8
 """Of the image and of the result, unless there are none."""
@@ -189,22 +189,12 @@ def _fake_gradient(grad, x):
     return x.new_empty((3, 3, x.shape[1], grad.shape[1])).permute(3, 2, 0, 1)
 
 
-def _setup_gradient(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_gradient(ctx, grad_weight):
-    found = weight_gradient_backward(grad_weight, *ctx.saved_tensors)
-    return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
-
-
 _gradient_op = define(
     "winograd_weight_gradient(Tensor grad, Tensor x) -> Tensor",
     reference=reference.winograd_weight_gradient,
     fake=_fake_gradient,
-    backward=_backward_gradient,
-    setup_context=_setup_gradient,
     direct=True,
+    **AUTOGRAD,
 )
 
 
