@@ -75,7 +75,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names |= {"weight": names["conv"].weight, "bias": names["conv"].bias}
     names |= dict(zip(("down", "up"), (torch.rand(9, 7, 64, 3, 3), torch.zeros(9, 64, 7)), strict=True))
     expected = names["conv"](names["x"]).relu()
-    *convolutions, depthwise, attention = layers.split("\n\n")
+    *convolutions, depthwise, attention, layout = layers.split("\n\n")
     for paragraph, close in zip(convolutions, (1e-5, 1e-4, 0.02, 0.02), strict=True):
         if "packed" in paragraph:  # from here on in 16 bits
             names |= {name: names[name].detach().bfloat16() for name in ("x", "weight", "bias")}
@@ -88,3 +88,6 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names |= {"qkv": torch.rand(2, 30, 24), "temperature": torch.ones(4)}
     exec(attention, names)
     assert names["y"].shape == (2, 30, 8)
+    names["x"] = before = torch.rand(2, 64, 6, 5)
+    exec(layout, names)
+    assert torch.equal(names["x"], before.bfloat16()) and names["x"].is_contiguous(memory_format=torch.channels_last)
