@@ -2,9 +2,10 @@
 //
 //   (n, channels, pixels) <-> (n, pixels, channels)
 //
-// Bytes: one read and one write. torch copies value by value where strides differ, 8 to 10 times as long. Here a thread
-// takes some pixels of some channels at a time: read in the source's order, turned in the first-level cache, written in
-// the result's order. Conversions are of whole rows, on the side of (n, channels, pixels), where they vectorise.
+// Bytes: one read and one write. torch copies value by value where strides differ, two to ten times as long. Here a
+// thread takes some pixels of some channels at a time: read in the source's order, turned in the first-level cache,
+// written in the result's order. Conversions are of whole rows, on the side of (n, channels, pixels), where they
+// vectorise.
 
 #include <torch/csrc/stable/library.h>
 

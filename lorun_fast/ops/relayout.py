@@ -21,7 +21,6 @@ LEAST_VALUES = 2**15
 """and fewer values before the op has begun."""
 
 _FORMATS = (torch.contiguous_format, torch.channels_last)
-_BESIDE_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
@@ -66,7 +65,7 @@ def _served(x: Tensor, last: bool, dtype: torch.dtype) -> bool:
         and x.shape[1] >= LEAST_CHANNELS
         and x.numel() >= LEAST_VALUES
         and (x.is_contiguous() if last else is_channels_last(x))
-        and (x.dtype == dtype or (torch.float32 in (x.dtype, dtype) and {x.dtype, dtype} <= set(_BESIDE_FP32)))
+        and (x.dtype == dtype or (torch.float32 in (x.dtype, dtype) and torch.float64 not in (x.dtype, dtype)))
         and _native.available()
     )
 
