@@ -4,8 +4,8 @@ A denoiser that calls :func:`convolve` and :func:`residual_block` gets every fus
 that learn become one op a block, and those of inference, modules that stand for torch's and compute the same
 otherwise, apply what follows a convolution on the way. :func:`depthwise` is for depthwise layers, in training too.
 
-On a CPU in fp32 :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), :class:`ThinConv2d`, from or to
-few channels (ops/fused_conv2d.py), and :class:`DepthwiseConv2d` (ops/depthwise_conv2d.py); in bf16
+On a CPU :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), :class:`ThinConv2d`, from or to few
+channels (ops/fused_conv2d.py), and :class:`DepthwiseConv2d` (ops/depthwise_conv2d.py); with AMX in bf16
 :class:`PackedConv2d`: matrix tiles (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`, where that takes less time
 than cuDNN's and what follows: a kernel for Hopper (ops/fused_conv2d.py), or that of LoRA convolutions, without an
 adapter (kernels/lora_conv2d.py).
@@ -63,6 +63,9 @@ class StandIn(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _unfit_size(conv: nn.Module) -> str | None:
     """Why a module is no convolution of 3 x 3 with stride and padding 1; None if it is one."""
     if type(conv) is not nn.Conv2d:
@@ -75,20 +78,24 @@ def _unfit_size(conv: nn.Module) -> str | None:
 
 
 def _unfit_same_size(conv: nn.Module) -> str | None:
-    """The same for one in fp32 that is not grouped."""
+    """The same for one that is not grouped, in a dtype that the kernels compute in."""
     reason = _unfit_size(conv)
     if reason is not None:
         return reason
     if conv.groups != 1:
         return "it is grouped"
-    return None if conv.weight.dtype == torch.float32 else f"its weight is {conv.weight.dtype}"
+    return _unfit_dtype(conv)
+
+
+def _unfit_dtype(conv: nn.Module) -> str | None:
+    return None if conv.weight.dtype in _DTYPES else f"its weight is {conv.weight.dtype}"
 
 
 class WinogradConv2d(StandIn):
     """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
 
-    ``points``, (36, in, out): its weight transformed, 4 times as large. Raises ValueError for a layer that this does
-    not fit.
+    ``points``, (36, in, out): its weight transformed, 4 times as large, and ``offset``, its bias, both in fp32 also
+    where the layer has 16 bits. Raises ValueError for a layer that this does not fit.
     """
 
     method = "F(4x4, 3x3)"
@@ -97,6 +104,7 @@ class WinogradConv2d(StandIn):
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
         self.register_buffer("points", None, persistent=False)
+        self.register_buffer("offset", None, persistent=False)
         self.form_weight()
 
     @staticmethod
@@ -109,9 +117,11 @@ class WinogradConv2d(StandIn):
 
     def form_weight(self) -> None:
         self.points = winograd_weight(self.weight)
+        self.offset = None if self.bias is None else self.bias.to(self.points.dtype)
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        return winograd_conv2d(input, self.points, self.bias, activation=activation, residual=residual)
+        input = input.to(self.weight.dtype)  # as autocast would
+        return winograd_conv2d(input, self.points, self.offset, activation=activation, residual=residual)
 
 
 class ThinConv2d(StandIn):
@@ -133,6 +143,7 @@ class ThinConv2d(StandIn):
         return reason
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        input = input.to(self.weight.dtype)
         return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
 
 
@@ -162,13 +173,10 @@ class DepthwiseConv2d(StandIn):
     @staticmethod
     def unfit(conv: nn.Module) -> str | None:
         """Why this cannot stand for a module; None if it can."""
-        reason = _unfit_depthwise(conv)
-        if reason is None and conv.weight.dtype != torch.float32:
-            return f"its weight is {conv.weight.dtype}"
-        return reason
+        return _unfit_depthwise(conv) or _unfit_dtype(conv)
 
     def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        return _finish(depthwise_conv2d(input, self.weight, self.bias), activation, residual)
+        return _finish(depthwise_conv2d(input.to(self.weight.dtype), self.weight, self.bias), activation, residual)
 
 
 def _padding(conv: nn.Conv2d) -> int | None:
@@ -357,11 +365,12 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
-    plain_sum = residual is None or residual.dtype == x.dtype
-    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d) and plain_sum:
-        return winograd_block(
-            x, first.points, second.points, first_bias=first.bias, second_bias=second.bias, residual=residual
-        )
+    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d):
+        dtypes = {t.dtype for t in (x, first.weight, second.weight, residual) if t is not None}
+        if len(dtypes) == 1:
+            return winograd_block(
+                x, first.points, second.points, first_bias=first.offset, second_bias=second.offset, residual=residual
+            )
     if x.ndim == 4 and _are_a_lora_block(first, second):
         stage = first.stage_now(x.shape[0])
         if isinstance(stage, Tensor) or x.device.type not in _lora_autograd.DEVICES:

@@ -19,7 +19,6 @@ from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.ops._checks import check_flag, check_image, finite
-from lorun_fast.ops.winograd_conv2d import DTYPES
 from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
 
 MOST_LOST = 0.02
@@ -78,7 +77,7 @@ class OptimizedLoRun(LoRun):
 
     def _apply(self, fn, recurse=True):
         conv = next((m for m in self.denoiser.modules() if isinstance(m, WinogradConv2d)), None)
-        if conv is not None and (dtype := fn(conv.weight.new_empty(0)).dtype) not in DTYPES:
+        if conv is not None and (dtype := fn(conv.points.new_empty(0)).dtype).itemsize < 4:
             raise TypeError(
                 f"expected float32 or float64, in which this network's convolutions compute, got {dtype}: "
                 f"optimize(dtype={dtype}) of the network that it was made from"
@@ -320,8 +319,6 @@ def _narrowed(net, built, own, dtype, convolutions, device, images, sigma) -> tu
         return built(None), own, "the network's own"
     fast, what = fast_bf16(device)
     plain = built(None)
-    if fast and (reason := _filtered_instead(plain.denoiser.one(), convolutions, device)):
-        fast, what = False, f"{what}, but {reason}"
     if not fast:
         return plain, own, what
     narrow = built(torch.bfloat16)
@@ -329,22 +326,6 @@ def _narrowed(net, built, own, dtype, convolutions, device, images, sigma) -> tu
     if abs(change) <= MOST_LOST:
         return narrow, torch.bfloat16, f"{what}; {said}"
     return plain, own, f"{what}, but bf16 not chosen: {said}"
-
-
-def _filtered_instead(denoiser: nn.Module, convolutions: str | None, device: torch.device) -> str | None:
-    """Why an fp32 denoiser by minimal filtering is better than one in bf16; None if it is not.
-
-    Where a CPU multiplies bf16 in vectors, twice as fast as fp32, a quarter of the multiplications in fp32 takes less
-    time (cs-25: 0.82 of it on a Zen 4), unless few of them are in layers that it serves.
-    """
-    if convolutions == "winograd":
-        return "minimal filtering, which was asked for, is for float32"
-    vectors = device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-    if not vectors or convolutions is not None or fastest_convolutions(torch.float32, device)[0] != "winograd":
-        return None
-    served = sum(m.weight.numel() for m in denoiser.modules() if WinogradConv2d.unfit(m) is None)
-    most = 2 * served > sum(p.numel() for p in denoiser.parameters())
-    return "minimal filtering in float32 takes less time" if most else None
 
 
 def _convolutions(
@@ -360,7 +341,7 @@ def _convolutions(
     replaced, convolutions = replace_convolutions(net.denoiser.copies, kind)
     if not replaced:
         return "direct", {
-            "winograd": "no float32 layer of 3 x 3, stride 1 and 8 channels or more, depthwise or not grouped",
+            "winograd": "no layer of 3 x 3, stride 1 and 8 channels or more, depthwise or not grouped",
             "packed": "no bfloat16 convolution of square kernels",
             "fused": "no bfloat16 or float16 convolution of 3 x 3 with stride 1 and up to 128 channels",
         }[kind]
@@ -380,10 +361,10 @@ def fastest_convolutions(dtype: torch.dtype, device: torch.device, launched: boo
         return _fastest_on_a_gpu(dtype, launched)
     if device.type != "cpu":
         return "direct", f"{device.type} device"
-    if dtype == torch.bfloat16:
-        return ("packed", "AMX") if found.get("amx") else ("direct", "matrix tiles need AMX")
-    if dtype != torch.float32:
-        return "direct", f"other methods are for float32 and bfloat16, this is {dtype}".replace("torch.", "")
+    if dtype == torch.bfloat16 and found.get("amx"):
+        return "packed", "AMX"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "direct", f"other methods are for float32, bfloat16 and float16, this is {dtype}".replace("torch.", "")
     if loops in ("avx2", "avx512"):
         return "winograd", f"{loops.upper()}; a quarter of the multiplications"
     return "direct", f"minimal filtering was measured with AVX2 and AVX-512, this CPU's loops are {loops}"

@@ -82,7 +82,8 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, activati
         ({"weight": (1, 16, 3, 3), "layout": torch.contiguous_format}, "channels_last"),
         ({"weight": (16, 3, 3, 3), "layout": torch.contiguous_format}, None),
         ({"layout": torch.contiguous_format}, "channels_last"),
-        ({"dtype": torch.bfloat16}, "float32 or float64"),
+        ({"dtype": torch.bfloat16}, None),
+        ({"dtype": torch.int32}, "floating-point image in channels_last"),
     ],
 )
 def test_what_it_serves(change, reason):
@@ -114,6 +115,27 @@ def test_a_backend_for_a_while():
     assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
     with pytest.raises(ValueError, match="name: expected one of auto, reference"), lf.use_backend("fastest"):
         pass
+
+
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "out"), [(8, 16), (9, 12), (8, 1), (3, 8)])
+def test_images_in_16_bits_beside_parameters_in_fp32(asked_for, form, dtype, channels, out):
+    p = problem(form, stages=None, dtype=torch.float32, in_=channels, out=out)
+    p["x"] = p["x"].to(dtype)
+    grad = torch.randn(4, out, 7, 6).to(dtype)
+
+    def call(wide):
+        leaves = {name: (t.double() if wide else t.clone()).requires_grad_() for name, t in p.items()}
+        y = lora_conv2d(**leaves, scale=0.7, padding=1)
+        return y, *torch.autograd.grad(y, leaves.values(), grad.to(y.dtype))
+
+    found, exact = call(wide=False), call(wide=True)
+    assert _backends.choose("lora_conv2d", "cpu", call_of(p)).name == "winograd"
+    for name, a, b in zip(["y", *p], found, exact, strict=True):
+        assert a.dtype == (dtype if name in ("x", "y") else torch.float32)
+        assert (a.double() - b).norm() < 2**-6 * b.norm(), name
 
 
 @pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")

@@ -18,6 +18,7 @@ gradient_op = torch.ops.lorun_fast.thin_weight_gradient.default
 
 CHANNELS = [(1, 8), (1, 16), (3, 40), (4, 24), (8, 1), (16, 1), (48, 1), (16, 2), (24, 3), (32, 3), (16, 4)]
 # N, H, W: one pixel, ragged ends, a whole step of pixels and one more or less, rows for more than one thread, no images
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 IMAGES = [(1, 1, 1), (2, 9, 33), (1, 5, 16), (1, 3, 15), (1, 2, 17), (1, 40, 100), (0, 4, 4)]
 
 
@@ -46,10 +47,11 @@ def calls(record_calls):
 
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize(("channels", "out"), CHANNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_is_a_convolution_and_what_follows(poisoned, calls, dtype, channels, out, image):
     x, weight, bias, residual = problem(channels, out, *image, dtype=dtype)
     close = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 1e-6 * channels + 1e-5}
+    close["rtol"] = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0)  # rounded once
     for settings in (
         {},
         {"bias": bias, "activation": "relu"},
@@ -63,21 +65,14 @@ def test_is_a_convolution_and_what_follows(poisoned, calls, dtype, channels, out
 
 
 def test_what_is_thin(calls):
-    def weight(out, channels, dtype=torch.float32):
-        return torch.ones(out, channels, 3, 3, dtype=dtype)
+    def weight(out, channels):
+        return torch.ones(out, channels, 3, 3)
 
-    for out, channels, dtype in (
-        (5, 16, torch.float32),
-        (16, 5, torch.float32),
-        (1, 12, torch.float32),
-        (12, 3, torch.float32),
-        (4, 4, torch.float32),
-        (1, 16, torch.bfloat16),
-    ):
-        assert not is_thin(weight(out, channels, dtype))
-        x = torch.ones(1, channels, 4, 5, dtype=dtype)
-        torch.testing.assert_close(fused_conv2d(x, weight(out, channels, dtype))[0, 0, 1, 1].item(), 9.0 * channels)
-    assert not calls and is_thin(weight(1, 16)) and is_thin(weight(8, 4, torch.float64))
+    for out, channels in ((5, 16), (16, 5), (1, 12), (12, 3), (4, 4)):
+        assert not is_thin(weight(out, channels))
+        x = torch.ones(1, channels, 4, 5)
+        torch.testing.assert_close(fused_conv2d(x, weight(out, channels))[0, 0, 1, 1].item(), 9.0 * channels)
+    assert not calls and is_thin(weight(1, 16)) and is_thin(weight(8, 4))
 
 
 @pytest.mark.skipif(not _native.available(), reason="the definition takes any")
@@ -108,12 +103,12 @@ def test_any_layout(channels, out, layout):
 
 @pytest.mark.parametrize("image", [*IMAGES, (1, 3, 64), (2, 70, 65)])
 @pytest.mark.parametrize(("channels", "out"), CHANNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weights_gradient(poisoned, dtype, channels, out, image):
     x, weight, _, grad = problem(channels, out, *image, dtype=dtype)
     found = thin_weight_gradient(grad, x)
     expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
-    assert found.dtype == dtype and found.is_contiguous()
+    assert found.dtype == (dtype if dtype == torch.float64 else torch.float32) and found.is_contiguous()
     # Of sums over all pixels of products of about 1.
     bound = (1e-14 if dtype == torch.float64 else 1e-6) * max(x[:, 0].numel(), 1) ** 0.5 + 1e-12
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=10 * bound)
@@ -130,8 +125,8 @@ def test_the_weights_gradient_of_any_layout(channels, out, layout):
 @pytest.mark.parametrize(
     ("grad", "x", "error"),
     [
-        ((1, 5, 4, 4), (1, 16, 4, 4), "1 to 4 channels on one side .*, 5 and 16"),
-        ((1, 1, 4, 4), (1, 12, 4, 4), "1 to 4 channels on one side .*, 1 and 12"),
+        ((1, 5, 4, 4), (1, 16, 4, 4), "1 to 4 channels on one side .* 5 and 16"),
+        ((1, 1, 4, 4), (1, 12, 4, 4), "1 to 4 channels on one side .* 1 and 12"),
         ((1, 1, 4, 5), (1, 8, 4, 4), r"expected \(N, out, H, W\) and \(N, in, H, W\), got \(1, 1, 4, 5\)"),
         ((2, 1, 4, 4), (1, 8, 4, 4), r"got \(2, 1, 4, 4\) and \(1, 8, 4, 4\)"),
         ((1, 1, 4), (1, 8, 4, 4), r"grad: expected \(N, out, H, W\)"),
@@ -143,10 +138,30 @@ def test_the_weights_gradient_refuses_what_does_not_fit(grad, x, error):
             call(torch.ones(grad), torch.ones(x))
 
 
-def test_the_weights_gradient_has_the_images_dtype():
-    for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises((TypeError, ValueError), match=r"expected (torch\.)?float32"):
-            thin_weight_gradient(torch.ones(1, 1, 4, 4, dtype=torch.bfloat16), torch.ones(1, 8, 4, 4, dtype=dtype))
+def test_the_weights_gradient_is_of_images_of_one_dtype():
+    grad, x = torch.ones(1, 1, 4, 4), torch.ones(1, 8, 4, 4)
+    with pytest.raises(TypeError, match=r"grad: expected torch\.float32 as x has, got torch\.bfloat16"):
+        thin_weight_gradient(grad.bfloat16(), x)
+    with pytest.raises(TypeError, match="x: expected float32, float64, bfloat16 or float16, got torch.int64"):
+        thin_weight_gradient(grad.long(), x.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "out"), [(16, 1), (1, 8)])
+def test_gradients_in_16_bits(channels, out, dtype):
+    values = [t.to(dtype) for t in problem(channels, out, 1, 9, 7, dtype=torch.float64)]
+
+    def gradients(*given):
+        x, weight, bias, residual = (t.detach().requires_grad_() for t in given)
+        y = fused_conv2d(x, weight, bias, activation="relu", residual=residual)
+        return torch.autograd.grad((y.double() ** 2).sum(), [x, weight, bias, residual])
+
+    for a, b in zip(gradients(*values), gradients(*(t.double() for t in values)), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=2**-5, atol=2**-5 * b.abs().max().item())
+    x, weight, bias, residual = values
+    opcheck(op, (x.requires_grad_(), weight, bias, residual, True))
+    opcheck(gradient_op, (residual.requires_grad_(), x))
 
 
 @pytest.mark.parametrize(("channels", "out"), [(8, 2), (1, 8)])
@@ -235,13 +250,13 @@ def test_does_not_depend_on_threads_or_batch_mates(channels, out):
 
 VARIANTS = """
 from lorun_fast.functional import fused_conv2d, thin_weight_gradient
-for dtype in (torch.float32, torch.float64):
+for dtype, _, near in dtypes(dict(rtol=0, atol=3e-5), dict(rtol=2**-8, atol=1e-4)):
     for i, o in ((16, 1), (24, 2), (16, 3), (8, 4), (1, 16), (4, 8)):
         x, weight = torch.randn(2, i, 6, 23, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype)
         bias, residual = torch.randn(o, dtype=dtype), torch.randn(2, o, 6, 23, dtype=dtype)
         y = fused_conv2d(x, weight, bias, activation="relu", residual=residual)
         expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + residual
-        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
+        torch.testing.assert_close(y.double(), expected, **near)
         found = thin_weight_gradient(residual, x).double()
         expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, residual.double(), padding=1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-4)

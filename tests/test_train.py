@@ -108,17 +108,19 @@ def test_a_finished_run_is_named_by_its_folder(uninterrupted, photographs, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("dtype", "loops", "asked", "used"),
+    ("dtype", "loops", "amx", "asked", "used"),
     [
-        ("fp32", "avx2", "auto", "winograd"),
-        ("fp32", "baseline", "auto", "auto"),
-        ("fp32", "avx2", "aten", "aten"),
-        ("bf16", "avx2", "auto", "auto"),
+        ("fp32", "avx2", False, "auto", "winograd"),
+        ("fp32", "avx512", True, "auto", "winograd"),
+        ("fp32", "baseline", False, "auto", "auto"),
+        ("fp32", "avx2", False, "aten", "aten"),
+        ("bf16", "avx2", False, "auto", "winograd"),
+        ("bf16", "avx512", True, "auto", "auto"),
     ],
 )
-def test_fp32_trains_by_minimal_filtering(photographs, tmp_path, monkeypatch, dtype, loops, asked, used):
+def test_a_cpu_trains_by_minimal_filtering(photographs, tmp_path, monkeypatch, dtype, loops, amx, asked, used):
     monkeypatch.setattr(_native, "WISH", asked)
-    info = _native.build_info() | {"cpu_active": loops}
+    info = _native.build_info() | {"cpu_active": loops, "amx": amx}
     monkeypatch.setattr(_native, "build_info", lambda: info)
     loss, seen = Recipe.loss, []
     monkeypatch.setattr(Recipe, "loss", lambda *call: seen.append(_native.WISH) or loss(*call))
@@ -128,23 +130,14 @@ def test_fp32_trains_by_minimal_filtering(photographs, tmp_path, monkeypatch, dt
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "loops", "asked", "dtype"),
-    [
-        (("amx_bf16", "avx512_bf16"), "avx512", "auto", "bf16"),
-        (("avx512_bf16",), "avx512", "auto", "fp32"),
-        (("avx512_bf16",), "avx512", "aten", "bf16"),
-        (("avx512_bf16",), "baseline", "auto", "bf16"),
-        ((), "avx2", "auto", "fp32"),
-    ],
+    ("capabilities", "dtype"),
+    [(("amx_bf16", "avx512_bf16"), "bf16"), (("avx512_bf16",), "bf16"), ((), "fp32")],
 )
-def test_the_default_dtype_is_the_fastest(photographs, tmp_path, monkeypatch, capabilities, loops, asked, dtype):
-    monkeypatch.setattr(_native, "WISH", asked)
-    info = _native.build_info() | {"cpu_active": loops}
-    monkeypatch.setattr(_native, "build_info", lambda: info)
+def test_the_default_dtype_is_the_fastest(photographs, tmp_path, monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
     assert main(arguments(photographs, tmp_path / "run", "--device", "cpu", "--stop-after", "1")) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == dtype
-    assert fastest_dtype(torch.device("cuda"), filtered=True) == "bf16"
+    assert fastest_dtype(torch.device("cuda")) == "bf16"
 
 
 def test_phase_two_trains_adapters_and_steps_on_a_frozen_base(uninterrupted):

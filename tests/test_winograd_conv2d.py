@@ -49,6 +49,22 @@ def problem(case, dtype=torch.float32, seed=0):
     return draw(n, channels, height, width), weight, draw(out), draw(n, out, height, width)
 
 
+NARROW = (torch.bfloat16, torch.float16)
+# By dtype: absolute error of results of size 1, of a block of two convolutions, of a weight's gradient beside its
+# largest value. 16 bits are rounded once where they are stored.
+CLOSE = {
+    torch.float64: (1e-12, 1e-12, 1e-13),
+    torch.float32: (3e-5, 1e-4, 1e-5),
+    torch.bfloat16: (2**-6, 2**-4, 1e-5),
+    torch.float16: (2**-9, 2**-7, 1e-5),
+}
+
+
+def in_its_dtype(dtype):
+    """What lies beside an image of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def direct(x, weight, bias=None, activation=None, residual=None):
     y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     y = F.relu(y) if activation else y
@@ -57,9 +73,10 @@ def direct(x, weight, bias=None, activation=None, residual=None):
 
 @pytest.mark.parametrize("epilogue", ["", "bias", "relu", "residual", "bias relu residual"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", list(CLOSE))
 def test_equals_the_direct_convolution(poisoned, dtype, case, epilogue):
     x, weight, bias, residual = problem(case, dtype)
+    bias = bias.to(in_its_dtype(dtype))
     settings = {
         "bias": bias if "bias" in epilogue else None,
         "activation": "relu" if "relu" in epilogue else None,
@@ -67,8 +84,12 @@ def test_equals_the_direct_convolution(poisoned, dtype, case, epilogue):
     }
     y = winograd_conv2d(x, winograd_weight(weight), **settings)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 3e-5}
+    close = {"rtol": 2**-8 if dtype in NARROW else 0, "atol": CLOSE[dtype][0]}
     torch.testing.assert_close(y.double(), direct(x, weight, **settings), **close)
+    points = winograd_weight(weight)
+    definition = reference.winograd_conv2d(x, points, settings["bias"], "relu" in epilogue, settings["residual"])
+    assert definition.dtype == dtype
+    torch.testing.assert_close(definition.double(), y.double(), **close)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,15 +105,15 @@ def test_the_definition_is_a_convolution_and_its_gradients_are_autograds(case):
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(("out", "channels"), [(8, 8), (24, 13), (3, 40), (1, 1), (0, 8)])
 def test_the_weight_is_its_definition(poisoned, adjoint, dtype, out, channels):
-    weight = torch.randn(out, channels, 3, 3, dtype=dtype)
+    weight, wide = torch.randn(out, channels, 3, 3, dtype=dtype), in_its_dtype(dtype)
     for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
         points = winograd_weight(w, adjoint=adjoint)
-        assert points.shape == ((36, out, channels) if adjoint else (36, channels, out)) and points.dtype == dtype
-        expected = reference.winograd_weight(weight.double(), adjoint).to(dtype)
-        torch.testing.assert_close(points, expected, rtol=2e-7 if dtype == torch.float32 else 1e-14, atol=1e-9)
+        assert points.shape == ((36, out, channels) if adjoint else (36, channels, out)) and points.dtype == wide
+        expected = reference.winograd_weight(weight.double(), adjoint).to(wide)
+        torch.testing.assert_close(points, expected, rtol=2e-7 if wide == torch.float32 else 1e-14, atol=1e-9)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     weight_op = torch.ops.lorun_fast.winograd_weight.default
     assert torch.autograd.gradcheck(weight_op, (weight, adjoint))
@@ -106,14 +127,14 @@ def direct_gradient(grad, x):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", list(CLOSE))
 def test_the_weights_gradient_is_the_direct_convolutions(poisoned, dtype, case):
     x, _, _, grad = problem(case, dtype)
     expected = direct_gradient(grad, x)
     # Relative to the largest value: sums of many pixels cancel.
-    close = {"rtol": 0, "atol": (1e-13 if dtype == torch.float64 else 1e-5) * (expected.abs().max().item() or 1)}
+    close = {"rtol": 0, "atol": CLOSE[dtype][2] * (expected.abs().max().item() or 1)}
     for found in (winograd_weight_gradient(grad, x), reference.winograd_weight_gradient(grad, x)):
-        assert found.dtype == dtype and found.permute(2, 3, 1, 0).is_contiguous()
+        assert found.dtype == in_its_dtype(dtype) and found.permute(2, 3, 1, 0).is_contiguous()
         torch.testing.assert_close(found.double(), expected, **close)
 
 
@@ -169,6 +190,30 @@ def test_gradcheck(relu, epilogue):
     args = [x, winograd_weight(weight), bias if epilogue else None, residual if epilogue else None]
     args = [t if t is None else t.requires_grad_() for t in args]
     assert torch.autograd.gradcheck(op, (args[0], args[1], args[2], relu, args[3]), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_gradients_in_16_bits(dtype):
+    """Each in its tensor's dtype, as close to fp64's as images in 16 bits are."""
+    values = [t.to(dtype) for t in problem((2, 9, 12, 5, 6), torch.float64)]
+    weight = values[1].double().requires_grad_()
+
+    def gradients(x, weight, bias, residual):
+        wanted = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+        points = winograd_weight(wanted[1])
+        y = winograd_conv2d(wanted[0], points, wanted[2].to(points.dtype), activation="relu", residual=wanted[3])
+        return torch.autograd.grad((y.double() ** 2).sum(), wanted)
+
+    found, exact = gradients(*values), gradients(*(t.double() for t in values))
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=2**-5, atol=2**-5 * b.abs().max().item())
+    x, grad = values[0].requires_grad_(), values[3].requires_grad_()
+    of_weight = winograd_weight_gradient(grad, x)
+    for a, b in zip(torch.autograd.grad((of_weight * weight.detach()).sum(), (grad, x)), (grad, x), strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+    for call in ((op, (x, winograd_weight(weight.detach().float()), None, True, grad)), (gradient_op, (grad, x))):
+        opcheck(*call)
 
 
 def test_only_the_wanted_gradients_are_formed():
@@ -273,9 +318,10 @@ def block_problem(case, dtype=torch.float32):
 
 @pytest.mark.parametrize("epilogue", [False, True])
 @pytest.mark.parametrize("case", BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", list(CLOSE))
 def test_a_block_is_two_convolutions_to_the_last_bit(poisoned, dtype, case, epilogue):
     x, first, first_bias, second, second_bias, residual = block_problem(case, dtype)
+    first_bias, second_bias = (t.to(in_its_dtype(dtype)) for t in (first_bias, second_bias))
     points = winograd_weight(first), winograd_weight(second)
     biases = (first_bias, second_bias) if epilogue else (None, None)
     settings = {"first_bias": biases[0], "second_bias": biases[1], "residual": residual if epilogue else None}
@@ -283,9 +329,10 @@ def test_a_block_is_two_convolutions_to_the_last_bit(poisoned, dtype, case, epil
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     between = winograd_conv2d(x, points[0], biases[0], activation="relu")
     expected = winograd_conv2d(between, points[1], biases[1], residual=x)
-    assert torch.equal(y, expected + residual if epilogue else expected)
+    if not epilogue or dtype not in NARROW:  # which rounds a sum of three once
+        assert torch.equal(y, expected + residual if epilogue else expected)
     exact = x + direct(direct(x, first, biases[0], "relu"), second, biases[1])
-    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 1e-4}
+    close = {"rtol": 2**-8 if dtype in NARROW else 0, "atol": CLOSE[dtype][1]}
     torch.testing.assert_close(y.double(), exact + residual if epilogue else exact, **close)
     definition = reference.winograd_block(x, points[0], biases[0], points[1], biases[1], settings["residual"])
     torch.testing.assert_close(definition, y, **close)
@@ -372,18 +419,18 @@ def test_errors_of_a_block(change, error, message):
 
 VARIANTS = """
 from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
-for dtype in (torch.float32, torch.float64):
+for dtype, beside, near in dtypes(dict(rtol=0, atol=3e-5), dict(rtol=2**-7, atol=2**-6)):
     whole, odd = ((2, 8, 24, 9, 6), (1, 16, 16, 20, 23)), ((1, 28, 31, 9, 6), (2, 9, 12, 5, 17), (1, 20, 10, 4, 4))
     for n, i, o, h, w in (*whole, *odd):
         x, weight = torch.randn(n, i, h, w, dtype=dtype), torch.randn(o, i, 3, 3, dtype=dtype) / 12
-        bias, one = torch.randn(o, dtype=dtype), torch.ones(n, o, h, w, dtype=dtype)
+        bias, one = torch.randn(o, dtype=beside), torch.ones(n, o, h, w, dtype=dtype)
         y = winograd_conv2d(x, winograd_weight(weight), bias, activation="relu", residual=one)
         expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + 1
-        close = dict(rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
-        torch.testing.assert_close(y.double(), expected, **close)
+        torch.testing.assert_close(y.double(), expected, **near)
         weight = weight.double().requires_grad_()
         F.conv2d(x.double(), weight, padding=1).backward(y.double())
         scale = weight.grad.abs().max()
+        close = dict(rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)
         torch.testing.assert_close(winograd_weight_gradient(y, x).double() / scale, weight.grad / scale, **close)
     for c, m in ((16, 24), (28, 13)):
         x, residual = torch.randn(2, 2, c, 37, 90, dtype=dtype)
@@ -391,7 +438,7 @@ for dtype in (torch.float32, torch.float64):
         y = winograd_block(x, winograd_weight(first), winograd_weight(second), residual=residual)
         between = F.relu(F.conv2d(x.double(), first.double(), padding=1))
         expected = x + F.conv2d(between, second.double(), padding=1) + residual
-        torch.testing.assert_close(y.double(), expected, **close | {"atol": 10 * close["atol"]})
+        torch.testing.assert_close(y.double(), expected, **near | {"atol": 10 * near["atol"]})
 """
 
 
@@ -421,12 +468,12 @@ def at_the_end(t):
 def image(*shape):
     return at_the_end(torch.randn(shape, dtype=dtype)).permute(0, 3, 1, 2)
 
-for dtype in (torch.float32, torch.float64):
+for dtype, beside, _ in dtypes(None, None):
     for i, o, px in ((28, 28, 9), (9, 31, 8), (20, 12, 8), (20, 12, 9), (33, 8, 9)):
         # 9: the image's last whole tile ends with it; 8: so does the gradient's.
         x, g = image(1, px, px, i), image(1, px, px, o)
         first, second = (at_the_end(winograd_weight(torch.randn(s, dtype=dtype))) for s in ((o, i, 3, 3), (i, o, 3, 3)))
-        bias = at_the_end(torch.randn(o, dtype=dtype))
+        bias = at_the_end(torch.randn(o, dtype=beside))
         y = winograd_conv2d(x, first, bias, residual=g)
         assert y.isfinite().all() and winograd_weight_gradient(g, x).isfinite().all()
         assert winograd_block(x, first, second, first_bias=bias, residual=x).isfinite().all()
@@ -447,7 +494,13 @@ def test_reads_nothing_behind_its_tensors(variant):
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x: expected \(N, C, H, W\), got shape \(8, 4, 4\)"),
-        ({"x": torch.zeros(1, 8, 4, 4).bfloat16()}, TypeError, "x: expected float32 or float64, got torch.bfloat16"),
+        ({"x": torch.zeros(1, 8, 4, 4).int()}, TypeError, "x: expected float32, float64, bfloat16 or float16, got"),
+        ({"x": torch.zeros(1, 8, 4, 4).bfloat16()}, TypeError, "residual: expected torch.bfloat16 as x has, got"),
+        (
+            {"x": torch.zeros(1, 8, 4, 4).half(), "weight": torch.zeros(36, 8, 8).half(), "residual": None},
+            TypeError,
+            "weight: expected torch.float32 beside x in torch.float16, got torch.float16",
+        ),
         ({"x": torch.zeros(1, 16, 4, 4)}, ValueError, r"weight: expected \(36, 16, out\)"),
         ({"x": torch.zeros(1, 4, 4, 4), "weight": torch.zeros(36, 4, 8)}, ValueError, "at least 8 channels, got 4 and"),
         ({"weight": torch.zeros(36, 8, 7), "bias": None, "residual": None}, ValueError, "8 channels, got 8 and 7"),
@@ -473,7 +526,7 @@ def test_errors(change, error, message):
 @pytest.mark.parametrize(
     ("grad", "x", "error", "message"),
     [
-        ((8, 4, 4), (1, 8, 4, 4), ValueError, r"expected \(N, out, H, W\) and \(N, in, H, W\), got \(8, 4, 4\)"),
+        ((8, 4, 4), (1, 8, 4, 4), ValueError, r"grad: expected \(N, out, H, W\), got shape \(8, 4, 4\)"),
         ((1, 8, 4, 5), (1, 8, 4, 4), ValueError, r"got \(1, 8, 4, 5\) and \(1, 8, 4, 4\)"),
         ((1, 4, 4, 4), (1, 8, 4, 4), ValueError, "at least 8 channels, got 4 and 8"),
     ],
@@ -485,7 +538,9 @@ def test_errors_of_the_weights_gradient(grad, x, error, message):
 
 def test_dtypes_of_the_weights_gradient():
     x = torch.zeros(1, 8, 4, 4)
-    with pytest.raises(TypeError, match=r"x: expected float32 or float64, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch\.int32"):
+        winograd_weight_gradient(x, x.int())
+    with pytest.raises(TypeError, match=r"grad: expected torch\.bfloat16 as x has, got torch\.float32"):
         winograd_weight_gradient(x, x.bfloat16())
     with pytest.raises(TypeError, match=r"grad: expected torch\.float32 as x has, got torch\.float64"):
         winograd_weight_gradient(x.double(), x)
@@ -501,5 +556,5 @@ def test_no_channels():
 def test_a_weight_of_another_size():
     with pytest.raises(ValueError, match=r"weight: expected \(out, in, 3, 3\), got shape \(8, 8, 5, 5\)"):
         winograd_weight(torch.zeros(8, 8, 5, 5))
-    with pytest.raises(TypeError, match=r"weight: expected float32 or float64, got torch\.bfloat16"):
-        winograd_weight(torch.zeros(8, 8, 3, 3).bfloat16())
+    with pytest.raises(TypeError, match=r"weight: expected float32, float64, bfloat16 or float16, got torch\.int32"):
+        winograd_weight(torch.zeros(8, 8, 3, 3).int())

@@ -19,12 +19,11 @@ inline std::optional<Tensor> fitting_bias(const char* name, const std::optional<
   return dense(*bias);
 }
 
-// x: the image that is convolved.
-inline std::optional<Tensor> fitting_residual(const std::optional<Tensor>& residual, const Tensor& x, int64_t out,
-                                              ScalarType wide) {
+// x: the image that is convolved, of the same type.
+inline std::optional<Tensor> fitting_residual(const std::optional<Tensor>& residual, const Tensor& x, int64_t out) {
   if (residual) {
     check_shape("residual", *residual, {x.size(0), out, x.size(2), x.size(3)});
-    check_type("residual", *residual, wide);
+    check_type("residual", *residual, x.scalar_type());
   }
   return channels_inside(residual);
 }

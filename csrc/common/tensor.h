@@ -82,9 +82,15 @@ inline void check_shape(const char* name, const Tensor& t, std::initializer_list
                   text_of(want), ", got ", text_of(got));
 }
 
+inline const char* name_of(ScalarType type) {
+  return type == ScalarType::Double     ? "float64"
+         : type == ScalarType::BFloat16 ? "bfloat16"
+         : type == ScalarType::Half     ? "float16"
+                                        : "float32";
+}
+
 inline void check_type(const char* name, const Tensor& t, ScalarType want) {
-  STD_TORCH_CHECK(t.scalar_type() == want, name, ": expected ", want == ScalarType::Double ? "float64" : "float32",
-                  " beside this image, got another dtype");
+  STD_TORCH_CHECK(t.scalar_type() == want, name, ": expected ", name_of(want), " beside this image, got another dtype");
 }
 
 inline void check_step_size(const Tensor& rho, int64_t n, int64_t channels, ScalarType wide) {

@@ -8,22 +8,22 @@ template <class T>
 using Vec = typename Lanes<T>::Vec;
 
 // Three rows of the image around `pixels` results, from the column before them on.
-template <class T>
+template <class S>
 struct Around {
-  const T* rows[3];
+  const S* rows[3];
 };
 
 // Those around the results from (row, column) on; a copy with zeros outside the image where they leave it.
-template <class T>
-LORUN_TARGET LORUN_INLINE inline Around<T> around(const Problem<T>& p, int64_t image, int64_t row, int64_t column,
-                                                  int64_t pixels, T* padded) {
-  const T* x = p.x + image * p.height * p.width * p.in;
+template <class S>
+LORUN_TARGET LORUN_INLINE inline Around<S> around(const Problem<S>& p, int64_t image, int64_t row, int64_t column,
+                                                  int64_t pixels, S* padded) {
+  const S* x = p.x + image * p.height * p.width * p.in;
   const int64_t left = column - 1, span = pixels + 2, pitch = p.width * p.in;
   if (row > 0 && row + 1 < p.height && left >= 0 && left + span <= p.width) {
-    const T* first = x + ((row - 1) * p.width + left) * p.in;
+    const S* first = x + ((row - 1) * p.width + left) * p.in;
     return {{first, first + pitch, first + 2 * pitch}};
   }
-  std::fill_n(padded, 3 * span * p.in, T(0));
+  std::fill_n(padded, 3 * span * p.in, S(0));
   const int64_t first = std::max<int64_t>(left, 0), stop = std::min(left + span, p.width);
   for (int64_t i = std::max<int64_t>(row - 1, 0); i < std::min(row + 2, p.height); ++i) {
     std::copy_n(x + (i * p.width + first) * p.in, (stop - first) * p.in,
@@ -64,8 +64,9 @@ LORUN_TARGET LORUN_INLINE inline Vec<T> lane_sums(const Vec<T>* v) {
 }
 
 // Rows [begin, end) of all images, to Out channels.
-template <class T, int Out>
-LORUN_TARGET void to_few(const Problem<T>& p, T* padded, int64_t begin, int64_t end) {
+template <class S, int Out>
+LORUN_TARGET void to_few(const Problem<S>& p, S* padded, int64_t begin, int64_t end) {
+  using T = Wide<S>;
   constexpr int kCount = Lanes<T>::kCount, kPixels = std::max(kCount / Out, 1), kSums = kPixels * Out;
   constexpr int kVecs = (kSums + kCount - 1) / kCount;
   T bias[kVecs * kCount] = {}, found[kVecs * kCount];
@@ -75,7 +76,7 @@ LORUN_TARGET void to_few(const Problem<T>& p, T* padded, int64_t begin, int64_t 
   for (int64_t r = begin; r < end; ++r) {
     const int64_t image = r / p.height, row = r % p.height;
     for (int64_t column = 0; column < p.width; column += kPixels) {
-      const Around<T> x = around(p, image, row, column, kPixels, padded);
+      const Around<S> x = around(p, image, row, column, kPixels, padded);
       Vec<T> sum[kVecs * kCount] = {};
       for (int64_t c = 0; c < p.in; c += kCount) {
 #pragma GCC unroll 3
@@ -114,20 +115,21 @@ LORUN_TARGET void to_few(const Problem<T>& p, T* padded, int64_t begin, int64_t 
       const int64_t at = (r * p.width + column) * Out;
       const int64_t values = std::min<int64_t>(kPixels, p.width - column) * Out;
       for (int64_t i = 0; i < values; ++i) {
-        p.y[at + i] = p.residual ? found[i] + p.residual[at + i] : found[i];
+        p.y[at + i] = narrow<S>(p.residual ? found[i] + widen(p.residual[at + i]) : found[i]);
       }
     }
   }
 }
 
 // The same from few channels.
-template <class T>
-LORUN_TARGET void from_few(const Problem<T>& p, T* padded, int64_t begin, int64_t end) {
+template <class S>
+LORUN_TARGET void from_few(const Problem<S>& p, S* padded, int64_t begin, int64_t end) {
+  using T = Wide<S>;
   constexpr int kPixels = 8;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t image = r / p.height, row = r % p.height;
     for (int64_t column = 0; column < p.width; column += kPixels) {
-      const Around<T> x = around(p, image, row, column, kPixels, padded);
+      const Around<S> x = around(p, image, row, column, kPixels, padded);
       const int64_t pixels = std::min<int64_t>(kPixels, p.width - column);
       for (int64_t o = 0; o < p.out; o += Lanes<T>::kCount) {
         Vec<T> sum[kPixels] = {};
@@ -136,7 +138,7 @@ LORUN_TARGET void from_few(const Problem<T>& p, T* padded, int64_t begin, int64_
             const Vec<T> w = load(p.w + (i * 3 * p.in + k) * p.out + o);
 #pragma GCC unroll 8
             for (int q = 0; q < kPixels; ++q) {
-              sum[q] += x.rows[i][q * p.in + k] * w;
+              sum[q] += widen(x.rows[i][q * p.in + k]) * w;
             }
           }
         }
@@ -154,7 +156,7 @@ LORUN_TARGET void from_few(const Problem<T>& p, T* padded, int64_t begin, int64_
           if (p.residual) {
             y += load(p.residual + at);
           }
-          store(p.y + at, y);
+          store(p.y + at, narrowed<S>(y));
         }
       }
     }

@@ -23,24 +23,24 @@ namespace {
 // Pixels of a step at most, and one on each side.
 constexpr int64_t kMostPixels = 16 + 2;
 
-template <class T>
-using Rows = void (*)(const Problem<T>&, T*, int64_t, int64_t);
+template <class S>
+using Rows = void (*)(const Problem<S>&, S*, int64_t, int64_t);
 
-template <class T>
-Rows<T> rows_of(const Problem<T>& p) {
+template <class S>
+Rows<S> rows_of(const Problem<S>& p) {
   if (p.in <= kFew) {
-    return LORUN_PICK_FOR(variant_for<T>(p.out), from_few<T>);
+    return LORUN_PICK_FOR(variant_for<Wide<S>>(p.out), from_few<S>);
   }
-  const CpuVariant variant = variant_for<T>(p.in);
+  const CpuVariant variant = variant_for<Wide<S>>(p.in);
   switch (p.out) {
     case 1:
-      return LORUN_PICK_FOR(variant, to_few<T, 1>);
+      return LORUN_PICK_FOR(variant, to_few<S, 1>);
     case 2:
-      return LORUN_PICK_FOR(variant, to_few<T, 2>);
+      return LORUN_PICK_FOR(variant, to_few<S, 2>);
     case 3:
-      return LORUN_PICK_FOR(variant, to_few<T, 3>);
+      return LORUN_PICK_FOR(variant, to_few<S, 3>);
     default:
-      return LORUN_PICK_FOR(variant, to_few<T, 4>);
+      return LORUN_PICK_FOR(variant, to_few<S, 4>);
   }
 }
 
@@ -62,29 +62,34 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
   check_shape("weight", weight, {out, in, 3, 3});
   const bool from = check_channels(in, out);
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
-  check_type("weight", weight, wide);
-  const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);
-  const std::optional<Tensor> added = fitting_residual(residual, x, out, wide);
+  check_type("weight", weight, type);
+  if (bias) {
+    check_type("bias", *bias, type);
+  }
+  const std::optional<Tensor> wide_bias = bias ? std::optional(dense_in_type(*bias, wide)) : std::nullopt;
+  const std::optional<Tensor> offset = fitting_bias("bias", wide_bias, out, wide);
+  const std::optional<Tensor> added = fitting_residual(residual, x, out);
   const Tensor image = channels_inside(x);
-  const Tensor taps = channels_inside(weight);  // (out, 3, 3, in)
+  const Tensor taps = channels_inside(dense_in_type(weight, wide));  // (out, 3, 3, in)
   const Tensor w = from ? outputs_inside(taps) : taps;
   const Tensor y = empty_beside(x, {n, height, width, out}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const Problem<T> p{n,
+  dispatch_storage(type, "x", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Wide<S>;
+    const Problem<S> p{n,
                        height,
                        width,
                        in,
                        out,
-                       image.const_data_ptr<T>(),
+                       image.const_data_ptr<S>(),
                        w.const_data_ptr<T>(),
                        pointer<T>(offset),
-                       pointer<T>(added),
-                       y.mutable_data_ptr<T>(),
+                       pointer<S>(added),
+                       y.mutable_data_ptr<S>(),
                        relu};
     const auto kernel = rows_of(p);
     parallel(n * height, width * (in + out), [&](int64_t begin, int64_t end) {
-      kernel(p, static_cast<T*>(scratch<Padded>(3 * kMostPixels * in * sizeof(T))), begin, end);
+      kernel(p, static_cast<S*>(scratch<Padded>(3 * kMostPixels * in * sizeof(S))), begin, end);
     });
   });
   return channels_outside(y);

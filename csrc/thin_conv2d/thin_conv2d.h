@@ -36,20 +36,23 @@ inline bool check_channels(int64_t in, int64_t out) {
 }
 
 // Channels innermost: x (n, height, width, in), y and residual (n, height, width, out). w: to few channels (out, 3, 3,
-// in), from few (3, 3, in, out). bias and residual may be null.
-template <class T>
+// in), from few (3, 3, in, out). bias and residual may be null. S: what images are stored as; all else is
+// Wide<S>.
+template <class S>
 struct Problem {
   int64_t n, height, width, in, out;
-  const T *x, *w, *bias, *residual;
-  T* y;
+  const S* x;
+  const Wide<S>*w, *bias;
+  const S* residual;
+  S* y;
   bool relu;
 };
 
 // few (n, height, width, fews), many (n, height, width, manys).
-template <class T>
+template <class S>
 struct GradientProblem {
   int64_t height, width, fews, manys;
-  const T *few, *many;
+  const S *few, *many;
 };
 
 }  // namespace lorun::thin_conv2d

@@ -31,19 +31,20 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   const int64_t n = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);
   check_shape("grad", grad, {n, out, height, width});
   const bool from = check_channels(in, out);
-  const ScalarType type = x.scalar_type();
-  check_type("grad", grad, wide_type(type));
+  const ScalarType type = x.scalar_type(), wide = wide_type(type);
+  check_type("grad", grad, type);
   const Tensor few = channels_inside(from ? x : grad), many = channels_inside(from ? grad : x);
   const int64_t fews = from ? in : out, manys = from ? out : in, rows = n * height;
   const auto parts =
       static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(rows / kPartRows, 1, kParts))));
-  const Tensor memory = empty_beside(x, {parts, fews, kTaps, manys}, type);
-  const Tensor g = empty_beside(x, {out, in, 3, 3}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const GradientProblem<T> p{height, width, fews, manys, few.const_data_ptr<T>(), many.const_data_ptr<T>()};
+  const Tensor memory = empty_beside(x, {parts, fews, kTaps, manys}, wide);
+  const Tensor g = empty_beside(x, {out, in, 3, 3}, wide);
+  dispatch_storage(type, "x", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Wide<S>;
+    const GradientProblem<S> p{height, width, fews, manys, few.const_data_ptr<S>(), many.const_data_ptr<S>()};
     const int64_t values = fews * kTaps * manys;
-    const auto kernel = LORUN_PICK_FOR(variant_for<T>(manys), sum_rows<T>);
+    const auto kernel = LORUN_PICK_FOR(variant_for<T>(manys), sum_rows<S>);
     T* sums = memory.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       T* padded = static_cast<T*>(scratch<Padded>(3 * (width + 2) * sizeof(T)));

@@ -8,26 +8,26 @@ template <class T>
 using Vec = typename Lanes<T>::Vec;
 
 // The rows of one of the few channels around a row, with zeros outside the image: (3, width + 2).
-template <class T>
-LORUN_TARGET inline void around(const GradientProblem<T>& p, int64_t image, int64_t row, int64_t channel, T* padded) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET inline void around(const GradientProblem<S>& p, int64_t image, int64_t row, int64_t channel, T* padded) {
   for (int64_t i = 0; i < 3; ++i, padded += p.width + 2) {
     const int64_t at = row + i - 1;
     if (at < 0 || at >= p.height) {
       std::fill_n(padded, p.width + 2, T(0));
       continue;
     }
-    const T* from = p.few + (image * p.height + at) * p.width * p.fews + channel;
+    const S* from = p.few + (image * p.height + at) * p.width * p.fews + channel;
     padded[0] = padded[p.width + 1] = T(0);
     for (int64_t j = 0; j < p.width; ++j) {
-      padded[j + 1] = from[j * p.fews];
+      padded[j + 1] = widen(from[j * p.fews]);
     }
   }
 }
 
 // sums (fews, 9, manys) += those of rows [begin, end) of all images. A vector holds some of the many channels; the
 // sums of all nine taps stay in registers for some pixels of a row.
-template <class T>
-LORUN_TARGET void sum_rows(const GradientProblem<T>& p, T* padded, int64_t begin, int64_t end, T* sums) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET void sum_rows(const GradientProblem<S>& p, T* padded, int64_t begin, int64_t end, T* sums) {
   constexpr int64_t kPixels = 64;
   const int64_t pitch = p.width + 2;
   for (int64_t r = begin; r < end; ++r) {
@@ -36,7 +36,7 @@ LORUN_TARGET void sum_rows(const GradientProblem<T>& p, T* padded, int64_t begin
       for (int64_t column = 0; column < p.width; column += kPixels) {
         const int64_t pixels = std::min(kPixels, p.width - column);
         for (int64_t c = 0; c < p.manys; c += Lanes<T>::kCount) {
-          const T* many = p.many + (r * p.width + column) * p.manys + c;
+          const S* many = p.many + (r * p.width + column) * p.manys + c;
           const T *above = padded + column, *beside = above + pitch, *below = beside + pitch;
           Vec<T> sum[kTaps] = {};
           for (int64_t q = 0; q < pixels; ++q) {

@@ -9,6 +9,8 @@ using namespace ::lorun::LORUN_VARIANT;
 template <class T>
 using Vec = typename Lanes<T>::Vec;
 
+// Images are stored as S; what is made of them is T, or Wide<S>.
+
 // Tiles of a product that stay in registers, two vectors each: 12 of 16 registers, 24 of AVX-512's 32.
 constexpr int64_t kTogether = LORUN_VECTOR_BYTES == 64 ? 12 : 6;
 
@@ -36,8 +38,8 @@ LORUN_TARGET LORUN_INLINE inline void from_points(const V (&m)[6], V (&y)[4]) {
 }
 
 // d: the first pixel of 6 rows of 6. v: this tile's channels at point 0.
-template <class T>
-LORUN_TARGET inline void transform(const T* const (&d)[kSpan], int64_t channels, T* v, int64_t pitch) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET inline void transform(const S* const (&d)[kSpan], int64_t channels, T* v, int64_t pitch) {
   for (int64_t next = 0; next < channels; next += Lanes<T>::kCount) {
     const int64_t c = std::min(next, channels - Lanes<T>::kCount);
     Vec<T> half[6][6];
@@ -67,22 +69,22 @@ LORUN_TARGET inline void transform(const T* const (&d)[kSpan], int64_t channels,
 }
 
 // Pixels of one image.
-template <class T>
+template <class S>
 struct Pixels {
-  const T* first;
+  const S* first;
   int64_t row;
 };
 
 // span x span pixels from (top, left) on; a copy with zeros outside the image where they leave it.
-template <class T>
-LORUN_TARGET inline Pixels<T> tile_at(const Images& images, const T* x, int64_t channels, int64_t image, int64_t top,
-                                      int64_t left, int64_t span, T* padded) {
+template <class S>
+LORUN_TARGET inline Pixels<S> tile_at(const Images& images, const S* x, int64_t channels, int64_t image, int64_t top,
+                                      int64_t left, int64_t span, S* padded) {
   const int64_t height = images.height, width = images.width;
-  const T* from = x + image * height * width * channels;
+  const S* from = x + image * height * width * channels;
   if (top >= 0 && left >= 0 && top + span <= height && left + span <= width) {
     return {from + (top * width + left) * channels, width * channels};
   }
-  std::fill_n(padded, span * span * channels, T(0));
+  std::fill_n(padded, span * span * channels, S(0));
   const int64_t first = std::max<int64_t>(left, 0), stop = std::min(left + span, width);
   for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + span, height); ++row) {
     std::copy_n(from + (row * width + first) * channels, (stop - first) * channels,
@@ -92,11 +94,11 @@ LORUN_TARGET inline Pixels<T> tile_at(const Images& images, const T* x, int64_t 
 }
 
 // The points of the image under a tile.
-template <class T>
-LORUN_TARGET inline void image_points(const Images& images, const T* x, int64_t channels, const Place& place, T* padded,
-                                      T* v, int64_t pitch) {
-  const Pixels<T> d = tile_at(images, x, channels, place.image, place.top - 1, place.left - 1, kSpan, padded);
-  const T* const rows[kSpan] = {
+template <class S>
+LORUN_TARGET inline void image_points(const Images& images, const S* x, int64_t channels, const Place& place, S* padded,
+                                      Wide<S>* v, int64_t pitch) {
+  const Pixels<S> d = tile_at(images, x, channels, place.image, place.top - 1, place.left - 1, kSpan, padded);
+  const S* const rows[kSpan] = {
       d.first, d.first + d.row, d.first + 2 * d.row, d.first + 3 * d.row, d.first + 4 * d.row, d.first + 5 * d.row};
   transform(rows, channels, v, pitch);
 }
@@ -157,8 +159,8 @@ LORUN_TARGET inline void columns(const Filter<T>& f, const T* v, int64_t tiles, 
 }
 
 // The products of `tiles` tiles' points with a filter's.
-template <class T>
-LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<T>& w, int64_t tiles) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<S>& w, int64_t tiles) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   for (int64_t point = 0; point < kPoints; ++point) {
     const T *v = w.v + point * w.v_pitch, *u = f.u + point * f.in * f.out;
@@ -175,9 +177,10 @@ LORUN_TARGET inline void multiply(const Filter<T>& f, const Work<T>& w, int64_t 
 
 // m: the products of a tile that ends inside the image if Whole; `at` is its first value in the result, `rows` and
 // `width` what it has of both.
-template <class T, bool Whole>
-LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, int64_t at, int64_t rows,
+template <class S, bool Whole>
+LORUN_TARGET inline void finish(const Finish<S>& to, const Wide<S>* m, int64_t pitch, int64_t at, int64_t rows,
                                 int64_t width) {
+  using T = Wide<S>;
   for (int64_t next = 0; next < to.channels; next += Lanes<T>::kCount) {
     const int64_t c = std::min(next, to.channels - Lanes<T>::kCount);
     Vec<T> half[4][6];
@@ -218,26 +221,27 @@ LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, 
         if (to.more) {
           y += load(to.more + o);
         }
-        store(to.y + o, y);
+        store(to.y + o, narrowed<S>(y));
       }
     }
   }
 }
 
 // The one of both that serves this tile.
-template <class T>
-LORUN_TARGET inline void finish(const Finish<T>& to, const T* m, int64_t pitch, int64_t at, int64_t rows,
+template <class S>
+LORUN_TARGET inline void finish(const Finish<S>& to, const Wide<S>* m, int64_t pitch, int64_t at, int64_t rows,
                                 int64_t width) {
   if (rows >= kTile && width >= kTile) {
-    finish<T, true>(to, m, pitch, at, rows, width);
+    finish<S, true>(to, m, pitch, at, rows, width);
   } else {
-    finish<T, false>(to, m, pitch, at, rows, width);
+    finish<S, false>(to, m, pitch, at, rows, width);
   }
 }
 
 // Tiles [begin, end) of all images, row by row.
-template <class T>
-LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin, int64_t end) {
+template <class S>
+LORUN_TARGET void convolve(const Problem<S>& p, const Work<S>& w, int64_t begin, int64_t end) {
+  using T = Wide<S>;
   const int64_t v_row = whole_vectors<T>(p.filter.in), m_row = whole_vectors<T>(p.filter.out);
   for (int64_t t = begin; t < end; ++t) {
     image_points(p, p.x, p.filter.in, Place(p, t), w.padded, w.v + (t - begin) * v_row, w.v_pitch);
@@ -251,13 +255,14 @@ LORUN_TARGET void convolve(const Problem<T>& p, const Work<T>& w, int64_t begin,
 }
 
 // One row of tiles of the first convolution, into its slot of the ring.
-template <class T>
-LORUN_TARGET inline void between(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel,
+template <class S>
+LORUN_TARGET inline void between(const Block<S>& p, const Work<S>& w, const Ring<S>& ring, const Panel& panel,
                                  int64_t row) {
+  using T = Wide<S>;
   const int64_t in = p.first.in, middle = p.first.out, top = row * kTile;
   const int64_t v_row = whole_vectors<T>(in), m_row = whole_vectors<T>(middle);
   const int64_t begin = std::max<int64_t>(panel.begin - 1, 0), end = std::min(panel.end + 1, p.tile_columns());
-  const Finish<T> to{middle, ring.slot(row), ring.row, p.first_bias, nullptr, nullptr, true};
+  const Finish<S> to{middle, ring.slot(row), ring.row, p.first_bias, nullptr, nullptr, true};
   for (int64_t from = begin; from < end; from += w.tiles) {
     const int64_t count = std::min(w.tiles, end - from);
     for (int64_t t = 0; t < count; ++t) {
@@ -273,9 +278,10 @@ LORUN_TARGET inline void between(const Block<T>& p, const Work<T>& w, const Ring
 }
 
 // Rows [begin, end) of tiles of a panel.
-template <class T>
-LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring, const Panel& panel, int64_t begin,
+template <class S>
+LORUN_TARGET void block(const Block<S>& p, const Work<S>& w, const Ring<S>& ring, const Panel& panel, int64_t begin,
                         int64_t end) {
+  using T = Wide<S>;
   const int64_t out = p.second.out, middle = p.first.out, last = p.tile_rows() - 1;
   const int64_t v_row = whole_vectors<T>(middle), m_row = whole_vectors<T>(out);
   ring.clear_margins(panel, p.width);
@@ -287,7 +293,7 @@ LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring
       between(p, w, ring, panel, row + 1);
     }
     const int64_t top = row * kTile;
-    const T* rows[kSpan];
+    const S* rows[kSpan];
     for (int64_t i = 0; i < kSpan; ++i) {
       const int64_t y = top - 1 + i;
       rows[i] = y < 0 || y >= p.height ? ring.zeros() : ring.slot(y / kTile) + y % kTile * ring.row;
@@ -296,7 +302,7 @@ LORUN_TARGET void block(const Block<T>& p, const Work<T>& w, const Ring<T>& ring
       const int64_t count = std::min(w.tiles, panel.end - from);
       for (int64_t t = 0; t < count; ++t) {
         const int64_t at = ring.column(panel, (from + t) * kTile - 1);
-        const T* const d[kSpan] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at, rows[4] + at, rows[5] + at};
+        const S* const d[kSpan] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at, rows[4] + at, rows[5] + at};
         transform(d, middle, w.v + t * v_row, w.v_pitch);
       }
       multiply(p.second, w, count);

@@ -25,21 +25,21 @@ constexpr int64_t kWorkBytes = 384 << 10;  // with the sums of one point, in the
 // Parts of the tiles: at most so many, of so many tiles at least, and so much memory; a power of two, for equal shares.
 constexpr int64_t kParts = 16, kPartTiles = 36, kPartBytes = 8 << 20;
 
-template <class T>
-void run(const GradientProblem<T>& p, T* grad, const Tensor& like) {
+template <class S, class T = Wide<S>>
+void run(const GradientProblem<S>& p, T* grad, const Tensor& like) {
   constexpr int64_t kBytes = sizeof(T);
   const CpuVariant variant = variant_for<T>(p.in, p.out);
-  const auto sum = LORUN_PICK_FOR(variant, sum_tiles<T>);
-  const auto finish = LORUN_PICK_FOR(variant, to_weight<T>);
+  const auto sum = LORUN_PICK_FOR(variant, sum_tiles<S>);
+  const auto finish = LORUN_PICK_FOR(variant, to_weight<S>);
   const int64_t row = whole_vectors<T>(p.out), values = p.in * row, channels = kPoints * (p.in + p.out);
   const int64_t fit = kPartBytes / std::max<int64_t>(kPoints * values * kBytes, 1);
   const int64_t most = std::clamp<int64_t>(std::min(fit, p.tiles() / kPartTiles), 1, kParts);
   const auto parts = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
   const int64_t together = std::max<int64_t>(kWorkBytes / std::max<int64_t>(channels * kBytes, 1), 1);
-  const Tensor memory = empty_beside(like, {parts, kPoints, p.in, row}, like.scalar_type());
+  const Tensor memory = empty_beside(like, {parts, kPoints, p.in, row}, wide_type(like.scalar_type()));
   T* sums = memory.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    const Work<T> w(together, p.in, p.out);
+    const Work<S> w(together, p.in, p.out);
     for (int64_t part = first; part < last; ++part) {
       T* to = sums + part * kPoints * values;
       std::fill_n(to, kPoints * values, T(0));
@@ -60,13 +60,13 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   check_shape("grad", grad, {images.n, out, images.height, images.width});
   check_channels(in, out);
   const ScalarType type = x.scalar_type();
-  check_type("grad", grad, wide_type(type));
+  check_type("grad", grad, type);
   const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);
-  const Tensor g = empty_beside(x, {3, 3, in, out}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    run(GradientProblem<T>{images, in, out, pixels.const_data_ptr<T>(), gradients.const_data_ptr<T>()},
-        g.mutable_data_ptr<T>(), x);
+  const Tensor g = empty_beside(x, {3, 3, in, out}, wide_type(type));
+  dispatch_storage(type, "x", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    run(GradientProblem<S>{images, in, out, pixels.const_data_ptr<S>(), gradients.const_data_ptr<S>()},
+        g.mutable_data_ptr<Wide<S>>(), x);
   });
   // (out, in, 3, 3), without a copy
   return torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(g, 0, 3), 1, 2), 2, 3);

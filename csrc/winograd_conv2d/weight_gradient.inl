@@ -31,8 +31,8 @@ LORUN_TARGET LORUN_INLINE inline void gather(const V (&u)[6], V (&y)[3]) {
 
 // g: the first of 4 x 4 pixels. m: this tile's channels at point 0, in whole vectors: what two have of g is twice in m,
 // and in the sums, for nothing is to be added to one twice.
-template <class T>
-LORUN_TARGET inline void transform_gradient(const Pixels<T>& g, int64_t channels, T* m, int64_t pitch) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET inline void transform_gradient(const Pixels<S>& g, int64_t channels, T* m, int64_t pitch) {
   for (int64_t next = 0; next < channels; next += Lanes<T>::kCount) {
     const int64_t c = std::min(next, channels - Lanes<T>::kCount);
     Vec<T> half[6][4];
@@ -83,13 +83,13 @@ LORUN_TARGET inline void add_columns(const T* v, int64_t in, const T* m, int64_t
 }
 
 // sums (36, in, out as in m) += those of tiles [begin, end).
-template <class T>
-LORUN_TARGET void sum_tiles(const GradientProblem<T>& p, const Work<T>& w, int64_t begin, int64_t end, T* sums) {
+template <class S, class T = Wide<S>>
+LORUN_TARGET void sum_tiles(const GradientProblem<S>& p, const Work<S>& w, int64_t begin, int64_t end, T* sums) {
   const int64_t v_row = whole_vectors<T>(p.in), m_row = whole_vectors<T>(p.out);
   for (int64_t t = begin; t < end; ++t) {
     const Place place(p, t);
     image_points(p, p.x, p.in, place, w.padded, w.v + (t - begin) * v_row, w.v_pitch);
-    const Pixels<T> g = tile_at(p, p.grad, p.out, place.image, place.top, place.left, kTile, w.padded);
+    const Pixels<S> g = tile_at(p, p.grad, p.out, place.image, place.top, place.left, kTile, w.padded);
     transform_gradient(g, p.out, w.m + (t - begin) * m_row, w.m_pitch);
   }
   constexpr int64_t kCount = Lanes<T>::kCount;
@@ -107,8 +107,8 @@ LORUN_TARGET void sum_tiles(const GradientProblem<T>& p, const Work<T>& w, int64
 }
 
 // grad (3, 3, in, out) of input channels [begin, end), from the sums of `parts`.
-template <class T>
-LORUN_TARGET void to_weight(const GradientProblem<T>& p, const T* sums, int64_t parts, int64_t begin, int64_t end,
+template <class S, class T = Wide<S>>
+LORUN_TARGET void to_weight(const GradientProblem<S>& p, const T* sums, int64_t parts, int64_t begin, int64_t end,
                             T* grad) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   const int64_t row = whole_vectors<T>(p.out), point = p.in * row, tap = p.in * p.out;

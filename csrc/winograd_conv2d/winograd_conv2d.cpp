@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "common/caches.h"
+#include "common/convert.h"
 #include "common/finishing.h"
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -36,13 +37,14 @@ int64_t tiles_together(int64_t channels) {
   return std::max(kWorkBytes / std::max(bytes, int64_t{1}) / kMultiple, int64_t{1}) * kMultiple;
 }
 
-template <class T>
-void run(const Problem<T>& p) {
+template <class S>
+void run(const Problem<S>& p) {
+  using T = Wide<S>;
   const int64_t in = p.filter.in, out = p.filter.out, together = tiles_together<T>(in + out);
-  const auto kernel = LORUN_PICK_FOR(variant_for<T>(in, out), convolve<T>);
+  const auto kernel = LORUN_PICK_FOR(variant_for<T>(in, out), convolve<S>);
   const int64_t blocks = (p.tiles() + together - 1) / together;
   parallel(blocks, together * kPoints * (in + out), [&](int64_t begin, int64_t end) {
-    const Work<T> w(together, in, out);
+    const Work<S> w(together, in, out);
     for (int64_t b = begin; b < end; ++b) {
       kernel(p, w, b * together, std::min((b + 1) * together, p.tiles()));
     }
@@ -51,10 +53,12 @@ void run(const Problem<T>& p) {
 
 // Columns of a panel whose ring has its size, and 0 if a block's filters do not lie in the second-level cache beside it
 // and a thread's points: then it is two passes.
-template <class T>
+template <class S>
 int64_t columns_of_block(int64_t channels, int64_t middle) {
+  using T = Wide<S>;
   constexpr int64_t kBytes = sizeof(T);
-  const int64_t columns = kRingBytes / std::max<int64_t>(Ring<T>::kRows * kTile * middle * kBytes, 1) - 2;
+  const int64_t column = Ring<S>::kRows * kTile * middle * static_cast<int64_t>(sizeof(S));
+  const int64_t columns = kRingBytes / std::max<int64_t>(column, 1) - 2;
   const int64_t filters = 2 * kPoints * channels * middle * kBytes;
   const int64_t points = tiles_together<T>(channels + middle) * kPoints * (channels + middle) * kBytes;
   const bool fit = filters + kRingBytes + points <= second_level_cache();
@@ -62,15 +66,16 @@ int64_t columns_of_block(int64_t channels, int64_t middle) {
 }
 
 // A thread takes rows of tiles of one panel, and first those of the first convolution that its neighbours compute too.
-template <class T>
-void run(const Block<T>& p, int64_t columns) {
+template <class S>
+void run(const Block<S>& p, int64_t columns) {
+  using T = Wide<S>;
   const int64_t channels = p.first.in, middle = p.first.out, together = tiles_together<T>(channels + middle);
-  const auto kernel = LORUN_PICK_FOR(variant_for<T>(channels, middle), block<T>);
+  const auto kernel = LORUN_PICK_FOR(variant_for<T>(channels, middle), block<S>);
   const Slices panels(p.tile_columns(), (p.tile_columns() + columns - 1) / columns, 1);
   const int64_t rows = p.tile_rows(), work = panels.size * kPoints * 2 * (channels + middle);
   parallel(p.n * panels.count * rows, work, [&](int64_t begin, int64_t end) {
-    const Work<T> w(together, std::max(channels, middle), std::max(channels, middle));
-    const Ring<T> ring(panels.size, middle);
+    const Work<S> w(together, std::max(channels, middle), std::max(channels, middle));
+    const Ring<S> ring(panels.size, middle);
     for (int64_t at = begin, next; at < end; at = next) {
       const int64_t panel = at / rows, first = at % rows;
       next = std::min(end, (panel + 1) * rows);
@@ -95,12 +100,13 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
   const Tensor points = fitting_filter("weight", weight, in, out, wide), image = channels_inside(x);
   const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);
-  const std::optional<Tensor> added = fitting_residual(residual, x, out, wide);
+  const std::optional<Tensor> added = fitting_residual(residual, x, out);
   const Tensor y = empty_beside(x, {images.n, images.height, images.width, out}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const Finish<T> to{out, y.mutable_data_ptr<T>(), row, pointer<T>(offset), pointer<T>(added), nullptr, relu};
-    run(Problem<T>{images, {in, out, points.const_data_ptr<T>()}, image.const_data_ptr<T>(), to});
+  dispatch_storage(type, "x", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Wide<S>;
+    const Finish<S> to{out, y.mutable_data_ptr<S>(), row, pointer<T>(offset), pointer<S>(added), nullptr, relu};
+    run(Problem<S>{images, {in, out, points.const_data_ptr<T>()}, image.const_data_ptr<S>(), to});
   });
   return channels_outside(y);
 }
@@ -116,24 +122,26 @@ Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, 
   const Tensor other_points = fitting_filter("second", second, middle, channels, wide);
   const std::optional<Tensor> offset = fitting_bias("first_bias", first_bias, middle, wide);
   const std::optional<Tensor> other_offset = fitting_bias("second_bias", second_bias, channels, wide);
-  const std::optional<Tensor> more = fitting_residual(residual, x, channels, wide);
+  const std::optional<Tensor> more = fitting_residual(residual, x, channels);
   const Tensor y = empty_beside(x, {images.n, images.height, width, channels}, type);
-  dispatch_wide(type, "x", [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch_storage(type, "x", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Wide<S>;
     const Filter<T> one{channels, middle, points.const_data_ptr<T>()};
     const Filter<T> other{middle, channels, other_points.const_data_ptr<T>()};
-    const T *pixels = image.const_data_ptr<T>(), *bias = pointer<T>(offset);
-    const Finish<T> to{
-        channels, y.mutable_data_ptr<T>(), width * channels, pointer<T>(other_offset), pixels, pointer<T>(more), false};
-    const int64_t columns = columns_of_block<T>(channels, middle);
+    const S* pixels = image.const_data_ptr<S>();
+    const T* bias = pointer<T>(offset);
+    const Finish<S> to{
+        channels, y.mutable_data_ptr<S>(), width * channels, pointer<T>(other_offset), pixels, pointer<S>(more), false};
+    const int64_t columns = columns_of_block<S>(channels, middle);
     if (columns > 0) {
-      run(Block<T>{images, one, other, pixels, bias, to}, columns);
+      run(Block<S>{images, one, other, pixels, bias, to}, columns);
       return;
     }
     const Tensor between = empty_beside(x, {images.n, images.height, width, middle}, type);
-    T* values = between.mutable_data_ptr<T>();
-    run(Problem<T>{images, one, pixels, {middle, values, width * middle, bias, nullptr, nullptr, true}});
-    run(Problem<T>{images, other, values, to});
+    S* values = between.mutable_data_ptr<S>();
+    run(Problem<S>{images, one, pixels, {middle, values, width * middle, bias, nullptr, nullptr, true}});
+    run(Problem<S>{images, other, values, to});
   });
   return channels_outside(y);
 }
@@ -148,14 +156,14 @@ constexpr double kG[kSpan][3] = {{1. / 4, 0, 0},
 // U of one input channel for `kLanes` output channels or fewer, `count`: u[point][lane].
 constexpr int64_t kLanes = 8;
 
-template <class T>
-LORUN_INLINE inline void points(const T* w, int64_t row, int64_t column, int64_t channel, int64_t count,
+template <class S>
+LORUN_INLINE inline void points(const S* w, int64_t row, int64_t column, int64_t channel, int64_t count,
                                 double (&u)[kPoints][kLanes]) {
   double taps[3][3][kLanes] = {}, half[kSpan][3][kLanes];
   for (int64_t l = 0; l < count; ++l) {
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b) {
-        taps[a][b][l] = w[a * row + b * column + l * channel];
+        taps[a][b][l] = widen(w[a * row + b * column + l * channel]);
       }
     }
   }
@@ -184,10 +192,11 @@ Tensor weight_points(Tensor weight, bool adjoint) {
   const int64_t by_out = weight.stride(adjoint ? 1 : 0), by_in = weight.stride(adjoint ? 0 : 1);
   const int64_t sign = adjoint ? -1 : 1, row = sign * weight.stride(2), column = sign * weight.stride(3);
   const int64_t first = adjoint ? 2 * (weight.stride(2) + weight.stride(3)) : 0;
-  const Tensor u = empty_beside(weight, {kPoints, in, out}, type);
-  dispatch_wide(type, "weight", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* w = weight.const_data_ptr<T>() + first;
+  const Tensor u = empty_beside(weight, {kPoints, in, out}, wide_type(type));
+  dispatch_storage(type, "weight", [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = Wide<S>;
+    const S* w = weight.const_data_ptr<S>() + first;
     T* to = u.mutable_data_ptr<T>();
     // Lanes are neighbours in U: what they read lies apart, but meets them again a channel later, in the cache.
     parallel((out + kLanes - 1) / kLanes, kLanes * in * kPoints, [&](int64_t begin, int64_t end) {

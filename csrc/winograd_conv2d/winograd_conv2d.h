@@ -68,30 +68,32 @@ struct Filter {
 };
 
 // What becomes of results: y = act(result + bias) + added + more, whose rows lie `row` values apart. bias, added and
-// more, both as y, may be null.
-template <class T>
+// more, both as y, may be null. S: what images are stored as; all else is Wide<S>.
+template <class S>
 struct Finish {
   int64_t channels;
-  T* y;
+  S* y;
   int64_t row;
-  const T *bias, *added, *more;
+  const Wide<S>* bias;
+  const S *added, *more;
   bool relu;
 };
 
 // Channels innermost everywhere: x (n, height, width, in); y and what is added (n, height, width, out).
-template <class T>
+template <class S>
 struct Problem : Images {
-  Filter<T> filter;
-  const T* x;
-  Finish<T> to;
+  Filter<Wide<S>> filter;
+  const S* x;
+  Finish<S> to;
 };
 
 // Two convolutions, a ReLU between them, to other channels and back.
-template <class T>
+template <class S>
 struct Block : Images {
-  Filter<T> first, second;
-  const T *x, *first_bias;
-  Finish<T> to;
+  Filter<Wide<S>> first, second;
+  const S* x;
+  const Wide<S>* first_bias;
+  Finish<S> to;
 };
 
 // Columns [begin, end) of an image's tiles.
@@ -102,23 +104,23 @@ struct Panel {
 // What lies between a block's convolutions, of the 12 rows of pixels that are needed at a time: three rows of tiles in
 // turns, wide enough for a panel's columns and one more on each side. One row of zeros stands for those outside the
 // image.
-template <class T>
+template <class S>
 struct Ring {
   static constexpr int64_t kSlots = 3, kRows = kSlots * kTile + 1;
   int64_t channels, row;
-  T* values;
+  S* values;
 
   Ring(int64_t columns, int64_t channels) : channels(channels), row((columns + 2) * kTile * channels) {
-    values = static_cast<T*>(scratch<Ring>(kRows * row * sizeof(T)));
-    std::fill_n(values + (kRows - 1) * row, row, T(0));
+    values = static_cast<S*>(scratch<Ring>(kRows * row * sizeof(S)));
+    std::fill_n(values + (kRows - 1) * row, row, S(0));
   }
 
   // The first pixel row of a row of tiles.
-  T* slot(int64_t tile_row) const {
+  S* slot(int64_t tile_row) const {
     return values + tile_row % kSlots * kTile * row;
   }
 
-  const T* zeros() const {
+  const S* zeros() const {
     return values + (kRows - 1) * row;
   }
 
@@ -132,17 +134,17 @@ struct Ring {
     const int64_t left = std::max<int64_t>(column(panel, 0), 0);
     const int64_t right = std::min(column(panel, width), row);
     for (int64_t i = 0; i + 1 < kRows; ++i) {
-      std::fill_n(values + i * row, left, T(0));
-      std::fill(values + i * row + right, values + (i + 1) * row, T(0));
+      std::fill_n(values + i * row, left, S(0));
+      std::fill(values + i * row + right, values + (i + 1) * row, S(0));
     }
   }
 };
 
 // grad (n, height, width, out): of the result.
-template <class T>
+template <class S>
 struct GradientProblem : Images {
   int64_t in, out;
-  const T *x, *grad;
+  const S *x, *grad;
 };
 
 // From one row of channels to the next in work space: as many values as fill vectors of AVX2.
@@ -154,11 +156,13 @@ int64_t whole_vectors(int64_t channels) {
 
 // Of one thread: v, a row of channels for each tile and point; m, in the forward pass their products, in the backward
 // pass the same of the gradient; padded, a tile that leaves the image.
-template <class T>
+template <class S>
 struct Work {
+  using T = Wide<S>;
   int64_t tiles;             // at a time
   int64_t v_pitch, m_pitch;  // from point to point
-  T *v, *m, *padded;
+  T *v, *m;
+  S* padded;
 
   Work(int64_t tiles, int64_t in, int64_t out) : tiles(tiles) {
     // Points a multiple of 4 KB apart would compete for the same places of the first-level cache.
@@ -167,7 +171,7 @@ struct Work {
     m_pitch = tiles * whole_vectors<T>(out) + kApart;
     v = static_cast<T*>(scratch<Work>(kPoints * (v_pitch + m_pitch + std::max(in, out)) * sizeof(T)));
     m = v + kPoints * v_pitch;
-    padded = m + kPoints * m_pitch;
+    padded = reinterpret_cast<S*>(m + kPoints * m_pitch);
   }
 };
 

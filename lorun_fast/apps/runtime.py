@@ -75,16 +75,11 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
-def fastest_dtype(device: torch.device, filtered: bool) -> str:
-    """The dtype in which training takes the least time: "bf16" on a GPU, else by the CPU's instructions.
-
-    filtered: most of the network is convolutions that learn by minimal filtering in fp32. A step of cs-25 or sr takes
-    0.88 of one in bf16 then where vectors multiply that twice as fast (Zen 4), and 1.7 times one by matrix tiles (AMX).
-    """
+def fastest_dtype(device: torch.device) -> str:
+    """The dtype in which training takes the least time: "bf16" on a GPU, else by the CPU's instructions."""
     capabilities = torch.cpu.get_capabilities()
-    if device.type == "cuda" or capabilities.get("amx_bf16"):
-        return "bf16"
-    return "bf16" if capabilities.get("avx512_bf16") and not filtered else "fp32"
+    narrow = device.type == "cuda" or capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return "bf16" if narrow else "fp32"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

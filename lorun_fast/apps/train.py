@@ -101,8 +101,8 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=tuple(runtime.DTYPES),
-        help="of the denoiser (autocast); default: the fastest, bf16 on a GPU, on a CPU with AMX and, for "
-        "a Transformer, on one with AVX512-bf16; fp32 elsewhere",
+        help="of the denoiser (autocast); default: the fastest, bf16 on a GPU and on a CPU with AMX or AVX512-bf16, "
+        "fp32 elsewhere",
     )
     add(
         "--device",
@@ -165,8 +165,7 @@ class Run:
         self.device = torch.device(args.device)
         self.recipe = tasks.recipe(args.task).Recipe(args)
         if args.dtype is None:
-            filtered = self.recipe.convolves and self._filtering() == "winograd"
-            args.dtype = runtime.fastest_dtype(self.device, filtered)
+            args.dtype = runtime.fastest_dtype(self.device)
         self.settings = {k: _plain(v) for k, v in sorted(vars(args).items()) if k not in _FREE}
         self.taken = 0
         self._held: int | None = None  # the folder, locked
@@ -214,14 +213,10 @@ class Run:
             return self._phase(name, net, steps, resume)
 
     def _backend(self) -> str:
-        """Of the layers with adapters."""
-        return self._filtering() if self.args.dtype == "fp32" else _native.WISH
-
-    def _filtering(self) -> str:
-        """Their backend in fp32: what LORUN_BACKEND says, else minimal filtering where it is the fastest."""
+        """Of the layers with adapters: what LORUN_BACKEND says, else minimal filtering where it is the fastest."""
         if _native.WISH != "auto":
             return _native.WISH
-        kind, _ = fastest_convolutions(torch.float32, self.device)
+        kind, _ = fastest_convolutions(runtime.DTYPES[self.args.dtype], self.device)
         return kind if kind == "winograd" else "auto"
 
     def _phase(self, name: str, net: LoRun, steps: int, resume: dict | None) -> bool:

@@ -151,8 +151,12 @@ def check_finishing(
     bias: Tensor | None,
     residual: Tensor | None,
     names: tuple[str, str] = ("weight", "bias"),
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Of a convolution to ``out`` channels that keeps x's size: what follows it, and that all is as x is."""
+    """Of a convolution to ``out`` channels that keeps x's size: what follows it, and that all is as x is.
+
+    dtype: of weight and bias, where that is not x's.
+    """
     want = (x.shape[0], out, *x.shape[2:])
     weight_name, bias_name = names
     others = [(weight_name, weight), (bias_name, bias), ("residual", residual)]
@@ -164,8 +168,10 @@ def check_finishing(
     if residual is not None and residual.shape != want:
         raise ValueError(f"residual: expected shape {want}, got {shape_of(residual)}")
     for name, t in others:
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
+        expected = x.dtype if dtype is None or t is residual else dtype
+        if t.dtype != expected:
+            whose = "as x has" if expected == x.dtype else f"beside x in {x.dtype}"
+            raise TypeError(f"{name}: expected {expected} {whose}, got {t.dtype}")
     check_same_device(("x", x), *others)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
+from lorun_fast.ops._checks import STORAGE_DTYPES, as_dtype, parameter_dtype
 from lorun_fast.ops.fused_conv2d import FEW, MANY, are_thin, fused_conv2d, thin_weight_gradient
 from lorun_fast.ops.fused_conv2d import adjoint as adjoint_weight
 from lorun_fast.ops.lora import is_channels_last, layout_of
 from lorun_fast.ops.winograd_conv2d import (
-    DTYPES,
     LEAST_CHANNELS,
     has_enough,
     winograd_block,
@@ -41,16 +41,20 @@ def supports(
     if not thin and not has_enough(*weight.shape[:2]):
         return f"it has {LEAST_CHANNELS} channels or more on both sides, or 1 to {FEW} and a multiple of {MANY}"
     # A few channels are soon in any layout.
-    if x.dtype not in DTYPES or not (is_channels_last(x) or (thin and weight.shape[1] <= FEW)):
-        return "x is float32 or float64 in channels_last"
+    if x.dtype not in STORAGE_DTYPES or not (is_channels_last(x) or (thin and weight.shape[1] <= FEW)):
+        return "x is a floating-point image in channels_last"
     return None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
     if are_thin(*weight.shape[:2]):
+        bias = None if bias is None else as_dtype(bias, x.dtype)
         return fused_conv2d(x, adjoint_weight(weight) if adjoint else weight, bias, **finishing)
-    return winograd_conv2d(x, winograd_weight(weight, adjoint=adjoint), bias, **finishing)
+    return winograd_conv2d(x, winograd_weight(weight, adjoint=adjoint), _beside(x, bias), **finishing)
+
+
+def _beside(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else as_dtype(bias, parameter_dtype(x.dtype))
 
 
 def conv2d(
@@ -88,6 +92,7 @@ def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometr
     whole = thin_weight_gradient(grad, x) if thin else winograd_weight_gradient(grad, x)
     whole = whole.permute(2, 3, 1, 0).flatten(0, 2)
     by_tap = down.permute(2, 3, 1, 0).reshape(-1, rank)
+    up, by_tap = (as_dtype(t, whole.dtype) for t in (up, by_tap))
     return (whole @ up).view(3, 3, channels, rank).permute(3, 2, 0, 1), whole.mT @ by_tap
 
 
@@ -108,7 +113,7 @@ def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
     weights = lora_residual_block.merged(x, first, second, scales)
     one, other = (winograd_weight(weight) for weight in weights)
-    bias, other_bias = (None if layer[1] is None else layer[1].to(x.dtype) for layer in (first, second))
+    bias, other_bias = (_beside(x, layer[1]) for layer in (first, second))
     return winograd_block(x, one, other, first_bias=bias, second_bias=other_bias, residual=residual)
 
 

@@ -1,6 +1,6 @@
 """A 3 x 3 convolution, its bias, ReLU and a residual in one pass over the image.
 
-By one kernel in 16 bits on Hopper GPUs, by another, thin_conv2d, in fp32 and fp64 on CPUs from or to few channels.
+By one kernel in 16 bits on Hopper GPUs, by another, thin_conv2d, on CPUs from or to few channels.
 Elsewhere, and for what these do not fit, torch's convolution and a pass each. Definition: reference/fused_conv2d.py.
 """
 
@@ -19,6 +19,7 @@ from lorun_fast.ops._checks import (
     check_same_device,
     check_tensor,
     empty_channels_last,
+    parameter_dtype,
     shape_of,
 )
 from lorun_fast.ops._library import define
@@ -29,8 +30,6 @@ CHANNELS = 16
 """Both channel counts are multiples of it in the GPU's kernel."""
 FEW, MANY = 4, 8
 """Of thin_conv2d: 1 to so many channels on one side, multiples of so many on the other."""
-
-THIN_DTYPES = (torch.float32, torch.float64)
 
 _ACTIVATIONS = (None, "relu")
 _MOST_CHANNELS = 128
@@ -86,7 +85,7 @@ def _backward_thin(ctx, grad):
     before = _before_relu(ctx, grad, _thin_op)
     return (
         _thin_op(before, adjoint(weight), None, None, False) if needs_x else None,
-        _gradient_op(before, x) if needs_weight else None,
+        _gradient_op(before, x).to(weight.dtype) if needs_weight else None,
         before.sum((0, 2, 3)) if needs_bias else None,
         grad if needs_residual else None,
         None,
@@ -139,7 +138,7 @@ def are_thin(out: int, channels: int) -> bool:
 
 def is_thin(weight: Tensor) -> bool:
     """Whether thin_conv2d takes such a weight, (out, in, 3, 3)."""
-    return are_thin(*weight.shape[:2]) and weight.dtype in THIN_DTYPES
+    return are_thin(*weight.shape[:2])
 
 
 def adjoint(weight: Tensor) -> Tensor:
@@ -154,17 +153,17 @@ def _check_images(grad: Tensor, x: Tensor) -> None:
         raise ValueError(f"grad, x: expected (N, out, H, W) and (N, in, H, W), got {shape_of(grad)} and {shape_of(x)}")
     if grad.dtype != x.dtype:
         raise TypeError(f"grad: expected {x.dtype} as x has, got {grad.dtype}")
-    if not are_thin(grad.shape[1], x.shape[1]) or x.dtype not in THIN_DTYPES:
+    if not are_thin(grad.shape[1], x.shape[1]):
         raise ValueError(
-            f"grad, x: expected float32 or float64, 1 to {FEW} channels on one side and multiples of {MANY} on the "
-            f"other, got {x.dtype}, {grad.shape[1]} and {x.shape[1]}"
+            f"grad, x: expected 1 to {FEW} channels on one side and multiples of {MANY} on the other, "
+            f"got {grad.shape[1]} and {x.shape[1]}"
         )
     check_same_device(("x", x), ("grad", grad))
 
 
 def _fake_gradient(grad, x):
     _check_images(grad, x)
-    return x.new_empty((grad.shape[1], x.shape[1], 3, 3))
+    return x.new_empty((grad.shape[1], x.shape[1], 3, 3), dtype=parameter_dtype(x.dtype))
 
 
 _gradient_op = define(
@@ -180,9 +179,9 @@ _gradient_op = define(
 def thin_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a convolution's weight, (out, in, 3, 3), from that of its result: from or to few channels.
 
-    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32 or float64; both channels_last without a copy. 1 to 4
-        channels on one side and a multiple of 8 on the other.
-    C++ on a CPU, in an order that does not depend on the number of threads. Differentiable. Raises ValueError or
+    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32, float64, bfloat16 or float16; both channels_last
+        without a copy. 1 to 4 channels on one side and a multiple of 8 on the other.
+    Returns float32, or float64 for such images. C++ on a CPU, in an order that does not depend on the number of threads. Differentiable. Raises ValueError or
     TypeError naming the argument that does not fit.
     """
     _check_images(grad, x)
@@ -231,8 +230,8 @@ def fused_conv2d(
     x: (N, in, H, W), channels_last without a copy. weight: (out, in, 3, 3), channels_last without a copy. bias: (out,).
     residual: as the result. All of one dtype. activation: None or "relu".
     In bf16 and fp16 sums are in fp32 and the result is rounded once; on a GPU of compute capability 9.0, with channels
-    in multiples of 16 and up to 128 of x, by one kernel, elsewhere by torch in fp32. In fp32 and fp64 on a CPU, with 1
-    to 4 channels on one side and a multiple of 8 on the other, by another.
+    in multiples of 16 and up to 128 of x, by one kernel. On a CPU, with 1 to 4 channels on one side and a multiple of 8
+    on the other, by another, in every dtype. Elsewhere by torch, 16 bits in fp32.
     Returns (N, out, H, W) in channels_last. Differentiable. Raises ValueError or TypeError naming the argument that
     does not fit.
     """

@@ -11,7 +11,16 @@ import math
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, empty_channels_last, shape_of
+from lorun_fast.ops._checks import (
+    STORAGE_DTYPES,
+    check_finishing,
+    check_image,
+    check_same_device,
+    check_tensor,
+    empty_channels_last,
+    parameter_dtype,
+    shape_of,
+)
 from lorun_fast.ops._library import define
 from lorun_fast.ops._weight_gradient import AUTOGRAD
 from lorun_fast.reference import winograd_conv2d as reference
@@ -19,16 +28,11 @@ from lorun_fast.reference import winograd_conv2d as reference
 LEAST_CHANNELS = 8
 """Of the image and of the result, unless there are none."""
 
-DTYPES = (torch.float32, torch.float64)
 _ACTIVATIONS = (None, "relu")
 
 
 def _check_x(x: Tensor) -> None:
-    check_tensor("x", x)
-    if x.ndim != 4:
-        raise ValueError(f"x: expected (N, C, H, W), got shape {shape_of(x)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
+    check_image("x", x, 4, "(N, C, H, W)")
 
 
 def has_enough(*channels: int) -> bool:
@@ -50,18 +54,19 @@ def _channels_to(name: str, points: Tensor, channels: int) -> int:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     _check_x(x)
-    check_finishing(x, _channels_to("weight", weight, x.shape[1]), weight, bias, residual)
+    out = _channels_to("weight", weight, x.shape[1])
+    check_finishing(x, out, weight, bias, residual, dtype=parameter_dtype(x.dtype))
 
 
 def _check_block(x, first, first_bias, second, second_bias, residual):
     _check_x(x)
-    channels = x.shape[1]
+    channels, dtype = x.shape[1], parameter_dtype(x.dtype)
     middle = _channels_to("first", first, channels)
-    check_finishing(x, middle, first, first_bias, None, ("first", "first_bias"))
+    check_finishing(x, middle, first, first_bias, None, ("first", "first_bias"), dtype)
     out = _channels_to("second", second, middle)
     if out != channels:
         raise ValueError(f"second: expected (36, {middle}, {channels}), back to x's channels, got {shape_of(second)}")
-    check_finishing(x, channels, second, second_bias, residual, ("second", "second_bias"))
+    check_finishing(x, channels, second, second_bias, residual, ("second", "second_bias"), dtype)
 
 
 def _fake(x, weight, bias, relu, residual):
@@ -88,7 +93,7 @@ def _backward(ctx, grad):
     return (
         grad_x if needs_x else None,
         grad_weight if needs_weight else None,
-        before.sum((0, 2, 3)) if needs_bias else None,
+        before.sum((0, 2, 3), dtype=weight.dtype) if needs_bias else None,
         None,
         grad if needs_residual else None,
     )
@@ -116,13 +121,13 @@ def _setup_block(ctx, inputs, output):
 
 
 def _backward_block(ctx, grad):
-    x, first, first_bias, second = ctx.saved_tensors
-    between = _op(x, first, first_bias, True, None)
+    x, first, bias, second = ctx.saved_tensors
+    between = _op(x, first, bias, True, None)
     inner, grad_second = reference.winograd_conv2d_backward(grad, between, second)
     inner = inner * (between > 0)
     outer, grad_first = reference.winograd_conv2d_backward(inner, x, first)
-    biases = (None if first_bias is None else inner.sum((0, 2, 3)), grad.sum((0, 2, 3)))
-    found = (grad + outer, grad_first, biases[0], grad_second, biases[1], grad)
+    first_bias, second_bias = (g.sum((0, 2, 3), dtype=first.dtype) for g in (inner, grad))
+    found = (grad + outer, grad_first, first_bias, grad_second, second_bias, grad)
     return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 
@@ -142,22 +147,24 @@ def _check_weight(weight: Tensor) -> None:
     check_tensor("weight", weight)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight: expected (out, in, 3, 3), got shape {shape_of(weight)}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: expected float32 or float64, got {weight.dtype}")
+    if weight.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"weight: expected float32, float64, bfloat16 or float16, got {weight.dtype}")
 
 
 def _fake_weight(weight, adjoint):
     _check_weight(weight)
     out, channels = weight.shape[:2]
-    return weight.new_empty((reference.POINTS, *((out, channels) if adjoint else (channels, out))))
+    shape = (reference.POINTS, *((out, channels) if adjoint else (channels, out)))
+    return weight.new_empty(shape, dtype=parameter_dtype(weight.dtype))
 
 
 def _setup_weight(ctx, inputs, output):
-    _, ctx.adjoint = inputs
+    weight, ctx.adjoint = inputs
+    ctx.dtype = weight.dtype
 
 
 def _backward_weight(ctx, grad):
-    return reference.winograd_weight_backward(grad, ctx.adjoint), None
+    return reference.winograd_weight_backward(grad, ctx.adjoint).to(ctx.dtype), None
 
 
 _weight_op = define(
@@ -171,12 +178,10 @@ _weight_op = define(
 
 
 def _check_images(grad: Tensor, x: Tensor) -> None:
-    check_tensor("grad", grad)
-    check_tensor("x", x)
-    if x.ndim != 4 or grad.ndim != 4 or grad.shape != (x.shape[0], grad.shape[1], *x.shape[2:]):
+    check_image("x", x, 4, "(N, in, H, W)")
+    check_image("grad", grad, 4, "(N, out, H, W)")
+    if grad.shape != (x.shape[0], grad.shape[1], *x.shape[2:]):
         raise ValueError(f"grad, x: expected (N, out, H, W) and (N, in, H, W), got {shape_of(grad)} and {shape_of(x)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
     if grad.dtype != x.dtype:
         raise TypeError(f"grad: expected {x.dtype} as x has, got {grad.dtype}")
     if not has_enough(x.shape[1], grad.shape[1]):
@@ -186,7 +191,8 @@ def _check_images(grad: Tensor, x: Tensor) -> None:
 
 def _fake_gradient(grad, x):
     _check_images(grad, x)
-    return x.new_empty((3, 3, x.shape[1], grad.shape[1])).permute(3, 2, 0, 1)
+    dtype = parameter_dtype(x.dtype)
+    return x.new_empty((3, 3, x.shape[1], grad.shape[1]), dtype=dtype).permute(3, 2, 0, 1)
 
 
 _gradient_op = define(
@@ -201,9 +207,9 @@ _gradient_op = define(
 def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a convolution's weight, (out, in, 3, 3), from that of its result: 3x3, stride 1, padding 1.
 
-    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32 or float64; both channels_last without a copy.
-        8 channels or more.
-    By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not depend on the number of threads. Raises
+    grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32, float64, bfloat16 or float16; both channels_last
+        without a copy. 8 channels or more.
+    Returns float32, or float64 for such images. By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not depend on the number of threads. Raises
     ValueError or TypeError naming the argument that does not fit.
     """
     _check_images(grad, x)
@@ -213,7 +219,7 @@ def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def winograd_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
     """The weight (out, in, 3, 3) as :func:`winograd_conv2d` takes it: (36, in, out), four times as large.
 
-    float32 or float64; formed in float64 and rounded once. adjoint: the weight of the convolution's transpose, which
+    Formed in float64 and rounded once, to float32 but for a weight in float64. adjoint: the weight of the convolution's transpose, which
     takes a gradient back to x, (36, out, in). Differentiable. Raises ValueError for another kernel size, TypeError for
     another dtype.
     """
@@ -231,9 +237,10 @@ def winograd_conv2d(
 ) -> Tensor:
     """act(conv(x) + bias) + residual: 3x3, stride 1, padding 1, by minimal filtering F(4x4, 3x3).
 
-    x: (N, in, H, W), float32 or float64, channels_last without a copy. weight: of :func:`winograd_weight`, (36, in,
-        out). bias: (out,). activation: None or "relu". residual: (N, out, H, W). 8 channels or more on both sides.
-    Returns (N, out, H, W) in channels_last. Compiled for CPUs; elsewhere plain PyTorch. Differentiable, without
+    x: (N, in, H, W), float32, float64, bfloat16 or float16, channels_last without a copy. weight: of
+        :func:`winograd_weight`, (36, in, out), and bias: (out,): float32, for images in float64 float64. activation:
+        None or "relu". residual: (N, out, H, W), as x. 8 channels or more on both sides.
+    Returns (N, out, H, W) in x's dtype and channels_last: 16 bits are computed in float32 and rounded once. Compiled for CPUs; elsewhere plain PyTorch. Differentiable, without
         speed: the op is for inference. Raises ValueError or TypeError naming the argument that does not fit.
     """
     if activation not in _ACTIVATIONS:
@@ -255,7 +262,7 @@ def winograd_block(
 
     x, residual: (N, C, H, W). first, second: of :func:`winograd_weight`, (36, C, middle) and (36, middle, C). With few
         channels (32 where the second-level cache has 1 MB) what lies between the convolutions stays in the cache; its
-        values are those of two calls.
+        values are those of two calls, rounded to x's dtype between them.
     Returns (N, C, H, W) in channels_last. Errors and gradients as :func:`winograd_conv2d`'s.
     """
     _check_block(x, first, first_bias, second, second_bias, residual)

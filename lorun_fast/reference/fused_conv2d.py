@@ -22,4 +22,4 @@ def fused_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 def thin_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of the weight, (out, in, 3, 3), of a convolution of x whose result has this gradient."""
-    return torch.nn.grad.conv2d_weight(x, (grad.shape[1], x.shape[1], 3, 3), grad, padding=1)
+    return torch.nn.grad.conv2d_weight(wide(x), (grad.shape[1], x.shape[1], 3, 3), wide(grad), padding=1)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorun_fast.reference._wide import wide
+
 TILE, SPAN, POINTS = 4, 6, 36
 
 # Rows: A^T, B^T and G.
@@ -44,18 +46,18 @@ def winograd_weight(weight: Tensor, adjoint: bool = False) -> Tensor:
     if adjoint:
         weight = weight.flip(2, 3).transpose(0, 1)
     out, channels = weight.shape[:2]
-    wide = weight.double().permute(2, 3, 1, 0)
-    g = _matrix(_G, wide)
-    rows = (g @ wide.reshape(3, -1)).reshape(SPAN, 3, -1)
-    return (g @ rows).reshape(POINTS, channels, out).to(weight.dtype)
+    exact = weight.double().permute(2, 3, 1, 0)
+    g = _matrix(_G, exact)
+    rows = (g @ exact.reshape(3, -1)).reshape(SPAN, 3, -1)
+    return (g @ rows).reshape(POINTS, channels, out).to(wide(weight).dtype)
 
 
 def winograd_weight_backward(grad: Tensor, adjoint: bool = False) -> Tensor:
     """The gradient for the weight (out, in, 3, 3) from that of U, (36, in, out)."""
     _, channels, out = grad.shape
-    wide = grad.double().reshape(SPAN, SPAN, channels, out)
-    g = _matrix(_G, wide)
-    found = torch.einsum("ia,ijco,jb->ocab", g, wide, g).to(grad.dtype)
+    exact = grad.double().reshape(SPAN, SPAN, channels, out)
+    g = _matrix(_G, exact)
+    found = torch.einsum("ia,ijco,jb->ocab", g, exact, g).to(grad.dtype)
     return found.transpose(0, 1).flip(2, 3) if adjoint else found
 
 
@@ -72,10 +74,13 @@ def _image_points(x: Tensor) -> Tensor:
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, residual: Tensor | None) -> Tensor:
-    """act(conv(x) + bias) + residual of x (N, in, H, W), with U = ``weight`` (36, in, out). Channels innermost."""
+    """act(conv(x) + bias) + residual of x (N, in, H, W), with U = ``weight`` (36, in, out). Channels innermost.
+
+    16 bits are computed in fp32 and rounded once.
+    """
     points = weight.reshape(SPAN, SPAN, *weight.shape[1:])
-    products = torch.einsum("ijncrs,ijco->ijnors", _image_points(x), points)
-    a = _matrix(_A, x)
+    products = torch.einsum("ijncrs,ijco->ijnors", _image_points(wide(x)), points)
+    a = _matrix(_A, products)
     y = torch.einsum("ai,ijnors,bj->nrasbo", a, products, a)
     y = y.flatten(3, 4).flatten(1, 2)[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
     if bias is not None:
@@ -84,7 +89,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, 
         y = F.relu(y)
     if residual is not None:
         y = y + residual
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def winograd_block(
@@ -96,8 +101,8 @@ def winograd_block(
     residual: Tensor | None,
 ) -> Tensor:
     """x + conv(relu(conv(x) + first_bias)) + second_bias + residual."""
-    y = winograd_conv2d(winograd_conv2d(x, first, first_bias, True, None), second, second_bias, False, x)
-    return y if residual is None else (y + residual).contiguous(memory_format=torch.channels_last)
+    added = wide(x) if residual is None else wide(x) + residual
+    return winograd_conv2d(winograd_conv2d(x, first, first_bias, True, None), second, second_bias, False, added)
 
 
 def _gradient_points(grad: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def _points_gradient(grad_points: Tensor, x: Tensor) -> Tensor:
 
 def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of w, (out, in, 3, 3), of a convolution of x whose result has this gradient; out lies innermost."""
-    points = _points_gradient(_gradient_points(grad), x)
+    points = _points_gradient(_gradient_points(wide(grad)), wide(x))
     return winograd_weight_backward(points).permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
@@ -125,11 +130,11 @@ def winograd_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     """Gradients for x and U of the convolution alone."""
     height, width = x.shape[2:]
     rows, columns = _cells(height), _cells(width)
-    b = _matrix(_B, x)
-    products = _gradient_points(grad)
-    grad_weight = _points_gradient(products, x)
+    products = _gradient_points(wide(grad))
+    b = _matrix(_B, products)
+    grad_weight = _points_gradient(products, wide(x))
     points = torch.einsum("ijnors,ijco->ijncrs", products, weight.reshape(SPAN, SPAN, *weight.shape[1:]))
     overlapping = torch.einsum("ia,ijncrs,jb->ncabrs", b, points, b)
     size = (TILE * rows + 2, TILE * columns + 2)
     grad_x = F.fold(overlapping.flatten(4).flatten(1, 3), size, SPAN, stride=TILE)
-    return grad_x[:, :, 1 : height + 1, 1 : width + 1], grad_weight
+    return grad_x[:, :, 1 : height + 1, 1 : width + 1].to(x.dtype), grad_weight

@@ -46,8 +46,7 @@ def recipe(name: str) -> ModuleType:
     """The training module of a task: ``add_arguments(parser)`` and ``Recipe(args)``, which apps/train.py drives.
 
     A recipe has base(), the single-block LoRun of phase 1; draw(net, step), the Batch that (seed, step) names, on the
-    CPU; loss(net, batch), of one on the network's device; score(net, device), the validation PSNR in dB; and convolves,
-    whether its base is mostly 3 x 3 convolutions.
+    CPU; loss(net, batch), of one on the network's device; and score(net, device), the validation PSNR in dB.
     """
     return importlib.import_module(f"{get(name).__name__}.training")
 

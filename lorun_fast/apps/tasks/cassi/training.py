@@ -102,7 +102,6 @@ class Recipe:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self._base = _base(args)
-        self.convolves = args.base != "transformer"
         if len(args.patch) > 2:
             raise UserError(f"--patch: expected a side, or height and width, got {len(args.patch)} numbers")
         self.size = (args.patch[0], args.patch[-1])

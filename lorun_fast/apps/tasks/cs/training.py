@@ -47,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Recipe:
     """Patches of gray images, their measurements, and the mean squared error."""
 
-    convolves = True
-
     def __init__(self, args: argparse.Namespace):
         self.args = args
         if args.patch % args.block_size:

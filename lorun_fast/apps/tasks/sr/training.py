@@ -67,8 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Recipe:
     """Colour patches, their blurred and reduced measurements, and the RMSE."""
 
-    convolves = True
-
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.noise_map = args.noise_map or ("stage" if args.data_step == "prox" else "measurement")
