@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,10 +81,29 @@ class AdaptedLayer:
 
     def reset_adapter(self) -> None:
         """Draws ``down`` as a fresh layer's weight is drawn and sets ``up`` to zero: every stage is the base again."""
-        bound = 1 / math.sqrt(max(1, math.prod(self.down.shape[2:])))  # torch's layers may have no inputs
-        nn.init.uniform_(self.down, -bound, bound)
-        nn.init.zeros_(self.up)
+        self._draw(self.down, self.up)
         self.unmerge()
+
+    @staticmethod
+    def _draw(down: Tensor, up: Tensor) -> None:
+        bound = 1 / math.sqrt(max(1, math.prod(down.shape[2:])))  # torch's layers may have no inputs
+        nn.init.uniform_(down, -bound, bound)
+        nn.init.zeros_(up)
+
+    def with_stages(self, order: Sequence[int | None], memo: dict[int, object] | None = None) -> AdaptedLayer:
+        """A copy whose stages are those of these numbers, in this order; None: a fresh one. memo: as for deepcopy."""
+        memo = {} if memo is None else memo
+        given = (self.down, self.up)
+        down, up = (t.detach()[[0 if k is None else k for k in order]] for t in given)
+        for i, k in enumerate(order):
+            if k is None:
+                self._draw(down[i : i + 1], up[i : i + 1])
+        for old, new in zip(given, (down, up), strict=True):
+            memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
+        layer = copy.deepcopy(self, memo)
+        layer.stages = len(order)
+        layer.unmerge()
+        return layer
 
     @property
     def merged(self) -> bool:
