@@ -399,3 +399,12 @@ def test_a_number_that_the_dtype_does_not_hold(make):
             assert call(x.double(), y.double(), 1e300).isfinite().all()
     with pytest.raises(TypeError, match="rho: expected a real number, got 1j"):
         op.gradient_step(x, y, 1j)
+
+
+def test_a_size_may_be_an_array():
+    op = lf.BlockCS.gaussian(0.25, 8)
+    y = op(torch.rand(1, 1, 20, 13))
+    assert torch.equal(op.adjoint(y, np.array([20, 13])), op.adjoint(y, (20, 13)))
+    for wrong in (np.array([20.0, 13.0]), np.array([20]), np.array(20)):
+        with pytest.raises(ValueError, match=r"size: expected two whole numbers \(H, W\), got"):
+            op.adjoint(y, wrong)

@@ -72,12 +72,16 @@ def _before_relu(ctx, grad, op):
 
 def _backward(ctx, grad):
     x, weight, bias, _ = ctx.saved_tensors
+    residual = grad if ctx.needs_input_grad[3] else None
+    if not x.numel():  # torch's convolution has no gradient of images without rows or columns
+        given = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        return (*[torch.zeros_like(t) if needed else None for t, needed in given], residual, None)
     before = _before_relu(ctx, grad, _op)
     sizes = None if bias is None else [bias.shape[0]]
     found = torch.ops.aten.convolution_backward(
         before, x, weight, sizes, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3]
     )
-    return (*found, grad if ctx.needs_input_grad[3] else None, None)
+    return (*found, residual, None)
 
 
 def _backward_thin(ctx, grad):

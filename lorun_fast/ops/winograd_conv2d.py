@@ -11,7 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_finishing, check_same_device, check_tensor, empty_channels_last, shape_of
+from lorun_fast.ops._checks import (
+    check_finishing,
+    check_flag,
+    check_same_device,
+    check_tensor,
+    empty_channels_last,
+    shape_of,
+)
 from lorun_fast.ops._library import define
 from lorun_fast.ops._weight_gradient import AUTOGRAD
 from lorun_fast.reference import winograd_conv2d as reference
@@ -217,6 +224,7 @@ def winograd_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
     takes a gradient back to x, (36, out, in). Differentiable. Raises ValueError for another kernel size, TypeError for
     another dtype.
     """
+    check_flag("adjoint", adjoint)
     _check_weight(weight)
     return _weight_op(weight, adjoint)
 
