@@ -106,6 +106,11 @@ class AdaptedLayer:
         return layer
 
     @property
+    def sharded(self) -> bool:
+        """Whether this process holds parts of the parameters alone (FSDP's fully_shard, between calls)."""
+        return any(hasattr(p, "device_mesh") for p in (self.weight, self.down, self.up))
+
+    @property
     def merged(self) -> bool:
         """Whether the layer runs on merged weights: not with other parameters in place, as of functional_call."""
         if self._merged is None or torch.compiler.is_compiling():
@@ -199,10 +204,19 @@ class AdaptedLayer:
             stage = _scope.current_stage()
         if stage is None:
             if self.stages != 1:
-                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass layer(x, stage)")
+                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: {self._how_to_name_a_stage()}")
             return 0
         check_stage(stage, self.stages, batch)
         return stage
+
+    @staticmethod
+    def _how_to_name_a_stage() -> str:
+        if torch._C._current_graph_task_id() == -1:
+            return "pass layer(x, stage)"
+        return (  # recomputed in the backward pass, after the staged call has ended
+            "a denoiser that recomputes its activations (torch.utils.checkpoint) does so outside its stage; "
+            "checkpoint the call of the staged denoiser instead, or LoRun(checkpoint=True)"
+        )
 
     def train(self, mode: bool = True):
         if mode:
@@ -467,7 +481,8 @@ def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tupl
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """merge() of many layers at once."""
+    """merge() of many layers at once, but for sharded ones: these merge at each call, where their weights are whole."""
+    layers = [layer for layer in layers if not layer.sharded]
     for layer, weights in zip(layers, merged_weights(layers), strict=True):
         layer._take_merged(weights)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorun_fast as lf
 from lorun_fast import adapters, layers
@@ -869,3 +870,20 @@ def test_adapters_go_to_another_base_by_their_names():
     assert not unexpected and not any(name.endswith((".down", ".up")) for name in missing)
     assert torch.equal(other.base.head.weight, weight)
     assert torch.equal(other.base.head.up, staged.base.head.up)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_denoiser_that_recomputes_its_own_activations(reentrant):
+    class Recomputing(nn.Sequential):
+        def forward(self, z):
+            return checkpoint(super().forward, z, use_reentrant=reentrant)
+
+    staged = lf.adapt(Recomputing(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)), stages=2)
+    z = Z.clone().requires_grad_()
+    with pytest.raises(ValueError, match="outside its stage; checkpoint the call of the staged denoiser"):
+        staged(z, stage=1).sum().backward()
+    plain = lf.adapt(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)), stages=2)
+    parameters = list(plain.adapter_parameters())
+    expected = torch.autograd.grad(plain(z, stage=1).sum(), parameters)
+    checkpoint(plain, z, 1, use_reentrant=reentrant).sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, expected, strict=True))

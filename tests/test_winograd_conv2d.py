@@ -507,5 +507,5 @@ def test_a_weight_of_another_size():
 
 @pytest.mark.parametrize("adjoint", ["x", 2, [True]])
 def test_a_flag_that_is_none(adjoint):
-    with pytest.raises(TypeError, match="^adjoint: expected True, False or None, got"):
+    with pytest.raises(TypeError, match=r"^adjoint: expected True, False or None, got"):
         winograd_weight(torch.rand(8, 8, 3, 3), adjoint=adjoint)
