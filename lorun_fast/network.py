@@ -157,6 +157,8 @@ class LoRun(nn.Module):
             raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
         if isinstance(sigma, float | int) and not torch.compiler.is_compiling() and not sigma >= 0:
             raise ValueError(f"sigma: expected at least 0, got {sigma}")
+        if isinstance(sigma, Tensor) and sigma.ndim and sigma.shape[0] not in (1, y.shape[0]):
+            raise ValueError(f"sigma: expected a number, 0-d or ({y.shape[0]},), got shape {tuple(sigma.shape)}")
         x = op.initial(y, size)
         outputs = [x]
         recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)

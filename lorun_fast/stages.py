@@ -183,6 +183,8 @@ class Stages(nn.Module):
         own = getattr(self.one(), "noise_level", None)
         if own is not None:
             return bool(own)
+        if isinstance(self.one(), AdaptedLayer):  # a layer by itself, whose second argument is the stage
+            return False
         kinds = [p.kind for p in inspect.signature(type(self.one()).forward).parameters.values()]
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 2  # self, z, sigma

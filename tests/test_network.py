@@ -414,3 +414,12 @@ def test_a_sharded_network_is_evaluated_unmerged(x):
             torch.testing.assert_close(net(y, size=SIZE), expected(y, size=SIZE))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_sigma_for_other_samples():
+    net = lf.LoRun(lf.BlurDownsample(torch.rand(3, 3), 2), nn.Conv2d(1, 1, 1), stages=2, data_step="prox")
+    y = torch.rand(2, 1, 4, 4)
+    for fits in (torch.tensor(0.1), torch.rand(1), torch.rand(2), torch.rand(2, 1, 1, 1)):
+        assert net(y, sigma=fits).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"sigma: expected a number, 0-d or \(2,\), got shape \(3,\)"):
+        net(y, sigma=torch.rand(3))
