@@ -96,9 +96,13 @@ def read_config(path: str | os.PathLike) -> dict:
 
 def _path(path: str | os.PathLike) -> Path:
     try:
-        return Path(path)
+        found = Path(path)
+        str(found).encode()
     except TypeError:
         raise TypeError(f"path: expected a str or a path, got {path!r}") from None
+    except UnicodeEncodeError:  # safetensors writes such a file and does not read it
+        raise ValueError(f"path: expected a name in UTF-8, got {os.fsencode(path)!r}") from None
+    return found
 
 
 def _read(path: str | os.PathLike, tensors: bool = True) -> tuple[dict, dict]:

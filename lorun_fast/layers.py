@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,10 +81,34 @@ class AdaptedLayer:
 
     def reset_adapter(self) -> None:
         """Draws ``down`` as a fresh layer's weight is drawn and sets ``up`` to zero: every stage is the base again."""
-        bound = 1 / math.sqrt(max(1, math.prod(self.down.shape[2:])))  # torch's layers may have no inputs
-        nn.init.uniform_(self.down, -bound, bound)
-        nn.init.zeros_(self.up)
+        self._draw(self.down, self.up)
         self.unmerge()
+
+    @staticmethod
+    def _draw(down: Tensor, up: Tensor) -> None:
+        bound = 1 / math.sqrt(max(1, math.prod(down.shape[2:])))  # torch's layers may have no inputs
+        nn.init.uniform_(down, -bound, bound)
+        nn.init.zeros_(up)
+
+    def with_stages(self, order: Sequence[int | None], memo: dict[int, object] | None = None) -> AdaptedLayer:
+        """A copy whose stages are those of these numbers, in this order; None: a fresh one. memo: as for deepcopy."""
+        memo = {} if memo is None else memo
+        given = (self.down, self.up)
+        down, up = (t.detach()[[0 if k is None else k for k in order]] for t in given)
+        for i, k in enumerate(order):
+            if k is None:
+                self._draw(down[i : i + 1], up[i : i + 1])
+        for old, new in zip(given, (down, up), strict=True):
+            memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
+        layer = copy.deepcopy(self, memo)
+        layer.stages = len(order)
+        layer.unmerge()
+        return layer
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds parts of the parameters alone (FSDP's fully_shard, between calls)."""
+        return any(hasattr(p, "device_mesh") for p in (self.weight, self.down, self.up))
 
     @property
     def merged(self) -> bool:
@@ -179,10 +204,19 @@ class AdaptedLayer:
             stage = _scope.current_stage()
         if stage is None:
             if self.stages != 1:
-                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: pass layer(x, stage)")
+                raise ValueError(f"stage: expected 0 to {self.stages - 1}, got none: {self._how_to_name_a_stage()}")
             return 0
         check_stage(stage, self.stages, batch)
         return stage
+
+    @staticmethod
+    def _how_to_name_a_stage() -> str:
+        if torch._C._current_graph_task_id() == -1:
+            return "pass layer(x, stage)"
+        return (  # recomputed in the backward pass, after the staged call has ended
+            "a denoiser that recomputes its activations (torch.utils.checkpoint) does so outside its stage; "
+            "checkpoint the call of the staged denoiser instead, or LoRun(checkpoint=True)"
+        )
 
     def train(self, mode: bool = True):
         if mode:
@@ -447,7 +481,8 @@ def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tupl
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """merge() of many layers at once."""
+    """merge() of many layers at once, but for sharded ones: these merge at each call, where their weights are whole."""
+    layers = [layer for layer in layers if not layer.sharded]
     for layer, weights in zip(layers, merged_weights(layers), strict=True):
         layer._take_merged(weights)
 

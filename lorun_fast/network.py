@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -15,7 +17,16 @@ from lorun_fast.operators import SensingOperator
 from lorun_fast.ops._checks import finite, number_or_tensor, parameter_dtype, whole
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.relayout import relayout
-from lorun_fast.stages import ParameterReport, StagedDenoiser, Stages, TiedDenoiser, UntiedDenoiser, adapt, image_of
+from lorun_fast.stages import (
+    ParameterReport,
+    StagedDenoiser,
+    Stages,
+    TiedDenoiser,
+    UntiedDenoiser,
+    adapt,
+    check_order,
+    image_of,
+)
 
 _DATA_STEPS = ("gradient", "prox")
 _NOISE_MAPS = ("measurement", "stage")
@@ -114,7 +125,8 @@ class LoRun(nn.Module):
         self.data_step, self.noise_map = data_step, noise_map
         self.checkpoint = checkpoint if isinstance(checkpoint, bool) else operator.index(checkpoint)
         self._tells_noise = staged.takes_noise()
-        self.step_size = nn.Parameter(torch.full((staged.stages,), rho))
+        wide = parameter_dtype(torch.get_default_dtype())  # as _apply keeps them
+        self.step_size = nn.Parameter(torch.full((staged.stages,), rho, dtype=wide))
         self.register_load_state_dict_post_hook(LoRun._merge_again)
 
     @property
@@ -145,6 +157,8 @@ class LoRun(nn.Module):
             raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
         if isinstance(sigma, float | int) and not torch.compiler.is_compiling() and not sigma >= 0:
             raise ValueError(f"sigma: expected at least 0, got {sigma}")
+        if isinstance(sigma, Tensor) and sigma.ndim and sigma.shape[0] not in (1, y.shape[0]):
+            raise ValueError(f"sigma: expected a number, 0-d or ({y.shape[0]},), got shape {tuple(sigma.shape)}")
         x = op.initial(y, size)
         outputs = [x]
         recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)
@@ -210,6 +224,26 @@ class LoRun(nn.Module):
     def _mu(self, rho: Tensor, x: Tensor, sigma: float | Tensor | None) -> Tensor:
         noise = _noise(sigma, x)
         return ((noise.square() + _ROUNDING**2) / self._variance(rho, noise)).reshape(-1, 1, 1, 1)
+
+    def with_stages(self, order: Iterable[int | None], *, step_size: float = 1.0) -> LoRun:
+        """A copy with other stages: adapters (copies, if untied) and step sizes of these, in this order; None: fresh.
+
+        net.with_stages([0, 1, 2, 3, 4, 4, 4, 4, 4]) makes nine stages of five, to train on; net.with_stages(range(3))
+        takes the first three. step_size: of fresh stages, whose denoiser is the base. What is recomputed in training
+        (``checkpoint``) stays, up to the new number of stages. Errors as :meth:`StagedDenoiser.with_stages`.
+        """
+        order = check_order(order, self.stages)
+        rho = finite("step_size", step_size)
+        denoiser = self.denoiser.with_stages(order)
+        steps = torch.stack(
+            [torch.full_like(self.step_size[0], rho) if k is None else self.step_size[k] for k in order]
+        )
+        memo = {id(self.denoiser): denoiser}
+        memo[id(self.step_size)] = nn.Parameter(steps.detach(), requires_grad=self.step_size.requires_grad)
+        net = copy.deepcopy(self, memo)
+        if not isinstance(net.checkpoint, bool):
+            net.checkpoint = min(net.checkpoint, net.stages)
+        return net
 
     def train(self, mode: bool = True) -> LoRun:
         super().train(mode)

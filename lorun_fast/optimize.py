@@ -19,7 +19,7 @@ from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.ops._checks import check_flag, check_image, finite
-from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser
+from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser, sigma_by_name
 
 MOST_LOST = 0.02
 """How far bf16 may move the score, in dB, before it is not chosen."""
@@ -50,6 +50,7 @@ class MergedStages(UntiedDenoiser):
         Stages.__init__(self)
         self.stages = len(copies)
         self.copies = nn.ModuleList(copies)
+        self._by_name = sigma_by_name(copies[0])
 
 
 class OptimizedLoRun(LoRun):
@@ -91,6 +92,9 @@ class OptimizedLoRun(LoRun):
         if mode:
             raise RuntimeError("train: expected a network with adapters, got an optimized one, which is for inference")
         return super().train(False)
+
+    def with_stages(self, order, *, step_size: float = 1.0):
+        raise RuntimeError("with_stages: expected the network that was optimized, got the optimized one")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}\n{self.report}" if hasattr(self, "report") else super().extra_repr()

@@ -1,6 +1,6 @@
 """Any denoiser, staged: one shared base and K adapter sets, or K views of one base, or K copies.
 
-A denoiser is any module with ``forward(z)`` or ``forward(z, sigma)``.
+A denoiser is any module with ``forward(z)`` or ``forward(z, sigma)``; what else it takes is passed on by name.
 """
 
 from __future__ import annotations
@@ -80,8 +80,11 @@ class Stages(nn.Module):
 
     stages: int
     _frozen = False
+    _by_name = False
 
-    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
+    ) -> Tensor:
         raise NotImplementedError
 
     def _resolve(self, z: Tensor, stage: int | Tensor | None) -> int | Tensor:
@@ -107,6 +110,26 @@ class Stages(nn.Module):
 
     def __iter__(self) -> Iterator[Stage]:
         return (self[k] for k in range(self.stages))
+
+    def with_stages(self, order: Iterable[int | None]) -> Stages:
+        """A copy with other stages: those of these numbers, in this order, each with a copy of its adapter; None: new.
+
+        with_stages([0, 1, 2, 3, 4, 4, 4, None, None]) makes nine stages of five, with_stages(range(3)) takes three. A
+        fresh stage equals the base. Whether the base is frozen, and whether the stages are merged, stays.
+        Raises IndexError for a stage that is not there, TypeError for what is no stage, ValueError for none at all and
+        for a fresh one of untied copies, which have no base.
+        """
+        order = check_order(order, self.stages)
+        memo = {}
+        self._put_stages(order, memo)
+        found = copy.deepcopy(self, memo)
+        found.stages = len(order)
+        if self.merged:
+            found.merge()
+        return found
+
+    def _put_stages(self, order: list[int | None], memo: dict[int, object]) -> None:
+        """Puts what holds the stages' own tensors into a deepcopy's memo, with those of the new ones."""
 
     def weights_for_all(self) -> dict[nn.Module, tuple[Tensor, ...]]:
         """Of layers whose merged weights a pass over all stages forms once, for _scope.call_holding; gradients reach
@@ -160,6 +183,8 @@ class Stages(nn.Module):
         own = getattr(self.one(), "noise_level", None)
         if own is not None:
             return bool(own)
+        if isinstance(self.one(), AdaptedLayer):  # a layer by itself, whose second argument is the stage
+            return False
         kinds = [p.kind for p in inspect.signature(type(self.one()).forward).parameters.values()]
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 2  # self, z, sigma
@@ -167,6 +192,23 @@ class Stages(nn.Module):
     def parameter_report(self) -> ParameterReport:
         """Counts: base, per stage, total, ratio to untied."""
         raise NotImplementedError
+
+
+def check_order(order: Iterable[int | None], stages: int) -> list[int | None]:
+    """A user's choice of stages, as numbers from 0."""
+    if isinstance(order, str | int) or not isinstance(order, Iterable):
+        raise TypeError(f"order: expected numbers of stages, got {order!r}")
+    found: list[int | None] = []
+    for k in order:
+        try:
+            found.append(None if k is None else operator.index(k))
+        except TypeError:
+            raise TypeError(f"order: expected numbers of stages, or None for a fresh one, got {k!r}") from None
+        if k is not None and not -stages <= found[-1] < stages:
+            raise IndexError(f"order: expected stages 0 to {stages - 1}, got {k}")
+    if not found:
+        raise ValueError("order: expected one stage or more, got none")
+    return [None if k is None else k % stages for k in found]
 
 
 def image_of(out: object, denoiser: nn.Module) -> Tensor:
@@ -177,28 +219,41 @@ def image_of(out: object, denoiser: nn.Module) -> Tensor:
 
 
 class Stage(nn.Module):
-    """One stage of a staged denoiser, itself a denoiser: forward(z) or forward(z, sigma). Shares all parameters."""
+    """One stage of a staged denoiser, itself a denoiser: forward(z) or forward(z, sigma). Shares all parameters.
+
+    What else the denoiser takes is given by name: staged[3](z, features=f) is staged(z, stage=3, features=f).
+    """
 
     def __init__(self, staged: Stages, stage: int):
         super().__init__()
         self.staged, self.stage = staged, stage
 
-    def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, sigma: float | Tensor | None = None, **inputs: object) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
             # A module's int is a constant to Dynamo: every stage would be a graph of its own.
             with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-                return self.staged(z, stage=self.stage, sigma=sigma)
-        return self.staged(z, stage=self.stage, sigma=sigma)
+                return self.staged(z, stage=self.stage, sigma=sigma, **inputs)
+        return self.staged(z, stage=self.stage, sigma=sigma, **inputs)
 
 
-def _call(denoiser: nn.Module, z: Tensor, sigma: float | Tensor | None) -> Tensor:
-    return denoiser(z) if sigma is None else denoiser(z, sigma)
+def sigma_by_name(denoiser: nn.Module) -> bool:
+    """Whether a denoiser's argument sigma is not its second, as in forward(z, features=None, sigma=None)."""
+    return "sigma" in list(inspect.signature(type(denoiser).forward).parameters)[3:]  # behind self, z and another
+
+
+def _call(
+    denoiser: nn.Module, by_name: bool, z: Tensor, sigma: float | Tensor | None, inputs: dict[str, object]
+) -> Tensor:
+    if sigma is None:
+        return denoiser(z, **inputs)
+    return denoiser(z, sigma=sigma, **inputs) if by_name else denoiser(z, sigma, **inputs)
 
 
 class StagedDenoiser(Stages):
     """One shared base and K adapter sets; made by :func:`adapt`.
 
-    staged(z, stage=3, sigma=None): stage an int, or an int64 tensor (N,), one stage per sample.
+    staged(z, stage=3, sigma=None, **inputs): stage an int, or an int64 tensor (N,), one stage per sample. sigma is the
+    denoiser's second argument, inputs are what else it takes, by name. Returns what the denoiser returns.
     adapted: {name: layer} of the adapted layers. skipped: {name: reason} of the layers left alone.
     """
 
@@ -206,10 +261,13 @@ class StagedDenoiser(Stages):
         super().__init__()
         self.base, self.stages = base, stages
         self.adapted, self.skipped = adapted, skipped
+        self._by_name = sigma_by_name(base)
 
-    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
+    ) -> Tensor:
         stage = self._resolve(z, stage)
-        return _scope.call_at(stage, self._merged_at(stage), _call, self.base, z, sigma)
+        return _scope.call_at(stage, self._merged_at(stage), _call, self.base, self._by_name, z, sigma, inputs)
 
     def _merged_at(self, stage: int | Tensor) -> dict[AdaptedLayer, Tensor]:
         """What one op merges for a call: the layers that would each merge their weight, unless they are merged."""
@@ -237,6 +295,10 @@ class StagedDenoiser(Stages):
     def merged(self) -> bool:
         return all(layer.merged for layer in self.adapted.values())
 
+    def _put_stages(self, order: list[int | None], memo: dict[int, object]) -> None:
+        for layer in self.adapted.values():
+            memo[id(layer)] = layer.with_stages(order, memo)
+
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         for layer in self.adapted.values():
             yield layer.down
@@ -257,10 +319,13 @@ class TiedDenoiser(Stages):
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
         self.base, self.stages = copy.deepcopy(base), stages
+        self._by_name = sigma_by_name(base)
 
-    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
+    ) -> Tensor:
         check_given_stages(self._resolve(z, stage), self.stages)
-        return _call(self.base, z, sigma)
+        return _call(self.base, self._by_name, z, sigma, inputs)
 
     def parameter_report(self) -> ParameterReport:
         return ParameterReport(_count(self.parameters()), 0, self.stages)
@@ -273,20 +338,31 @@ class UntiedDenoiser(Stages):
         super().__init__()
         self.stages = stages
         self.copies = nn.ModuleList(copy.deepcopy(base) for _ in range(stages))
+        self._by_name = sigma_by_name(base)
 
     def one(self) -> nn.Module:
         return self.copies[0]
 
-    def forward(self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None) -> Tensor:
+    def _put_stages(self, order: list[int | None], memo: dict[int, object]) -> None:
+        if None in order:
+            raise ValueError("order: expected stages of untied copies, got None: they have no base to start from")
+        memo[id(self.copies)] = nn.ModuleList(copy.deepcopy(self.copies[k]) for k in order)
+
+    def forward(
+        self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
+    ) -> Tensor:
         stage = self._resolve(z, stage)
         if not isinstance(stage, Tensor):
-            return _call(self.copies[stage], z, sigma)
+            return _call(self.copies[stage], self._by_name, z, sigma, inputs)
+        if inputs:  # which of them, or what in them, is one per sample cannot be told
+            raise TypeError(f"{', '.join(inputs)}: expected none beside one stage per sample of untied copies")
         out = None
         for k in stage.unique().tolist():
             check_stage(k, self.stages, z.shape[0])
             pick = (stage == k).nonzero()[:, 0]
             per_sample = isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == z.shape[0]
-            part = image_of(_call(self.copies[k], z[pick], sigma[pick] if per_sample else sigma), self.copies[k])
+            level = sigma[pick] if per_sample else sigma
+            part = image_of(_call(self.copies[k], self._by_name, z[pick], level, {}), self.copies[k])
             out = part.new_empty((z.shape[0], *part.shape[1:])) if out is None else out
             out = out.index_copy(0, pick, part)
         return z if out is None else out
@@ -363,8 +439,9 @@ def adapt(
 ) -> StagedDenoiser:
     """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
 
-    denoiser: any module with forward(z) or forward(z, sigma). Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear
-        layers get adapters; its own code does not change.
+    denoiser: any module with forward(z) or forward(z, sigma); further arguments are passed on by name, and what it
+        returns comes back as it is. Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear layers get adapters; its own code
+        does not change.
     stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
         depthwise layers are left alone unless ``include`` names them.

@@ -117,3 +117,19 @@ def test_bad_arguments(change, error, message):
     given = {"x": x, "weight": weight, "bias": bias, "residual": residual, **change}
     with pytest.raises(error, match=message):
         fused_conv2d(**given)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 6), (2, 3, 4, 0), (0, 3, 4, 6)])
+@pytest.mark.parametrize("out", [1, 5])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_images_without_rows_or_columns(shape, out, activation):
+    x, weight, bias, residual = arguments(torch.float32, shape[0], 3, out, *shape[2:])
+    given = (x, weight, bias, residual)
+    for t in given:
+        t.requires_grad_()
+    for more in ({}, {"residual": residual}):
+        y = fused_conv2d(x, weight, bias, activation=activation, **more)
+        assert y.shape == residual.shape
+        grads = torch.autograd.grad(y.sum(), given, allow_unused=True)
+        assert [g.shape for g in grads if g is not None] == [t.shape for t in given[: 3 + len(more)]]
+        assert not grads[1].any() and not grads[2].any()

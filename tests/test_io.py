@@ -380,3 +380,14 @@ def test_a_device_that_is_none(tmp_path):
 def test_a_folder_is_not_called_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a saved network \(.safetensors\), found a folder"):
         lf.load(tmp_path)
+
+
+def test_a_path_that_is_no_utf8(tmp_path):
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), lf.ResCNN(channels=4, blocks=1), stages=2)
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors")
+    for call in (lambda: lf.save(net, path), lambda: lf.load(path)):
+        with pytest.raises(ValueError, match=r"path: expected a name in UTF-8, got b'.*\\xff.safetensors'"):
+            call()
+    assert not list(tmp_path.iterdir())
+    lf.save(net, tmp_path / "über-网络.safetensors")
+    assert lf.load(tmp_path / "über-网络.safetensors").stages == 2

@@ -389,3 +389,10 @@ def test_on_a_gpu(monkeypatch, wish, stage):
     for index, (a, b) in enumerate(zip([y, *got], [expected, *want], strict=True)):
         error = (a.cpu().double() - b).abs().max() / b.abs().max()
         assert error < 1e-4, f"{index}: {error} of the largest value"
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 0, 5), (1, 8, 5, 0)])
+def test_images_without_rows_or_columns(shape):
+    layer = (torch.rand(8, 8, 3, 3), None, None, None)
+    with pytest.raises(ValueError, match=r"^x: expected an image with rows and columns, got"):
+        lf.functional.lora_residual_block(torch.rand(shape), layer, layer)

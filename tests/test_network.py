@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 import lorun_fast as lf
@@ -352,3 +353,73 @@ def test_a_staged_denoiser_brings_its_own_stages_and_form(tmp_path):
     assert again.form == "peft" and again.gamma is None
     with pytest.raises(ValueError, match="a number of stages up to 12, got 13"):
         lf.LoRun(net.op, staged, checkpoint=13)
+
+
+@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
+def test_more_stages_than_were_trained(x, sharing, tmp_path):
+    net = trained(sharing=sharing, checkpoint=2, learn=False)
+    y = net.op(x)
+    expected = net(y, size=SIZE, return_stages=True)
+    grown = net.with_stages([0, 1, 2, 2, 2])
+    assert grown.stages == len(grown.step_size) == 5 and grown.step_size.requires_grad
+    got = grown(y, size=SIZE, return_stages=True)
+    assert all(torch.equal(a, b) for a, b in zip(got[:4], expected, strict=True))
+    step = net.stage_step(2, expected[-1], y)
+    assert torch.equal(got[4], step) and torch.equal(got[5], net.stage_step(2, step, y))
+    first = grown.with_stages([0])
+    assert torch.equal(first(y, size=SIZE), expected[1])
+    assert (net.checkpoint, grown.checkpoint, first.checkpoint) == (2, 2, 1)
+    lf.save(grown, tmp_path / "grown.safetensors")
+    again = lf.load(tmp_path / "grown.safetensors")
+    torch.testing.assert_close(again(y, size=SIZE), got[-1])
+    with pytest.raises(RuntimeError, match="with_stages: expected the network that was optimized"):
+        again.optimize(dtype=torch.float32).with_stages([0])
+
+
+def test_fresh_stages_of_a_network(x):
+    net = trained().eval()
+    y = net.op(x)
+    grown = net.with_stages([0, None], step_size=0.25)
+    assert not grown.training and grown.denoiser.merged
+    assert grown.step_size.tolist() == [0.5, 0.25]
+    z = net.op.gradient_step(net(y, size=SIZE, return_stages=True)[1], y, 0.25)
+    torch.testing.assert_close(grown(y, size=SIZE), tiny().eval().denoiser(z, stage=0))
+    assert grown.op.phi is not net.op.phi
+    with pytest.raises(IndexError, match="order: expected stages 0 to 2, got 3"):
+        net.with_stages(range(4))
+    with pytest.raises(ValueError, match="step_size: expected a finite number, got nan"):
+        net.with_stages([None], step_size=math.nan)
+
+
+def test_step_sizes_are_wide_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), nn.Conv2d(1, 1, 1), stages=1, step_size=1.001)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert net.step_size.dtype == torch.float32 and net.step_size.item() == pytest.approx(1.001, abs=1e-6)
+
+
+def test_a_sharded_network_is_evaluated_unmerged(x):
+    """FSDP2: between calls a process holds parts of the parameters, which no op of ours takes."""
+    expected, net = trained(learn=False).eval(), trained(learn=False)
+    y = net.op(x)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(net)
+        net(y, size=SIZE).sum().backward()
+        net.eval()
+        assert not net.denoiser.merged
+        with torch.no_grad():
+            torch.testing.assert_close(net(y, size=SIZE), expected(y, size=SIZE))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_sigma_for_other_samples():
+    net = lf.LoRun(lf.BlurDownsample(torch.rand(3, 3), 2), nn.Conv2d(1, 1, 1), stages=2, data_step="prox")
+    y = torch.rand(2, 1, 4, 4)
+    for fits in (torch.tensor(0.1), torch.rand(1), torch.rand(2), torch.rand(2, 1, 1, 1)):
+        assert net(y, sigma=fits).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"sigma: expected a number, 0-d or \(2,\), got shape \(3,\)"):
+        net(y, sigma=torch.rand(3))

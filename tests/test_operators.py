@@ -399,3 +399,37 @@ def test_a_number_that_the_dtype_does_not_hold(make):
             assert call(x.double(), y.double(), 1e300).isfinite().all()
     with pytest.raises(TypeError, match="rho: expected a real number, got 1j"):
         op.gradient_step(x, y, 1j)
+
+
+def test_a_size_may_be_an_array():
+    op = lf.BlockCS.gaussian(0.25, 8)
+    y = op(torch.rand(1, 1, 20, 13))
+    assert torch.equal(op.adjoint(y, np.array([20, 13])), op.adjoint(y, (20, 13)))
+    for wrong in (np.array([20.0, 13.0]), np.array([20]), np.array(20)):
+        with pytest.raises(ValueError, match=r"size: expected two whole numbers \(H, W\), got"):
+            op.adjoint(y, wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda phi: lf.BlurDownsample(phi, 2), (2, 5, 5)),
+        (lambda phi: lf.BlockCS(phi, 4), (4, 16)),
+        (lambda phi: lf.CASSI(phi, step=1), (3, 8, 8)),
+    ],
+)
+def test_an_operator_made_of_a_networks_input(make, shape):
+    """Of a kernel per sample, for one: it is built where the network is traced, and has no values to look at there."""
+
+    class Net(nn.Module):
+        def forward(self, x, phi):
+            op = make(phi)
+            return op.gradient_step(x, op(x).float(), 0.1)
+
+    net, x = Net(), torch.rand(2, 3 if len(shape) == 3 else 1, 8, 8)
+    phi, other = torch.rand(shape), torch.rand(shape)
+    program = torch.export.export(net, (x, phi)).module()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for call in (program, compiled):
+        for given in (phi, other):
+            torch.testing.assert_close(call(x, given), net(x, given))

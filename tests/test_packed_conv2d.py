@@ -515,3 +515,10 @@ def test_a_block_of_images_without_pixels(dtype, size):
     """A width of zero divided by zero, which ended the process."""
     x, packed = torch.zeros(size[0], 16, *size[1:], dtype=dtype), packed_weight(torch.zeros(16, 16, 3, 3, dtype=dtype))
     assert packed_block(x, packed, packed, residual=x).shape == x.shape
+
+
+def test_a_stride_past_the_image_takes_no_memory_of_its_own():
+    weight, x = packed_weight(torch.rand(16, 16, 3, 3).bfloat16()), torch.rand(1, 16, 9, 5).bfloat16()
+    expected = packed_conv2d(x, weight, out=16, kernel=3, stride=11, padding=1)
+    for stride in (12, 2**31 - 1):
+        assert torch.equal(packed_conv2d(x, weight, out=16, kernel=3, stride=stride, padding=1), expected)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorun_fast as lf
 from lorun_fast import adapters, layers
@@ -731,3 +732,158 @@ def test_stages_per_sample_out_of_range(sharing, merged):
 def test_a_denoiser_is_a_module():
     with pytest.raises(TypeError, match=r"denoiser: expected an nn.Module, got function"):
         lf.adapt(lambda z: z)
+
+
+class PassesFeatures(nn.Module):
+    """As in unfolding networks whose stages hand features on: several inputs, a dict among them, several results."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.tail = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.inject = nn.Conv2d(4, 4, 1)
+
+    def forward(self, z, features=None, sigma=0.0, *, context=None):
+        x = torch.relu(self.head(z)) + sigma
+        if features is not None:
+            x = x + self.inject(features)
+        if context is not None:
+            x = x * context["gain"]
+        return z + self.tail(x), {"features": x, "skip": None}
+
+
+@pytest.mark.parametrize("kind", [lambda base, stages: lf.adapt(base, stages), TiedDenoiser, UntiedDenoiser])
+def test_further_inputs_go_by_name_and_results_come_as_they_are(kind):
+    denoiser = PassesFeatures()
+    staged = kind(denoiser, 3)
+    given = {"features": torch.rand(3, 4, 8, 8), "context": {"gain": 0.5}}
+    for named in ({}, given, {"sigma": 0.3}, given | {"sigma": 0.3}, given | {"features": None}):
+        for (got, rest), view in ((staged(Z, stage=1, **named), False), (staged[1](Z, **named), True)):
+            expected, other = denoiser(Z, **named)
+            assert torch.equal(got, expected), (named, view)
+            assert torch.equal(rest["features"], other["features"]) and rest["skip"] is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'feature'"):
+        staged(Z, stage=1, feature=given["features"])
+
+
+def test_features_from_stage_to_stage_compile_into_few_graphs(graph_counter):
+    staged = lf.adapt(PassesFeatures(), stages=9)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+
+    def restore(call):
+        z, features = Z, None
+        for k in range(9):
+            z, rest = call(z, stage=k, features=features)
+            features = rest["features"]
+        return z
+
+    torch.testing.assert_close(restore(torch.compile(staged, fullgraph=True, backend=graph_counter)), restore(staged))
+    assert graph_counter.graphs == 2  # without features, and with them and the stage as a symbol
+    mixed, rest = staged(Z, stage=torch.tensor([2, 0, 1]), features=torch.rand(3, 4, 8, 8))
+    assert mixed.shape == Z.shape and rest["features"].shape == (3, 4, 8, 8)
+
+
+def test_untied_copies_cannot_tell_whose_sample_an_input_is():
+    untied = UntiedDenoiser(PassesFeatures(), 2)
+    with pytest.raises(TypeError, match="features: expected none beside one stage per sample of untied copies"):
+        untied(Z, stage=torch.tensor([0, 1, 1]), features=torch.rand(3, 4, 8, 8))
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_more_stages_than_were_trained(form):
+    staged = drawn(form)
+    staged.adapted["head"].register_forward_hook(lambda layer, args, y: y + 1)
+    z, state = torch.randn(3, 1, 8, 8), copy.deepcopy(staged.state_dict())
+    random = torch.get_rng_state()
+    grown = staged.with_stages([0, 1, 1, np.int64(-1)])
+    assert torch.equal(torch.get_rng_state(), random)  # nothing is drawn where nothing is fresh
+    assert (len(grown), type(grown)) == (4, type(staged))
+    for k, source in enumerate([0, 1, 1, 1]):
+        assert torch.equal(grown(z, stage=k), staged(z, stage=source))
+    grown(z, stage=2).sum().backward()
+    assert all(p.requires_grad == (p in set(grown.adapter_parameters())) for p in grown.parameters())
+    with torch.no_grad():
+        for p in grown.adapter_parameters():
+            p -= p.grad
+    torch.testing.assert_close(grown(z, stage=1), staged(z, stage=1))
+    assert not torch.allclose(grown(z, stage=2), staged(z, stage=1))
+    assert all(torch.equal(t, state[name]) for name, t in staged.state_dict().items())
+    fewer = grown.with_stages([2])
+    torch.testing.assert_close(fewer(z), grown(z, stage=2))
+    torch.testing.assert_close(grown(z, stage=torch.tensor([3, 2, 0]))[1:2], grown(z, stage=2)[1:2])
+
+
+def test_fresh_stages_beside_trained_ones_equal_the_base():
+    staged, z = drawn("loralib"), torch.randn(2, 1, 8, 8)
+    base = copy.deepcopy(staged)
+    for layer in base.adapted.values():
+        layer.reset_adapter()
+    for merged in (False, True):
+        grown = staged.with_stages(k for k in (None, 1, None))
+        assert grown.merged == merged
+        torch.testing.assert_close(grown(z, stage=0), base(z, stage=0))
+        torch.testing.assert_close(grown(z, stage=1), staged(z, stage=1))
+        first, last = grown.base.head.down[0], grown.base.head.down[2]
+        assert not torch.equal(first, last) and first.abs().max() > 0
+        staged.merge()
+
+
+def test_stages_of_tied_and_untied_denoisers():
+    denoiser = nn.Conv2d(2, 2, 3, padding=1)
+    tied, untied = TiedDenoiser(denoiser, 2).with_stages([0, None, 1]), UntiedDenoiser(denoiser, 2)
+    assert len(tied) == 3 and torch.equal(tied(Z, stage=2), denoiser(Z))
+    nn.init.normal_(untied.copies[1].weight)
+    three = untied.with_stages([1, 0, 1])
+    assert len({id(c.weight) for c in three.copies} | {id(c.weight) for c in untied.copies}) == 5
+    for k, source in enumerate([1, 0, 1]):
+        assert torch.equal(three(Z, stage=k), untied(Z, stage=source))
+    with pytest.raises(ValueError, match="order: expected stages of untied copies, got None"):
+        untied.with_stages([0, None])
+
+
+@pytest.mark.parametrize(
+    ("order", "error", "message"),
+    [
+        ([0, 2], IndexError, "order: expected stages 0 to 1, got 2"),
+        ([-3], IndexError, "order: expected stages 0 to 1, got -3"),
+        ([], ValueError, "order: expected one stage or more, got none"),
+        (9, TypeError, "order: expected numbers of stages, got 9"),
+        ("01", TypeError, "order: expected numbers of stages, got '01'"),
+        ([0.0], TypeError, "order: expected numbers of stages, or None for a fresh one, got 0.0"),
+    ],
+)
+def test_what_is_no_choice_of_stages(order, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        drawn("loralib").with_stages(order)
+
+
+def test_adapters_go_to_another_base_by_their_names():
+    """As docs/stages.md tells."""
+    staged, other = drawn("loralib"), drawn("loralib")
+    nn.init.normal_(other.base.head.weight)
+    for p in other.adapter_parameters():
+        nn.init.zeros_(p)
+    adapters = {name: t for name, t in staged.state_dict().items() if name.endswith((".down", ".up"))}
+    assert len(adapters) == len(list(staged.adapter_parameters()))
+    weight = other.base.head.weight.clone()
+    missing, unexpected = other.load_state_dict(adapters, strict=False)
+    assert not unexpected and not any(name.endswith((".down", ".up")) for name in missing)
+    assert torch.equal(other.base.head.weight, weight)
+    assert torch.equal(other.base.head.up, staged.base.head.up)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_denoiser_that_recomputes_its_own_activations(reentrant):
+    class Recomputing(nn.Sequential):
+        def forward(self, z):
+            return checkpoint(super().forward, z, use_reentrant=reentrant)
+
+    staged = lf.adapt(Recomputing(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)), stages=2)
+    z = Z.clone().requires_grad_()
+    with pytest.raises(ValueError, match="outside its stage; checkpoint the call of the staged denoiser"):
+        staged(z, stage=1).sum().backward()
+    plain = lf.adapt(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)), stages=2)
+    parameters = list(plain.adapter_parameters())
+    expected = torch.autograd.grad(plain(z, stage=1).sum(), parameters)
+    checkpoint(plain, z, 1, use_reentrant=reentrant).sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, expected, strict=True))

@@ -142,7 +142,7 @@ def test_the_weights_gradient_is_of_images_of_one_dtype():
     grad, x = torch.ones(1, 1, 4, 4), torch.ones(1, 8, 4, 4)
     with pytest.raises(TypeError, match=r"grad: expected torch\.float32 as x has, got torch\.bfloat16"):
         thin_weight_gradient(grad.bfloat16(), x)
-    with pytest.raises(TypeError, match="x: expected float32, float64, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x: expected float32, float64, bfloat16 or float16, got torch\.int64"):
         thin_weight_gradient(grad.long(), x.long())
 
 

@@ -558,3 +558,9 @@ def test_a_weight_of_another_size():
         winograd_weight(torch.zeros(8, 8, 5, 5))
     with pytest.raises(TypeError, match=r"weight: expected float32, float64, bfloat16 or float16, got torch\.int32"):
         winograd_weight(torch.zeros(8, 8, 3, 3).int())
+
+
+@pytest.mark.parametrize("adjoint", ["x", 2, [True]])
+def test_a_flag_that_is_none(adjoint):
+    with pytest.raises(TypeError, match=r"^adjoint: expected True, False or None, got"):
+        winograd_weight(torch.rand(8, 8, 3, 3), adjoint=adjoint)

@@ -311,7 +311,10 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
   const ScalarType type = x.scalar_type();
   return dispatch_storage(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Filter<T> f{in, out, kernel, stride, padding, shuffle, nullptr, nullptr, relu};
+    // A stride past the image is as good as any other, and a row's work space grows with it.
+    const int64_t past = std::max(height, width) + 2 * padding;
+    Filter<T> f{in,      out,     kernel, std::min(stride, std::max<int64_t>(past, 1)), padding, shuffle,
+                nullptr, nullptr, relu};
     const int64_t y_height = f.result(height) * shuffle, y_width = f.result(width) * shuffle;
     const int64_t y_channels = out / (shuffle * shuffle);
     STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, "x: expected at least ", kernel,

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +85,9 @@ def whole(name: str, value: int, least: int) -> int:
 
 
 def pair(size: tuple[int, int]) -> tuple[int, int]:
-    """A user's (H, W); a size that tracing made a symbol is one too."""
+    """A user's (H, W), an array too; a size that tracing made a symbol is one as well."""
+    if isinstance(size, np.ndarray):
+        size = size.tolist()
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = size
         if _is_whole(height) and _is_whole(width):

@@ -71,12 +71,16 @@ def _before_relu(ctx, grad, op):
 
 def _backward(ctx, grad):
     x, weight, bias, _ = ctx.saved_tensors
+    residual = grad if ctx.needs_input_grad[3] else None
+    if not x.numel():  # torch's convolution has no gradient of images without rows or columns
+        given = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        return (*[torch.zeros_like(t) if needed else None for t, needed in given], residual, None)
     before = _before_relu(ctx, grad, _op)
     sizes = None if bias is None else [bias.shape[0]]
     found = torch.ops.aten.convolution_backward(
         before, x, weight, sizes, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, ctx.needs_input_grad[:3]
     )
-    return (*found, grad if ctx.needs_input_grad[3] else None, None)
+    return (*found, residual, None)
 
 
 def _backward_thin(ctx, grad):
@@ -181,8 +185,8 @@ def thin_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
     grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32, float64, bfloat16 or float16; both channels_last
         without a copy. 1 to 4 channels on one side and a multiple of 8 on the other.
-    Returns float32, or float64 for such images. C++ on a CPU, in an order that does not depend on the number of threads. Differentiable. Raises ValueError or
-    TypeError naming the argument that does not fit.
+    Returns float32, or float64 for such images. C++ on a CPU, in an order that does not depend on the number of
+    threads. Differentiable. Raises ValueError or TypeError naming the argument that does not fit.
     """
     _check_images(grad, x)
     return _gradient_op(grad, x)

@@ -72,6 +72,8 @@ def _check(x, first, second, stage, residual) -> None:
             f"got {shape_of(x)}, {shape_of(first[0])} and {shape_of(second[0])}"
         )
     check_tensors(x, residual=residual)
+    if not (x.shape[2] and x.shape[3]):
+        raise ValueError(f"x: expected an image with rows and columns, got {shape_of(x)}")
     check_epilogue(None, None, residual, x.shape, channels)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lorun_fast.ops._checks import (
     STORAGE_DTYPES,
     check_finishing,
+    check_flag,
     check_image,
     check_same_device,
     check_tensor,
@@ -209,8 +209,8 @@ def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
     grad: (N, out, H, W); x: (N, in, H, W) in its dtype, float32, float64, bfloat16 or float16; both channels_last
         without a copy. 8 channels or more.
-    Returns float32, or float64 for such images. By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not depend on the number of threads. Raises
-    ValueError or TypeError naming the argument that does not fit.
+    Returns float32, or float64 for such images. By F(4x4, 3x3) as :func:`winograd_conv2d`, in an order that does not
+    depend on the number of threads. Raises ValueError or TypeError naming the argument that does not fit.
     """
     _check_images(grad, x)
     return _gradient_op(grad, x)
@@ -219,10 +219,11 @@ def winograd_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def winograd_weight(weight: Tensor, *, adjoint: bool = False) -> Tensor:
     """The weight (out, in, 3, 3) as :func:`winograd_conv2d` takes it: (36, in, out), four times as large.
 
-    Formed in float64 and rounded once, to float32 but for a weight in float64. adjoint: the weight of the convolution's transpose, which
-    takes a gradient back to x, (36, out, in). Differentiable. Raises ValueError for another kernel size, TypeError for
-    another dtype.
+    Formed in float64 and rounded once, to float32 but for a weight in float64. adjoint: the weight of the convolution's
+    transpose, which takes a gradient back to x, (36, out, in). Differentiable. Raises ValueError for another kernel
+    size, TypeError for another dtype.
     """
+    check_flag("adjoint", adjoint)
     _check_weight(weight)
     return _weight_op(weight, adjoint)
 
@@ -240,8 +241,9 @@ def winograd_conv2d(
     x: (N, in, H, W), float32, float64, bfloat16 or float16, channels_last without a copy. weight: of
         :func:`winograd_weight`, (36, in, out), and bias: (out,): float32, for images in float64 float64. activation:
         None or "relu". residual: (N, out, H, W), as x. 8 channels or more on both sides.
-    Returns (N, out, H, W) in x's dtype and channels_last: 16 bits are computed in float32 and rounded once. Compiled for CPUs; elsewhere plain PyTorch. Differentiable, without
-        speed: the op is for inference. Raises ValueError or TypeError naming the argument that does not fit.
+    Returns (N, out, H, W) in x's dtype and channels_last: 16 bits are computed in float32 and rounded once. Compiled
+    for CPUs; elsewhere plain PyTorch. Differentiable, without speed: the op is for inference. Raises ValueError or
+    TypeError naming the argument that does not fit.
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
