@@ -8,7 +8,7 @@ BUILT  := $(VENV)/.built
 JOBS   ?= 2
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench gpu figures wheel-test kernels-check tune clean help
+.PHONY: demo test lint format bench gpu figures wheel-test kernels-check sanitize tune clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ format: $(BUILT)  ## the same, changing files
 
 kernels-check: $(BUILT)  ## compile every Triton kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.check
+
+sanitize: $(READY)  ## the C++ and CUDA kernels on this CPU under GCC's sanitizers, in a copy of the tree: FOLDER=DIR keeps it
+	bash .ci/sanitize $(BIN)/python $(FOLDER)
 
 tune: $(BUILT)  ## search kernel tiles on this GPU, on request: PROBLEMS="'forward 64' ..." OUT=FILE, OFFLINE=90 without one
 	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.tune $(PROBLEMS) $(if $(OUT),--out $(OUT)) $(if $(OFFLINE),--offline $(OFFLINE))

@@ -3,6 +3,7 @@
 LORUN_BUILD=0          leave the extension out
 LORUN_FORCE_BUILD=1    a missing or failed extension is an error
 LORUN_BUILD_CUDA       auto (default): CUDA sources when nvcc and a CUDA torch are there; 0: never; 1: or fail
+LORUN_CXX_FLAGS        more flags for the C++ compiler and the linker, after this project's own
 TORCH_CUDA_ARCH_LIST   CUDA architectures, for example "9.0a"; MAX_JOBS: parallel compilations
 """
 

@@ -56,14 +56,20 @@ def cxx_flags() -> list[str]:
         "-fno-trapping-math",
         "-Wall",
         "-Wextra",
+        *more_flags(),
     ]
+
+
+def more_flags() -> list[str]:
+    """``LORUN_CXX_FLAGS``: for the compiler and the linker, after the recipe's own, so that they win."""
+    return shlex.split(os.environ.get("LORUN_CXX_FLAGS", ""))
 
 
 def link_flags(torch_dir: str | Path) -> list[str]:
     # Some compilers link the C++ library statically. What of it the extension then shows to others mixes with torch's
     # own: numbers are missing from error messages, or writing one crashes.
     hidden = ["-Wl,--exclude-libs,libstdc++.a"] if sys.platform == "linux" else []
-    return [f"-L{Path(torch_dir) / 'lib'}", "-ltorch", "-ltorch_cpu", *hidden]
+    return [f"-L{Path(torch_dir) / 'lib'}", "-ltorch", "-ltorch_cpu", *hidden, *more_flags()]
 
 
 def nvcc_flags() -> list[str]:

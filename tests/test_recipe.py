@@ -56,3 +56,11 @@ def test_errors_name_numbers_where_the_cpp_library_is_linked_statically(tmp_path
     subprocess.run(command, check=True, capture_output=True, text=True)
     done = subprocess.run([sys.executable, "-c", CALL, str(library)], check=False, capture_output=True, text=True)
     assert "x: expected shape (2), got (12)" in done.stdout, (done.returncode, done.stdout, done.stderr)
+
+
+def test_flags_of_the_environment_come_last(monkeypatch):
+    monkeypatch.setenv("LORUN_CXX_FLAGS", "-O1 -fsanitize='address,undefined'")
+    asked = ["-O1", "-fsanitize=address,undefined"]
+    assert recipe.cxx_flags()[-2:] == asked and recipe.link_flags("torch")[-2:] == asked
+    monkeypatch.delenv("LORUN_CXX_FLAGS")
+    assert not set(asked) & {*recipe.cxx_flags(), *recipe.link_flags("torch")}

@@ -20,7 +20,8 @@ NAMESPACE = "lorun_fast_cuda_on_cpu"
 SOURCES = tuple(f"csrc/{op}/{op}.cu" for op in ("block_cs", "blur_downsample", "cassi", "fused_conv2d"))
 # No contraction: nvcc contracts too, but not the same products, and tests must not lean on either.
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
-FLAGS += ("-Wno-unknown-pragmas",)
+# Pointers of kernels walk past a tensor's ends, from null where it is empty; what they must not do there is load.
+FLAGS += ("-Wno-unknown-pragmas", *recipe.more_flags(), "-fno-sanitize=pointer-overflow")
 _KEEP: list[torch.library.Library] = []
 
 

@@ -20,6 +20,13 @@
 #include <utility>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -206,6 +213,8 @@ inline void run_grid(unsigned blocks, unsigned threads, std::size_t shared, std:
   }
   m.body = std::move(body);
   m.shared_bytes = shared;
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory(), shared);
+  ASAN_POISON_MEMORY_REGION(shared_memory() + shared, kMostSharedHopper - shared);
   block_size.x = threads;
   grid_size.x = blocks;
   for (unsigned b = 0; b < blocks; ++b) {
