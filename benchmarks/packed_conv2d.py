@@ -7,7 +7,14 @@ from torch import Tensor
 
 import lorun_fast as lf
 from benchmarks.harness.registry import LIMIT, OURS, Problem, Unavailable, Work, case
-from benchmarks.winograd_conv2d import bare_convolutions, block_inputs, block_of, block_sizes, plain_contenders
+from benchmarks.winograd_conv2d import (
+    bare_convolutions,
+    block_inputs,
+    block_of,
+    block_sizes,
+    plain_contenders,
+    tolerance,
+)
 from lorun_fast import _native
 
 
@@ -17,7 +24,7 @@ def block(dtype, device, *, n, channels, px) -> Problem:
     inputs = block_inputs(dtype, device, n, channels, px)
     x = inputs["x"]
     moved = x.element_size() * (2 * x.numel() + 2 * 9 * channels * channels)
-    return Problem(inputs, block_of, forward=Work(moved, 2 * 2 * 9 * x.numel() * channels), tolerance=2e-2)
+    return Problem(inputs, block_of, forward=Work(moved, 2 * 2 * 9 * x.numel() * channels), tolerance=tolerance(dtype))
 
 
 def _tiles() -> None:

@@ -1,4 +1,4 @@
-"""A 3 x 3 convolution from or to few channels in fp32, and the gradient of its weight: first layers and last ones."""
+"""A 3 x 3 convolution from or to few channels, and the gradient of its weight: first layers and last ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 import lorun_fast as lf
 from benchmarks.harness.registry import FORWARD, OURS, WARM, Problem, Work, case, size
-from benchmarks.winograd_conv2d import gradient_of, gradient_problem, plain_contenders
+from benchmarks.winograd_conv2d import gradient_of, gradient_problem, plain_contenders, tolerance
 
 # in, out: gray and colour images, networks of 16, 48 and 64 channels
 _LAYERS = ((1, 16), (16, 1), (3, 48), (48, 3), (64, 1))
 
 
-_CPU = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": ("fp32",)}
+_CPU = {"devices": ("cpu",), "modes": (FORWARD,), "regimes": (WARM,), "dtypes": ("fp32", "bf16")}
 _SMALL = size("8 to 1, 1x13x13", quick=True, channels=8, out=1, px=13, **_CPU)
 
 
@@ -37,7 +37,8 @@ def layer(dtype, device, *, channels, out, px) -> Problem:
     x, residual = (torch.randn(1, c, px, px, **draw).to(memory_format=torch.channels_last) for c in (channels, out))
     inputs = {"x": x, "weight": torch.randn(out, channels, 3, 3, **draw) / 3, "residual": residual}
     moved = x.element_size() * (x.numel() + 2 * residual.numel())
-    return Problem(inputs, _layer, forward=Work(moved, 2 * 9 * channels * residual.numel()), tolerance=2e-5)
+    flops = 2 * 9 * channels * residual.numel()
+    return Problem(inputs, _layer, forward=Work(moved, flops), tolerance=tolerance(dtype))
 
 
 @layer.contender("lorun_fast", kind=OURS, ops=("thin_conv2d",))
