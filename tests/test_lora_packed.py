@@ -107,7 +107,7 @@ def test_it_serves_where_there_are_tiles(monkeypatch, amx):
     monkeypatch.setattr(_native, "build_info", lambda: {"amx": amx})
     p = problem()
     args = call_of(p)
-    assert _backends.choose("lora_conv2d", "cpu", args).name == ("packed" if amx else "aten")
+    assert _backends.choose("lora_conv2d", "cpu", args).name == ("packed" if amx else "winograd")
     args = (p["x"].float(), *args[1:])
     assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
     if not amx:

@@ -93,11 +93,33 @@ def test_what_it_serves(change, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_it_serves_only_when_asked_for(monkeypatch):
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+def test_it_serves_16_bits_where_matrix_tiles_do_not(monkeypatch, amx):
+    monkeypatch.setattr(_native, "build_info", lambda: {"cpu_active": "avx512", "amx": amx})
+    for dtype, expected in (
+        (torch.bfloat16, "packed" if amx else "winograd"),
+        (torch.float16, "winograd"),
+        (torch.float32, "aten"),
+        (torch.float64, "aten"),
+    ):
+        args = call_of(problem(dtype=dtype))
+        assert _backends.choose("lora_conv2d", "cpu", args).name == expected
+        layer = [args[1], None, *args[3:5]]
+        back = [args[1].mT.contiguous().new_zeros(args[1].transpose(0, 1).shape), None, None, None]
+        block = (args[0], *layer, *back, None, None, 1.0, 1.0)
+        usual = "layers" if expected == "aten" else expected
+        assert _backends.choose("lora_residual_block", "cpu", block).name == usual
+    for name in ("lora_conv2d", "lora_residual_block"):
+        served = lf.show_config(quiet=True)["ops"][name]["cpu"]
+        assert served["backend"] != "winograd" and "winograd: 16 bits" in served["reason"]
+
+
+def test_in_fp32_it_serves_only_when_asked_for(monkeypatch):
     args = call_of(problem(dtype=torch.float32))
     assert _backends.choose("lora_conv2d", "cpu", args).name == "aten"
     served = lf.show_config(quiet=True)["ops"]["lora_conv2d"]["cpu"]
-    assert "winograd: a fresh network would equal the tied one to rounding only" in served["reason"]
+    assert "a fresh network would equal the tied one to rounding only" in served["reason"]
     monkeypatch.setattr(_native, "WISH", "winograd")
     if _native.available():
         assert _backends.choose("lora_conv2d", "cpu", args).name == "winograd"

@@ -23,7 +23,7 @@ class Backend:
     name: as ``LORUN_BACKEND`` spells it. devices: device types it runs on.
     forward: takes the op's arguments. backward: takes those of the op's backward op; None where the op has none.
     missing: why it cannot run in this installation, or None. supports: takes the op's arguments, returns why this
-        call cannot be served, or None. unranked: why the table leaves it out, so that it serves only when asked for.
+        call cannot be served, or None.
     """
 
     name: str
@@ -32,16 +32,19 @@ class Backend:
     backward: Callable | None = None
     missing: Callable[[], str | None] = lambda: None
     supports: Callable[..., str | None] = lambda *args: None
-    unranked: str = "no measurement puts it first"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: ``backend`` where ``when`` holds for the op's arguments. measured: what decided."""
+    """One row of the table: ``backend`` where ``when`` holds for the op's arguments. measured: what decided.
+
+    usual: whether most calls go by it, where it is available.
+    """
 
     backend: str
     measured: str
     when: Callable[..., bool] = lambda *args: True
+    usual: bool = True
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {}
@@ -117,7 +120,7 @@ def served(op: str, device: str) -> tuple[str, str]:
     missing = {name: b.missing() for name, b in known.items()}
     wish = _native.WISH if _native.WISH in known else None
     rows = [row for row in TABLE.get((op, device), ()) if row.backend in known]
-    order = ([wish] if wish else []) + [row.backend for row in rows] + [REFERENCE]
+    order = ([wish] if wish else []) + [row.backend for row in rows if row.usual] + [REFERENCE]
     best = next(name for name in order if missing[name] is None)
     reasons = []
     elsewhere = None if wish else BACKENDS[op].get(_native.WISH)
@@ -128,7 +131,7 @@ def served(op: str, device: str) -> tuple[str, str]:
     for name in known:
         if name in (best, REFERENCE):
             continue
-        measured = next((row.measured for row in rows if row.backend == name), known[name].unranked)
+        measured = next((row.measured for row in rows if row.backend == name), "no measurement puts it first")
         reasons.append(f"{name}: {missing[name] or measured}")
     if not reasons and best != REFERENCE:
         reasons += [row.measured for row in rows if row.backend == best]

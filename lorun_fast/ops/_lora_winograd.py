@@ -1,8 +1,8 @@
 """The "winograd" backend of lora_conv2d and lora_residual_block: 3x3 convolutions of training on CPUs.
 
 By minimal filtering: forward pass and gradients take a quarter of their multiplications. From or to few channels, a
-network's first layer and its last, by the kernels of thin_conv2d, which torch takes some ten times as long for. It does
-not stand in the table: with it a fresh network equals the tied one to rounding, not to the last bit.
+network's first layer and its last, by the kernels of thin_conv2d, which torch takes some ten times as long for. In the
+table it is for 16 bits: in fp32 a fresh network is to equal the tied one to the last bit, with it to rounding only.
 """
 
 from __future__ import annotations
@@ -121,11 +121,10 @@ def missing() -> str | None:
     return None if _native.available() else _native.reason()
 
 
-_UNRANKED = "a fresh network would equal the tied one to rounding only"
 _BACKWARD = partial(_lora_aten.conv2d_backward, forward=conv2d, way=_WAY)
 _BLOCK_BACKWARD = lora_residual_block.backward_by(_convolve, _WAY)
 for _op, _backend in {
-    "lora_conv2d": Backend("winograd", ("cpu",), conv2d, _BACKWARD, missing, supports, _UNRANKED),
-    "lora_residual_block": Backend("winograd", ("cpu",), block, _BLOCK_BACKWARD, missing, block_supports, _UNRANKED),
+    "lora_conv2d": Backend("winograd", ("cpu",), conv2d, _BACKWARD, missing, supports),
+    "lora_residual_block": Backend("winograd", ("cpu",), block, _BLOCK_BACKWARD, missing, block_supports),
 }.items():
     register(_op, _backend)

@@ -243,6 +243,12 @@ _backends.register("lora_residual_block", Backend("layers", ("cpu", "cuda"), by_
 for _device in ("cpu", "cuda"):
     _backends.TABLE["lora_residual_block", _device] = (
         Row("packed", "one pass over the image instead of two, AMX"),
+        Row(
+            "winograd",
+            "16 bits: as its convolutions, in one pass",
+            lambda x, *_: x.dtype in (torch.bfloat16, torch.float16),
+            usual=False,
+        ),
         Row("layers", "each convolution by its own backend"),
     )
 
