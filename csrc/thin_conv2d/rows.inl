@@ -121,6 +121,24 @@ LORUN_TARGET void to_few(const Problem<S>& p, S* padded, int64_t begin, int64_t 
   }
 }
 
+// A row of an image in what is computed with: itself, or a copy.
+template <class S, int Values>
+struct WideRow {
+  using T = Wide<S>;
+  T values[std::is_same_v<S, T> ? 1 : Values];
+
+  LORUN_TARGET LORUN_INLINE inline const T* of(const S* row, int64_t count) {
+    if constexpr (std::is_same_v<S, T>) {
+      return row;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        values[i] = widen(row[i]);
+      }
+      return values;
+    }
+  }
+};
+
 // The same from few channels.
 template <class S>
 LORUN_TARGET void from_few(const Problem<S>& p, S* padded, int64_t begin, int64_t end) {
@@ -131,6 +149,11 @@ LORUN_TARGET void from_few(const Problem<S>& p, S* padded, int64_t begin, int64_
     for (int64_t column = 0; column < p.width; column += kPixels) {
       const Around<S> x = around(p, image, row, column, kPixels, padded);
       const int64_t pixels = std::min<int64_t>(kPixels, p.width - column);
+      WideRow<S, (kPixels + 2) * kFew> wide[3];
+      const T* rows[3];
+      for (int i = 0; i < 3; ++i) {
+        rows[i] = wide[i].of(x.rows[i], (kPixels + 2) * p.in);
+      }
       for (int64_t o = 0; o < p.out; o += Lanes<T>::kCount) {
         Vec<T> sum[kPixels] = {};
         for (int i = 0; i < 3; ++i) {
@@ -138,7 +161,7 @@ LORUN_TARGET void from_few(const Problem<S>& p, S* padded, int64_t begin, int64_
             const Vec<T> w = load(p.w + (i * 3 * p.in + k) * p.out + o);
 #pragma GCC unroll 8
             for (int q = 0; q < kPixels; ++q) {
-              sum[q] += widen(x.rows[i][q * p.in + k]) * w;
+              sum[q] += rows[i][q * p.in + k] * w;
             }
           }
         }
