@@ -283,11 +283,10 @@ class LoRun(nn.Module):
         Merges every stage into a plain denoiser, in fp32 and rounded once; lays convolution weights out with
         channels innermost; stores the denoiser in bf16 where the device multiplies it fast (a CPU with AMX or
         AVX512-bf16, a GPU of compute capability 8.0) and the score moves by at most 0.02 dB, in its own dtype
-        elsewhere; on a CPU computes convolutions in fp32 by minimal filtering (3 x 3, AVX2 or AVX-512; rounding errors
-        some 1e-5 of the values' size), where that serves most of the weights also instead of bf16 without AMX, and in
-        bf16 by matrix tiles (AMX); on a GPU captures a CUDA graph per measurement
-        size, and in 16 bits computes 3 x 3 convolutions of up to 128 channels by the fused kernel, at sizes where that
-        is faster. The operator and the iterate stay as they are. The result is called as this network is, shares
+        elsewhere; on a CPU computes convolutions in bf16 by matrix tiles (AMX), else by minimal filtering (3 x 3, AVX2
+        or AVX-512; rounding errors some 1e-5 of the values' size); on a GPU captures a CUDA graph per measurement size,
+        and in 16 bits computes 3 x 3 convolutions of up to 128 channels by the fused kernel, at sizes where that is
+        faster. The operator and the iterate stay as they are. The result is called as this network is, shares
         nothing with it, and does not train.
 
         dtype, channels_last, convolutions, cuda_graph: instead of what would be chosen; convolutions: "direct"
