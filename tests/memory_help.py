@@ -35,9 +35,6 @@ class Draw:
     def batch(self) -> int:
         return self.random.choice((0, 1, 1, 2, 3))
 
-    def wide(self) -> torch.dtype:
-        return self.one(DOUBLE, SINGLE, SINGLE)
-
     def storage(self) -> torch.dtype:
         return self.one(DOUBLE, SINGLE, *NARROW)
 
@@ -190,7 +187,7 @@ def _spectral_attention(d: Draw):
 
 
 def _thin_conv2d(d: Draw):
-    dtype, n, h, w = d.wide(), d.batch(), d.any(1, 9), d.one(d.count(), 70)
+    dtype, n, h, w = d.storage(), d.batch(), d.any(1, 9), d.one(d.count(), 70)
     in_, out = d.one(1, -1) * d.any(1, 4), d.one(8, 16, 24, 40)
     in_, out = (in_, out) if in_ > 0 else (out, -in_)
     x, weight = d.tensor(n, in_, h, w, dtype=dtype), d.tensor(out, in_, 3, 3, dtype=dtype)
@@ -200,18 +197,19 @@ def _thin_conv2d(d: Draw):
 
 
 def _winograd(d: Draw):
-    dtype, n, h, w = d.wide(), d.batch(), d.count(most=17), d.one(d.count(), 70)
+    dtype, n, h, w = d.storage(), d.batch(), d.count(most=17), d.one(d.count(), 70)
     in_, out = d.count(8), d.count(8)
     x, weight, bias = (
         d.tensor(n, in_, h, w, dtype=dtype),
         d.tensor(out, in_, 3, 3, dtype=dtype),
-        d.maybe(out, dtype=dtype),
+        d.maybe(out, dtype=_parameter(dtype)),
     )
     yield "winograd_weight", (weight, d.one(True, False))
     points = torch.ops.lorun_fast.winograd_weight(0.1 * weight, False)
     back = torch.ops.lorun_fast.winograd_weight(0.1 * weight, True)
     yield "winograd_conv2d", (x, points, bias, d.one(True, False), d.maybe(n, out, h, w, dtype=dtype))
-    yield "winograd_block", (x, points, bias, back, d.maybe(in_, dtype=dtype), d.maybe(*x.shape, dtype=dtype))
+    other = d.maybe(in_, dtype=_parameter(dtype))
+    yield "winograd_block", (x, points, bias, back, other, d.maybe(*x.shape, dtype=dtype))
     yield "winograd_weight_gradient", (d.tensor(n, out, h, w, dtype=dtype), x)
 
 
