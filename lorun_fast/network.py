@@ -74,7 +74,8 @@ class LoRun(nn.Module):
         when the rho_k fall from stage to stage (:func:`falling_step_sizes`).
 
     eval() merges the adapters into per-stage weights, train() drops them again. A fresh LoRun with
-    sharing="lora" equals the tied network to the last bit.
+    sharing="lora" equals the tied network to the last bit; in 16 bits on a CPU, by kernels of the layers' own, to
+    rounding.
     """
 
     def __init__(
