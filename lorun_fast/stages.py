@@ -448,9 +448,10 @@ def adapt(
     scale: factor of every update.
 
     A fresh result equals the denoiser at every stage, to the last bit (in eval mode, where it has norms with running
-    statistics), in 16 bits on a CPU to rounding. Only the adapters train; see ``freeze_base``. Raises TypeError for what is no module, and ValueError
-    when no layer is adapted, a layer has no weight yet or is part of one that loralib or PEFT adapted, a pattern
-    matches nothing, or a form cannot express a layer (peft with groups, loralib with a kernel that is not square).
+    statistics), in 16 bits on a CPU to rounding. Only the adapters train; see ``freeze_base``. Raises TypeError for
+    what is no module, and ValueError when no layer is adapted, a layer has no weight yet or is part of one that loralib
+    or PEFT adapted, a pattern matches nothing, or a form cannot express a layer (peft with groups, loralib with a
+    kernel that is not square).
     """
     adapters.check_form(form)
     if not isinstance(denoiser, nn.Module):
