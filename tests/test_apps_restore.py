@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import lorun_fast as lf
+from lorun_fast import _native
 from lorun_fast.apps import images, measurements, models, restoring
 from lorun_fast.apps.cli import main
 from lorun_fast.apps.runtime import Runtime
@@ -272,11 +273,14 @@ def test_a_disk_that_gets_full_ends_the_command(tmp_path, model, capsys, monkeyp
     assert all(name.endswith(".png") and data.endswith(b"IEND\xaeB`\x82") for name, data in written.items())
 
 
-@pytest.mark.parametrize("amx", [False, True])
+KERNELS = pytest.mark.parametrize(("amx", "loops"), [(False, "baseline"), (False, "avx512"), (True, "avx512")])
+
+
+@KERNELS
 @pytest.mark.parametrize("size", [(24, 32), (19, 30)])
-def test_bf16_and_threads(tmp_path, model, capsys, monkeypatch, amx, size):
+def test_bf16_and_threads(tmp_path, model, capsys, monkeypatch, amx, loops, size):
     # Without matrix tiles their ops run plain loops; sides that are no multiple of the network's cell are padded.
-    monkeypatch.setattr(restoring._native, "build_info", lambda: {"amx": amx, "cpu_active": "baseline"})
+    monkeypatch.setattr(_native, "build_info", lambda: {"amx": amx, "cpu_active": loops})
     picture(tmp_path / "a.png", *size)
     accepted(capsys, "measure", tmp_path / "a.png", "--model", model, "-o", tmp_path / "y.npz")
     restored = {}
@@ -293,9 +297,9 @@ def test_bf16_and_threads(tmp_path, model, capsys, monkeypatch, amx, size):
     assert 0 < difference < 0.05
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_how_a_network_is_prepared(monkeypatch, model, amx):
-    monkeypatch.setattr(restoring._native, "build_info", lambda: {"amx": amx, "cpu_active": "baseline"})
+@KERNELS
+def test_how_a_network_is_prepared(monkeypatch, model, amx, loops):
+    monkeypatch.setattr(_native, "build_info", lambda: {"amx": amx, "cpu_active": loops})
     net = lf.load(model).eval()
 
     def prepared(device: str, dtype: torch.dtype):
@@ -306,8 +310,9 @@ def test_how_a_network_is_prepared(monkeypatch, model, amx):
     for dtype in (torch.float32, torch.bfloat16):
         assert prepared("cuda", dtype).report["dtype"][0] == str(dtype).removeprefix("torch.")
     narrow = prepared("cpu", torch.bfloat16)
-    assert (narrow is net) == (not amx)
-    assert not amx or narrow.report["convolutions"][0] == "matrix tiles"
+    assert (narrow is net) == (loops == "baseline")
+    if narrow is not net:
+        assert narrow.report["convolutions"][0] == ("matrix tiles" if amx else "F(4x4, 3x3)")
 
 
 def test_another_phi_of_the_same_shape(tmp_path, model, capsys):

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorun_fast import _native
 from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import Runtime
 from lorun_fast.network import LoRun
 from lorun_fast.operators import SensingOperator
-from lorun_fast.optimize import optimize
+from lorun_fast.optimize import fastest_convolutions, optimize
 
 
 def batches(keys: Sequence[Hashable], batch: int) -> Iterator[list[int]]:
@@ -35,11 +34,11 @@ def noise_source(seed: int, image: int) -> np.random.Generator:
 def prepared(net: LoRun, runtime: Runtime) -> LoRun:
     """The network as it restores fastest: mostly what ``net.optimize()`` makes of it.
 
-    In bf16 on a GPU and where there are matrix tiles; on other CPUs autocast rounds less. A GPU records sizes that come
-    a second time.
+    In bf16 on a GPU and where the CPU has kernels for it; elsewhere autocast takes as long and rounds less. A GPU
+    records sizes that come a second time.
     """
-    tiles = _native.build_info().get("amx", False)
-    if runtime.device.type == "cpu" and runtime.dtype != torch.float32 and not tiles:
+    device, dtype = runtime.device, runtime.dtype
+    if device.type == "cpu" and dtype != torch.float32 and fastest_convolutions(dtype, device)[0] == "direct":
         return net
     return optimize(net, dtype=runtime.dtype, record_after=1)
 
