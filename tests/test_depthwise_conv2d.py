@@ -372,7 +372,9 @@ def test_a_stand_in_for_inference():
     module = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), conv, layer(24, dtype=torch.float64), layer(24, stride=2))
     assert convolutions.replace_convolutions([module], "winograd") == (2, 4)
     assert [type(m) for m in module][1:] == [convolutions.DepthwiseConv2d, nn.Conv2d, nn.Conv2d]
-    for other in (layer(16, groups=8), layer(4), layer(dtype=torch.bfloat16)):
+    narrow, x = layer(24, dtype=torch.bfloat16), x.bfloat16()
+    torch.testing.assert_close(convolutions.DepthwiseConv2d(narrow)(x), narrow(x), rtol=0.02, atol=0.02)
+    for other in (layer(16, groups=8), layer(4), layer(dtype=torch.float64)):
         with pytest.raises(ValueError, match="conv: expected a depthwise 3 x 3 convolution with stride and padding 1"):
             convolutions.DepthwiseConv2d(other)
 
