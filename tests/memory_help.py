@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import reference
+from lorun_fast.ops._checks import parameter_dtype
 
 DOUBLE, SINGLE, NARROW = torch.float64, torch.float32, (torch.bfloat16, torch.float16)
 # Around the lanes of every vector, and the parts of tiles.
@@ -63,10 +64,6 @@ class Draw:
         return t
 
 
-def _parameter(dtype: torch.dtype) -> torch.dtype:
-    return DOUBLE if dtype == DOUBLE else SINGLE
-
-
 def _rho(d: Draw, n: int, channels: int, dtype: torch.dtype) -> Tensor:
     return d.tensor(*d.one((1,), (n, channels)), dtype=dtype)
 
@@ -75,7 +72,7 @@ def _block_cs(d: Draw):
     dtype, n, block = d.storage(), d.batch(), d.any(1, 9)
     h, w, m = d.count(), d.count(), d.count(most=17)
     rows, cols = -(-h // block), -(-w // block)
-    wide = _parameter(dtype)
+    wide = parameter_dtype(dtype)
     x, phi = d.tensor(n, 1, h, w, dtype=dtype), d.tensor(m, block * block, dtype=wide)
     y = d.tensor(n, m, rows, cols, dtype=wide)
     step = (x, y, phi, _rho(d, n, 1, wide), block)
@@ -89,7 +86,7 @@ def _block_cs(d: Draw):
 def _blur_downsample(d: Draw):
     dtype, n, channels, scale = d.storage(), d.batch(), d.any(1, 3), d.any(1, 4)
     rows, cols, kh, kw = d.count(most=17), d.count(most=17), d.any(1, 12), d.any(1, 12)
-    wide, each = _parameter(dtype), d.one(True, False)
+    wide, each = parameter_dtype(dtype), d.one(True, False)
     x = d.tensor(n, channels, rows * scale, cols * scale, dtype=dtype)
     y = d.tensor(n, channels, rows, cols, dtype=wide)
     kernel = d.tensor(*((n,) if each else ()), kh, kw, dtype=wide)
@@ -104,7 +101,7 @@ def _blur_downsample(d: Draw):
 def _cassi(d: Draw):
     dtype, n, bands, step = d.storage(), d.batch(), d.any(1, 9), d.one(0, 1, 2, 3, 4, 8, 40)
     h, w = d.any(1, 5), d.one(d.count(), 40, 70, 100)
-    wide, each, measured = _parameter(dtype), d.one(True, False), w + step * (bands - 1)
+    wide, each, measured = parameter_dtype(dtype), d.one(True, False), w + step * (bands - 1)
     x, y = d.tensor(n, bands, h, w, dtype=dtype), d.tensor(n, h, measured, dtype=wide)
     mask = d.tensor(*((bands,) if each else ()), h, w, dtype=wide)
     weight = d.maybe(d.one(1, n), h, measured, dtype=wide)
@@ -138,7 +135,7 @@ def _lora_merge(d: Draw):
             weight, down, up = (out, in_, k, k), (r, in_, k, k), (out, r)
             if flipped:
                 weight, down = (in_, out, k, k), (in_, r, k, k)
-        factor = d.one(dtype, _parameter(dtype))
+        factor = d.one(dtype, parameter_dtype(dtype))
         tensors = (
             d.tensor(*s, dtype=t) for s, t in ((weight, dtype), ((stages, *down), factor), ((stages, *up), factor))
         )
@@ -156,11 +153,11 @@ def _packed(d: Draw):
     down, up = d.tensor(r, in_, k, k, dtype=SINGLE), d.tensor(out, r, dtype=SINGLE)
     yield "packed_weight", (weight, *d.one((None, None), (down, up)), 0.5, dtype, d.one(True, False))
     packed = torch.ops.lorun_fast.packed_weight(weight, None, None, 1.0, dtype, False)
-    bias, residual = d.maybe(out, dtype=_parameter(dtype)), d.maybe(n, out, rows, cols, dtype=dtype)
+    bias, residual = d.maybe(out, dtype=parameter_dtype(dtype)), d.maybe(n, out, rows, cols, dtype=dtype)
     yield "packed_conv2d", (x, packed, bias, residual, out, k, stride, padding, 1, d.one(True, False))
     first, second = (d.tensor(*s, 3, 3, dtype=dtype) for s in ((out, in_), (in_, out)))
     first, second = (torch.ops.lorun_fast.packed_weight(t, None, None, 0.1, dtype, False) for t in (first, second))
-    biases = d.maybe(out, dtype=_parameter(dtype)), d.maybe(in_, dtype=_parameter(dtype))
+    biases = d.maybe(out, dtype=parameter_dtype(dtype)), d.maybe(in_, dtype=parameter_dtype(dtype))
     yield "packed_block", (x, first, biases[0], second, biases[1], d.maybe(*x.shape, dtype=dtype), out)
     grad = d.tensor(n, out, h + 2 * padding - k + 1, w + 2 * padding - k + 1, dtype=dtype)
     yield "packed_weight_gradient", (grad, x, k, padding)
@@ -179,7 +176,7 @@ def _spectral_attention(d: Draw):
     pixels = d.one(2, 5, 63, 65, 300)
     qkv, temperature = (
         d.tensor(n, pixels, 3 * heads * channels + hidden, dtype=dtype),
-        d.tensor(heads, dtype=_parameter(dtype)),
+        d.tensor(heads, dtype=parameter_dtype(dtype)),
     )
     yield "spectral_attention", (qkv, temperature, hidden)
     grad = d.tensor(n, pixels, heads * channels + hidden, dtype=dtype)
@@ -202,13 +199,13 @@ def _winograd(d: Draw):
     x, weight, bias = (
         d.tensor(n, in_, h, w, dtype=dtype),
         d.tensor(out, in_, 3, 3, dtype=dtype),
-        d.maybe(out, dtype=_parameter(dtype)),
+        d.maybe(out, dtype=parameter_dtype(dtype)),
     )
     yield "winograd_weight", (weight, d.one(True, False))
     points = torch.ops.lorun_fast.winograd_weight(0.1 * weight, False)
     back = torch.ops.lorun_fast.winograd_weight(0.1 * weight, True)
     yield "winograd_conv2d", (x, points, bias, d.one(True, False), d.maybe(n, out, h, w, dtype=dtype))
-    other = d.maybe(in_, dtype=_parameter(dtype))
+    other = d.maybe(in_, dtype=parameter_dtype(dtype))
     yield "winograd_block", (x, points, bias, back, other, d.maybe(*x.shape, dtype=dtype))
     yield "winograd_weight_gradient", (d.tensor(n, out, h, w, dtype=dtype), x)
 

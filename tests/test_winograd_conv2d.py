@@ -13,6 +13,7 @@ from variants_help import check_under, lesser_variants
 
 from lorun_fast import _native
 from lorun_fast.functional import winograd_block, winograd_conv2d, winograd_weight, winograd_weight_gradient
+from lorun_fast.ops._checks import parameter_dtype
 from lorun_fast.reference import winograd_conv2d as reference
 
 op = torch.ops.lorun_fast.winograd_conv2d.default
@@ -60,11 +61,6 @@ CLOSE = {
 }
 
 
-def in_its_dtype(dtype):
-    """What lies beside an image of this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def direct(x, weight, bias=None, activation=None, residual=None):
     y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     y = F.relu(y) if activation else y
@@ -76,7 +72,7 @@ def direct(x, weight, bias=None, activation=None, residual=None):
 @pytest.mark.parametrize("dtype", list(CLOSE))
 def test_equals_the_direct_convolution(poisoned, dtype, case, epilogue):
     x, weight, bias, residual = problem(case, dtype)
-    bias = bias.to(in_its_dtype(dtype))
+    bias = bias.to(parameter_dtype(dtype))
     settings = {
         "bias": bias if "bias" in epilogue else None,
         "activation": "relu" if "relu" in epilogue else None,
@@ -108,7 +104,7 @@ def test_the_definition_is_a_convolution_and_its_gradients_are_autograds(case):
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(("out", "channels"), [(8, 8), (24, 13), (3, 40), (1, 1), (0, 8)])
 def test_the_weight_is_its_definition(poisoned, adjoint, dtype, out, channels):
-    weight, wide = torch.randn(out, channels, 3, 3, dtype=dtype), in_its_dtype(dtype)
+    weight, wide = torch.randn(out, channels, 3, 3, dtype=dtype), parameter_dtype(dtype)
     for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
         points = winograd_weight(w, adjoint=adjoint)
         assert points.shape == ((36, out, channels) if adjoint else (36, channels, out)) and points.dtype == wide
@@ -134,7 +130,7 @@ def test_the_weights_gradient_is_the_direct_convolutions(poisoned, dtype, case):
     # Relative to the largest value: sums of many pixels cancel.
     close = {"rtol": 0, "atol": CLOSE[dtype][2] * (expected.abs().max().item() or 1)}
     for found in (winograd_weight_gradient(grad, x), reference.winograd_weight_gradient(grad, x)):
-        assert found.dtype == in_its_dtype(dtype) and found.permute(2, 3, 1, 0).is_contiguous()
+        assert found.dtype == parameter_dtype(dtype) and found.permute(2, 3, 1, 0).is_contiguous()
         torch.testing.assert_close(found.double(), expected, **close)
 
 
@@ -321,7 +317,7 @@ def block_problem(case, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", list(CLOSE))
 def test_a_block_is_two_convolutions_to_the_last_bit(poisoned, dtype, case, epilogue):
     x, first, first_bias, second, second_bias, residual = block_problem(case, dtype)
-    first_bias, second_bias = (t.to(in_its_dtype(dtype)) for t in (first_bias, second_bias))
+    first_bias, second_bias = (t.to(parameter_dtype(dtype)) for t in (first_bias, second_bias))
     points = winograd_weight(first), winograd_weight(second)
     biases = (first_bias, second_bias) if epilogue else (None, None)
     settings = {"first_bias": biases[0], "second_bias": biases[1], "residual": residual if epilogue else None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, lora_conv2d
 from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import batch_of, check_tensor, finite, shape_of
+from lorun_fast.ops._checks import batch_of, check_tensor, finite, in_16_bits, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     check_epilogue,
@@ -246,7 +246,7 @@ for _device in ("cpu", "cuda"):
         Row(
             "winograd",
             "16 bits: as its convolutions, in one pass",
-            lambda x, *_: x.dtype in (torch.bfloat16, torch.float16),
+            in_16_bits,
             usual=False,
         ),
         Row("layers", "each convolution by its own backend"),
