@@ -24,9 +24,12 @@ from benchmarks.harness.registry import (
 from lorun_fast.reference import cassi as reference
 
 
-def _inputs(dtype, device, n: int, bands: int, height: int, width: int, step: int, full: bool) -> dict[str, Tensor]:
+def _inputs(
+    dtype, device, n: int, bands: int, height: int, width: int, step: int, full: bool, own: bool = False
+) -> dict[str, Tensor]:
+    """full: a mask per band; own: one per sample."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    shape = (bands, height, width) if full else (height, width)
+    shape = (n, 1, height, width) if own else (bands, height, width) if full else (height, width)
     return {
         "x": torch.rand(n, bands, height, width, device=device).to(dtype),
         "y": torch.rand(n, height, width + step * (bands - 1), device=device, dtype=wide) * bands / 2,
@@ -55,13 +58,14 @@ def _definition(step: int):
         size("1x28x256x256 full Phi", n=1, bands=28, height=256, width=256, full=True),
         size("16x28x256x256", n=16, bands=28, height=256, width=256),
         size("16x28x256x256 half", dtypes=("bf16", "fp16"), devices=("cuda",), n=16, bands=28, height=256, width=256),
+        size("8x28x256x256 mask per sample", n=8, bands=28, height=256, width=256, own=True),
         size("1x28x660x660", modes=(FORWARD,), n=1, bands=28, height=660, width=660),
         size("1x4x16x16", quick=True, regimes=(WARM, OVERHEAD), n=1, bands=4, height=16, width=16),
     ],
 )
-def step(dtype, device, *, n, bands, height, width, step=2, full=False) -> Problem:
+def step(dtype, device, *, n, bands, height, width, step=2, full=False, own=False) -> Problem:
     """z = x - rho Phi^T (Phi x - y), differentiated for x and rho: a fixed mask, a learned step size."""
-    inputs = _inputs(dtype, device, n, bands, height, width, step, full)
+    inputs = _inputs(dtype, device, n, bands, height, width, step, full, own)
     x, y, mask = inputs["x"], inputs["y"], inputs["mask"]
     return Problem(
         inputs,
@@ -99,7 +103,7 @@ class Layout:
         return slice(c * self.step, c * self.step + self.width)
 
     def mask_of(self, c: int) -> Tensor:
-        return self.mask if self.mask.ndim == 2 else self.mask[c]
+        return self.mask[:, 0] if self.mask.ndim == 4 else self.mask if self.mask.ndim == 2 else self.mask[c]
 
     def windows(self, wide: Tensor) -> Tensor:
         """(N, H, W + step*(L-1)) -> a view (N, L, H, W): every band's window, nothing copied."""
@@ -117,6 +121,15 @@ class Layout:
         for c in range(self.bands):
             out[:, c] = cube[:, c, :, self.window(c)]
         return out
+
+
+@step.contender("one call per sample", graphed=True)
+def _(p: Problem):
+    """Ours, sample by sample: what one mask for each asks of an operator that has one mask for all."""
+    if p.mask.ndim != 4:
+        raise Unavailable("all samples share a mask")
+    ops = [lf.CASSI(mask[0], bands=p.args["bands"]) for mask in p.mask]
+    return lambda: torch.cat([op.gradient_step(p.x[i, None], p.y[i, None], p.rho) for i, op in enumerate(ops)])
 
 
 @step.contender("band loop", compiled=True, graphed=True)

@@ -103,13 +103,14 @@ def _cassi(d: Draw):
     h, w = d.any(1, 5), d.one(d.count(), 40, 70, 100)
     wide, each, measured = parameter_dtype(dtype), d.one(True, False), w + step * (bands - 1)
     x, y = d.tensor(n, bands, h, w, dtype=dtype), d.tensor(n, h, measured, dtype=wide)
-    mask = d.tensor(*((bands,) if each else ()), h, w, dtype=wide)
+    own = d.one((), (n,))
+    mask = d.tensor(*own, *((bands,) if each else (1,) if own else ()), h, w, dtype=wide)
     weight = d.maybe(d.one(1, n), h, measured, dtype=wide)
     rho = d.tensor(*d.one((1,), (n, 1), (n, bands)), dtype=wide)
     yield "cassi", (x, mask, step)
     yield "cassi_adjoint", (d.tensor(n, h, measured, dtype=dtype), mask, bands, step)
     yield "cassi_step", (x, d.one(y, None), mask, rho, weight, step, d.one(True, False))
-    yield "cassi_grad_mask", (x, y, step, each)
+    yield "cassi_grad_mask", (x, y, step, each, bool(own))
     yield "cassi_prox_weight", (mask, 0.5 + d.tensor(n, dtype=wide).abs(), bands, step)
 
 

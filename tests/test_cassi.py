@@ -38,19 +38,32 @@ SHAPES = [
 ]
 
 
-def draw(shape, per_band=False, dtype=torch.float64, seed=0):
+# Of a mask: whether each band, and each sample, has its own.
+FORMS = {
+    "(H, W)": (False, False),
+    "(L, H, W)": (True, False),
+    "(N, 1, H, W)": (False, True),
+    "(N, L, H, W)": (True, True),
+}
+
+
+def draw(shape, form="(H, W)", dtype=torch.float64, seed=0):
     """x, y and mask of one problem."""
     n, bands, height, width, step = shape
+    per_band, per_sample = FORMS[form]
+    own = (n, bands if per_band else 1) if per_sample else (bands,) if per_band else ()
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, bands, height, width, generator=g, dtype=torch.float64).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = torch.randn(n, height, width + step * (bands - 1), generator=g, dtype=torch.float64).to(wide)
-    mask = torch.rand(*((bands,) if per_band else ()), height, width, generator=g, dtype=torch.float64).to(wide)
+    mask = torch.rand(*own, height, width, generator=g, dtype=torch.float64).to(wide)
     return x, y, mask
 
 
 def dense(mask, bands, step):
-    """Phi as a matrix, (H*W', L*H*W), written from the formula alone."""
+    """Phi as a matrix, (H*W', L*H*W), or one per sample, written from the formula alone."""
+    if mask.ndim == 4:
+        return torch.stack([dense(one if one.shape[0] > 1 else one[0], bands, step) for one in mask])
     height, width = mask.shape[-2:]
     wide = width + step * (bands - 1)
     phi = torch.zeros(height, wide, bands, height, width, dtype=mask.dtype)
@@ -62,13 +75,13 @@ def dense(mask, bands, step):
 
 
 def apply_dense(phi, t, shape):
-    return (t.flatten(1) @ phi.mT).reshape(t.shape[0], *shape)
+    return torch.einsum("...j,...ij->...i", t.flatten(1), phi).reshape(t.shape[0], *shape)
 
 
-@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES[:-2])
-def test_equals_the_dense_matrix(shape, per_band):
-    x, y, mask = draw(shape, per_band)
+def test_equals_the_dense_matrix(shape, form):
+    x, y, mask = draw(shape, form)
     _, bands, _, _, step = shape
     phi = dense(mask, bands, step)
     forward = apply_dense(phi, x, y.shape[1:])
@@ -79,31 +92,31 @@ def test_equals_the_dense_matrix(shape, per_band):
     torch.testing.assert_close(F.cassi_step(x, y, mask, 0.3, step=step), x - 0.3 * gradient, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_adjointness(shape, per_band):
-    x, y, mask = draw(shape, per_band)
+def test_adjointness(shape, form):
+    x, y, mask = draw(shape, form)
     left = (F.cassi(x, mask, step=shape[4]) * y).sum()
     right = (x * F.cassi_adjoint(y, mask, bands=shape[1], step=shape[4])).sum()
     scale = x.norm() * y.norm()
     assert abs(left - right) <= 1e-12 * scale
 
 
-@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES[:-2])
 @pytest.mark.parametrize("mu", [0.0, 0.7])
-def test_prox_solves_its_normal_equations(shape, per_band, mu):
-    x, y, mask = draw(shape, per_band)
+def test_prox_solves_its_normal_equations(shape, form, mu):
+    x, y, mask = draw(shape, form)
     mask.view(-1)[:: max(2, mask.numel() // 3)] = 0  # leaves detector columns that nothing reaches
     _, bands, _, _, step = shape
     phi = dense(mask, bands, step)
     got = F.cassi_prox(x, y, mask, mu, step=step)
-    gram = phi.mT @ phi + mu * torch.eye(phi.shape[1], dtype=phi.dtype)
-    rhs = y.flatten(1) @ phi + mu * x.flatten(1)
+    gram = phi.mT @ phi + mu * torch.eye(phi.shape[-1], dtype=phi.dtype)
+    rhs = apply_dense(phi.mT, y, x.shape[1:]) + mu * x
     if mu:
-        want = torch.linalg.solve(gram, rhs.mT).mT
+        want = torch.linalg.solve(gram, rhs.flatten(1)[..., None])
     else:  # the limit mu -> 0: the nearest v with Phi v = y wherever some band reaches
-        want = x.flatten(1) + (y.flatten(1) - x.flatten(1) @ phi.mT) @ torch.linalg.pinv(phi).mT
+        want = x + apply_dense(torch.linalg.pinv(phi), y - apply_dense(phi, x, y.shape[1:]), x.shape[1:])
     torch.testing.assert_close(got, want.reshape(x.shape), rtol=1e-9, atol=1e-9)
 
 
@@ -118,9 +131,9 @@ def test_prox_per_sample():
     assert not torch.allclose(together[0], F.cassi_prox(x, y, mask, 10.0, step=2)[0])
 
 
-@pytest.mark.parametrize("per_band", [False, True])
-def test_step_sizes_broadcast(per_band):
-    x, y, mask = draw((2, 3, 2, 9, 2), per_band)
+@pytest.mark.parametrize("form", FORMS)
+def test_step_sizes_broadcast(form):
+    x, y, mask = draw((2, 3, 2, 9, 2), form)
     phi = dense(mask, 3, 2)
     gradient = apply_dense(phi.mT, apply_dense(phi, x, y.shape[1:]) - y, x.shape[1:])
     for shape in [(), (1,), (2, 1, 1, 1), (3, 1, 1), (1, 3, 1, 1), (2, 3, 1, 1)]:
@@ -136,15 +149,15 @@ def test_step_sizes_broadcast(per_band):
     height=st.integers(1, 5),
     width=st.integers(1, 80),
     step=st.integers(0, 7),
-    per_band=st.booleans(),
+    form=st.sampled_from(list(FORMS)),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
-@example(n=2, bands=9, height=4, width=20, step=2, per_band=False, dtype=torch.float32, seed=0)
-@example(n=2, bands=9, height=4, width=20, step=2, per_band=False, dtype=torch.bfloat16, seed=0)
-@example(n=2, bands=9, height=4, width=12, step=1, per_band=True, dtype=torch.float64, seed=0)
-def test_random_shapes_against_the_reference(n, bands, height, width, step, per_band, dtype, seed):
-    x, y, mask = draw((n, bands, height, width, step), per_band, dtype, seed)
+@example(n=2, bands=9, height=4, width=20, step=2, form="(H, W)", dtype=torch.float32, seed=0)
+@example(n=2, bands=9, height=4, width=20, step=2, form="(H, W)", dtype=torch.bfloat16, seed=0)
+@example(n=2, bands=9, height=4, width=12, step=1, form="(N, L, H, W)", dtype=torch.float64, seed=0)
+def test_random_shapes_against_the_reference(n, bands, height, width, step, form, dtype, seed):
+    x, y, mask = draw((n, bands, height, width, step), form, dtype, seed)
     xd, yd, md = x.double(), y.double(), mask.double()
     rho = torch.rand(n, bands, dtype=mask.dtype)
     weight = torch.rand(n, *y.shape[1:], dtype=mask.dtype)
@@ -153,7 +166,7 @@ def test_random_shapes_against_the_reference(n, bands, height, width, step, per_
         OPS.cassi_adjoint(y.to(dtype), mask, bands, step),
         *OPS.cassi_step(x, y, mask, rho, weight, step, True),
         OPS.cassi_step(x, None, mask, rho[:, :1].contiguous(), None, step, False)[0],
-        OPS.cassi_grad_mask(x, y, step, per_band),
+        OPS.cassi_grad_mask(x, y, step, *FORMS[form]),
         OPS.cassi_prox_weight(mask, rho[:, 0].abs() + 0.1, bands, step),
     ]
     want = [
@@ -161,7 +174,7 @@ def test_random_shapes_against_the_reference(n, bands, height, width, step, per_
         reference.cassi_adjoint(y.to(dtype).double(), md, bands, step),
         *reference.cassi_step(xd, yd, md, rho.double(), weight.double(), step, True),
         reference.cassi_step(xd, None, md, rho.double()[:, :1], None, step, False)[0],
-        reference.cassi_grad_mask(xd, yd, step, per_band),
+        reference.cassi_grad_mask(xd, yd, step, *FORMS[form]),
         reference.cassi_prox_weight(md, rho[:, 0].double().abs() + 0.1, bands, step),
     ]
     narrow = [dtype, dtype, dtype, mask.dtype, dtype, mask.dtype, mask.dtype]
@@ -187,17 +200,17 @@ def test_sums_are_not_rounded_to_the_storage_dtype(dtype):
 GRADIENTS = [(2, 3, 2, 4, 2), (1, 2, 1, 3, 0), (2, 1, 2, 2, 3)]
 
 
-@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", GRADIENTS)
-def test_gradients(shape, per_band):
+def test_gradients(shape, form):
     n, bands, _, _, step = shape
-    x, y, mask = (t.requires_grad_() for t in draw(shape, per_band))
+    x, y, mask = (t.requires_grad_() for t in draw(shape, form))
     mu = torch.rand(n, 1, 1, 1, dtype=torch.float64).add_(0.3).requires_grad_()
     cases = [
         (lambda x, m: F.cassi(x, m, step=step), (x, mask)),
         (lambda y, m: F.cassi_adjoint(y, m, bands=bands, step=step), (y, mask)),
         (lambda x, y, m, mu: F.cassi_prox(x, y, m, mu, step=step), (x, y, mask, mu)),
-        (lambda x, y: OPS.cassi_grad_mask(x, y, step, per_band), (x, y)),
+        (lambda x, y: OPS.cassi_grad_mask(x, y, step, *FORMS[form]), (x, y)),
         (lambda m, mu: OPS.cassi_prox_weight(m, mu.flatten(), bands, step), (mask, mu)),
     ]
     for rho in [mu[0], mu, torch.rand(1, bands, 1, 1, dtype=torch.float64).requires_grad_()]:
@@ -264,9 +277,9 @@ def variants(t):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("per_band", [False, True])
-def test_layouts_agree_and_fake_strides_are_real(per_band, dtype):
-    x, y, mask = draw((2, 4, 3, 21, 2), per_band, dtype)
+@pytest.mark.parametrize("form", FORMS)
+def test_layouts_agree_and_fake_strides_are_real(form, dtype):
+    x, y, mask = draw((2, 4, 3, 21, 2), form, dtype)
     rho = torch.rand(2, 4)
     weight = torch.rand_like(y)
 
@@ -276,7 +289,7 @@ def test_layouts_agree_and_fake_strides_are_real(per_band, dtype):
             OPS.cassi_adjoint(y, mask, 4, 2),
             *OPS.cassi_step(x, y, mask, rho, weight, 2, True),
             *OPS.cassi_step(x, None, mask, rho[:, :1], None, 2, False),
-            OPS.cassi_grad_mask(x, y, 2, per_band),
+            OPS.cassi_grad_mask(x, y, 2, *FORMS[form]),
             OPS.cassi_prox_weight(mask, rho[:, 0], 4, 2),
         ]
 
@@ -296,8 +309,8 @@ def test_layouts_agree_and_fake_strides_are_real(per_band, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
-    for per_band, grad in [(False, True), (True, False)]:
-        x, y, mask = draw((2, 3, 2, 5, 2), per_band, dtype)
+    for form, grad in [("(H, W)", True), ("(L, H, W)", False), ("(N, 1, H, W)", True), ("(N, L, H, W)", False)]:
+        x, y, mask = draw((2, 3, 2, 5, 2), form, dtype)
         rho, weight = torch.rand(1, dtype=mask.dtype), torch.rand(1, *y.shape[1:], dtype=mask.dtype)
         for t in (x, y, mask, rho, weight):
             t.requires_grad_(grad)
@@ -306,7 +319,7 @@ def test_opcheck(dtype):
         opcheck(OPS.cassi_adjoint, (y.detach().to(dtype), mask, 3, 2))
         opcheck(OPS.cassi_step, (x, y, mask, rho, weight, 2, True))
         opcheck(OPS.cassi_step, (x, None, mask, table, None, 2, False))
-        opcheck(OPS.cassi_grad_mask, (x, y, 2, per_band))
+        opcheck(OPS.cassi_grad_mask, (x, y, 2, *FORMS[form]))
         opcheck(OPS.cassi_prox_weight, (mask, table[:, 0].contiguous(), 3, 2))
 
 
@@ -316,8 +329,13 @@ def test_compiles_in_one_graph_for_any_size():
         z = F.cassi_step(x, y, mask, rho, step=2)
         return F.cassi_prox(z, F.cassi(z, mask, step=2) + y, mask, 0.5, step=2)
 
-    for shape in [(2, 3, 4, 9, 2), (1, 5, 3, 20, 2)]:
-        x, y, mask = draw(shape)
+    for shape, form in [
+        ((2, 3, 4, 9, 2), "(H, W)"),
+        ((1, 5, 3, 20, 2), "(H, W)"),
+        ((2, 3, 4, 9, 2), "(N, 1, H, W)"),
+        ((3, 4, 3, 20, 2), "(N, L, H, W)"),
+    ]:
+        x, y, mask = draw(shape, form)
         results = []
         for f in (network, network._torchdynamo_orig_callable):
             leaves = [t.clone().requires_grad_() for t in (x, y, mask, torch.tensor(0.4, dtype=torch.float64))]
@@ -336,19 +354,21 @@ def test_empty_batch():
     assert F.cassi_prox(x, y, mask, 1.0, step=2).shape == x.shape
     assert F.cassi_prox(x, y, mask, torch.rand(0, 1, 1, 1).double(), step=2).shape == x.shape
     assert torch.equal(OPS.cassi_grad_mask(x, y, 2, True), torch.zeros(3, 2, 5, dtype=torch.float64))
+    assert F.cassi_step(x, y, mask.expand(0, 1, 2, 5), 0.3, step=2).shape == x.shape
+    assert OPS.cassi_grad_mask(x, y, 2, True, True).shape == (0, 3, 2, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_element_is_written(poisoned, shape, dtype):
-    for per_band in (False, True):
-        x, y, mask = draw(shape, per_band, dtype)
+    for form in FORMS:
+        x, y, mask = draw(shape, form, dtype)
         outputs = [
             OPS.cassi(x, mask, shape[4]),
             OPS.cassi_adjoint(y.to(dtype), mask, shape[1], shape[4]),
             *OPS.cassi_step(x, y, mask, torch.rand(1, dtype=mask.dtype), None, shape[4], True),
-            OPS.cassi_grad_mask(x, y, shape[4], per_band),
-            OPS.cassi_prox_weight(mask, torch.ones(2, dtype=mask.dtype), shape[1], shape[4]),
+            OPS.cassi_grad_mask(x, y, shape[4], *FORMS[form]),
+            OPS.cassi_prox_weight(mask, torch.ones(shape[0], dtype=mask.dtype), shape[1], shape[4]),
         ]
         assert all(t.isfinite().all() for t in outputs)
 
@@ -360,13 +380,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("per_band", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, dtype):
+def test_bitwise_independent_of_batch_mates_and_thread_count(threads, form, dtype):
     shape = (3, 6, 37, 83, 2)
-    x, y, mask = draw(shape, per_band, dtype)
+    x, y, mask = draw(shape, form, dtype)
 
-    def results(x, y):
+    def results(x, y, mask):
         return [
             OPS.cassi(x, mask, 2),
             OPS.cassi_adjoint(y, mask, 6, 2),
@@ -375,13 +395,19 @@ def test_bitwise_independent_of_batch_mates_and_thread_count(threads, per_band, 
         ]
 
     threads(2)
-    together = results(x, y)
-    gradient = OPS.cassi_grad_mask(x, y, 2, per_band)
+    together = results(x, y, mask)
+    gradient = OPS.cassi_grad_mask(x, y, 2, *FORMS[form])
     threads(1)
     for i in range(3):
-        for all_, one in zip(together, results(x[i : i + 1], y[i : i + 1]), strict=True):
+        own = mask[i : i + 1] if mask.ndim == 4 else mask
+        for all_, one in zip(together, results(x[i : i + 1], y[i : i + 1], own), strict=True):
             assert torch.equal(all_[i : i + 1], one)
-    assert torch.equal(gradient, OPS.cassi_grad_mask(x, y, 2, per_band))
+        if mask.ndim == 4:  # as does a sample with a mask of its own, handed over as the mask of all
+            assert torch.equal(
+                together[2][i : i + 1],
+                F.cassi_step(x[i : i + 1], y[i : i + 1], own[0, 0] if own.shape[1] == 1 else own[0], 0.3, step=2),
+            )
+    assert torch.equal(gradient, OPS.cassi_grad_mask(x, y, 2, *FORMS[form]))
 
 
 VARIANT_SCRIPT = """
@@ -391,12 +417,16 @@ for n, bands, height, width, step in shapes:
         x = torch.randn(n, bands, height, width).to(dtype)
         y = torch.randn(n, height, width + step * (bands - 1)).to(wide)
         mask, rho, weight = torch.rand(height, width).to(wide), torch.rand(n, bands).to(wide), torch.rand_like(y)
+        each = torch.rand(n, 1, height, width).to(wide)
         calls = (
             ("cassi", (x, mask, step)),
             ("cassi_adjoint", (y.to(dtype), mask, bands, step)),
             ("cassi_step", (x, y, mask, rho, weight, step, True)),
             ("cassi_grad_mask", (x, y, step, True)),
+            ("cassi_grad_mask", (x, y, step, False, True)),
             ("cassi_prox_weight", (mask, rho[:, 0].contiguous(), bands, step)),
+            ("cassi_prox_weight", (each, rho[:, 0].contiguous(), bands, step)),
+            ("cassi_step", (x, y, each, rho, weight, step, True)),
         )
         compare(reference, calls, close)
         # Neither the sum over bands nor z depends on where in memory the image lies.
@@ -434,7 +464,7 @@ def test_results_past_the_caches_are_the_same(height, dtype):
 
 
 def test_two_threads_at_once():
-    problems = [draw((2, 5, 31, 64 + i, 2), bool(i), torch.float32, i) for i in range(2)]
+    problems = [draw((2, 5, 31, 64 + i, 2), ("(H, W)", "(N, L, H, W)")[i], torch.float32, i) for i in range(2)]
     want = [F.cassi_step(*problem, 0.3, step=2) for problem in problems]
     wrong = []
 
@@ -470,7 +500,26 @@ def test_errors_say_what_was_expected_and_what_came():
     raises = [
         (ValueError, r"x: expected \(N, L, H, W\), got shape \(3, 4, 5\)", lambda: F.cassi(x[0], mask, step=2)),
         (ValueError, r"expected \(N, L, 4, 4\) .* got shape \(2, 3, 4, 5\)", lambda: F.cassi(x, mask[:, 1:], step=2)),
-        (ValueError, r"mask: .* for 3 bands, got shape \(2, 4, 5\)", lambda: F.cassi(x, mask.expand(2, 4, 5), step=2)),
+        (
+            ValueError,
+            r"mask: .* for 3 bands, .*got shape \(2, 4, 5\)",
+            lambda: F.cassi(x, mask.expand(2, 4, 5), step=2),
+        ),
+        (
+            ValueError,
+            r"mask: .* or one per sample, \(N, 1 or 3, H, W\), got shape \(2, 2, 4, 5\)",
+            lambda: F.cassi(x, mask.expand(2, 2, 4, 5), step=2),
+        ),
+        (
+            ValueError,
+            "mask: expected one per sample, 2 of them, got 1",
+            lambda: F.cassi_step(x, y, mask[None, None], 1.0, step=2),
+        ),
+        (
+            ValueError,
+            "mask: expected one per sample, 2 of them, got 3",
+            lambda: F.cassi_adjoint(y, mask.expand(3, 1, 4, 5), bands=3, step=2),
+        ),
         (ValueError, "step: expected at least 0, got -1", lambda: F.cassi(x, mask, step=-1)),
         (ValueError, "bands: expected at least 1, got 0", lambda: F.cassi_adjoint(y, mask, bands=0, step=2)),
         (ValueError, r"y: expected \(N, 4, 9\)", lambda: F.cassi_adjoint(y[..., 1:], mask, bands=3, step=2)),

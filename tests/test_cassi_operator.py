@@ -111,8 +111,9 @@ def test_construction():
     mask[2, 3] = float("nan")
     bad = [
         (ValueError, "mask: expected finite values, got 1 NaN", lambda: lf.CASSI(mask)),
-        (ValueError, r"mask: .* for bands=28, got shape \(3, 8, 9\)", lambda: lf.CASSI(torch.rand(3, 8, 9), 28)),
-        (ValueError, "mask: expected a non-empty 2-D or 3-D", lambda: lf.CASSI(torch.rand(8))),
+        (ValueError, r"mask: .* for bands=28, or .*, got shape \(3, 8, 9\)", lambda: lf.CASSI(torch.rand(3, 8, 9), 28)),
+        (ValueError, r"N, 1 or 5, H, W\), got shape \(2, 3, 8, 9\)", lambda: lf.CASSI(torch.rand(2, 3, 8, 9), 5)),
+        (ValueError, "mask: expected a non-empty 2-D or 3-D or 4-D", lambda: lf.CASSI(torch.rand(8))),
         (TypeError, "mask: expected real numbers", lambda: lf.CASSI(torch.rand(8, 9) > 0.5)),
         (TypeError, "mask: expected a tensor or an array", lambda: lf.CASSI("mask.mat")),
         (ValueError, "step: expected at least 0, got -2", lambda: lf.CASSI(torch.rand(8, 9), step=-2)),
@@ -122,6 +123,63 @@ def test_construction():
     for kind, message, make in bad:
         with pytest.raises(kind, match=message):
             make()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("per_band", [False, True])
+def test_one_mask_per_sample_is_one_operator_per_sample(per_band, step):
+    masks = torch.rand(3, 4 if per_band else 1, 5, 11, dtype=torch.float64)
+    op = lf.CASSI(masks, 4, step)
+    each = [lf.CASSI(m if per_band else m[0], 4, step) for m in masks]
+    x, other, mu = image(3), torch.rand(3, 5, 11 + 3 * step, dtype=torch.float64), torch.rand(3, 1, 1, 1) + 0.1
+    for together, alone in (
+        (op(x), [o(x[i, None]) for i, o in enumerate(each)]),
+        (op.adjoint(other), [o.adjoint(other[i, None]) for i, o in enumerate(each)]),
+        (
+            op.gradient_step(x, other, 0.3),
+            [o.gradient_step(x[i, None], other[i, None], 0.3) for i, o in enumerate(each)],
+        ),
+        (op.prox(x, other, 0.2), [o.prox(x[i, None], other[i, None], 0.2) for i, o in enumerate(each)]),
+        (op.prox(x, other, mu), [o.prox(x[i, None], other[i, None], mu[i]) for i, o in enumerate(each)]),
+        (op.initial(other), [o.initial(other[i, None]) for i, o in enumerate(each)]),
+        (op.energy(), [o.energy()[None] for o in each]),
+        (op.phi, [o.phi[None] for o in each]),
+    ):
+        assert torch.equal(together, torch.cat(alone))
+    assert op.norm() == max(o.norm() for o in each)
+    assert torch.equal(lf.CASSI.from_phi(op.phi, step).mask, masks.expand(-1, 4, -1, -1))
+    assert f"mask=(3, {'L' if per_band else 1}, H, W), one per sample" in repr(op)
+    again = lf.CASSI.from_config(op.config(), op.state_dict())
+    assert torch.equal(again(x), op(x))
+    with pytest.raises(ValueError, match="mask: expected one per sample, 2 of them, got 3"):
+        op(x[:2])
+    with pytest.raises(ValueError, match="y: expected 3 samples, one for each mask, got 2"):
+        op.initial(other[:2])
+
+
+def test_a_network_restores_each_sample_behind_its_own_mask():
+    """The step size learns, in one call for the batch and in one for each sample alike."""
+    net = lf.LoRun(lf.CASSI(torch.rand(16, 16), 4), lf.ResUNet(4, 4, channels=(8, 8), blocks=1), stages=2)
+    masks, x = torch.rand(3, 1, 16, 16), torch.rand(3, 4, 16, 16)
+    op = lf.CASSI(masks, 4)
+    y = op(x)
+    together = net(y, op=op)
+    together.square().sum().backward()
+    gradient, net.step_size.grad = net.step_size.grad, None
+    alone = torch.cat([net(y[i, None], op=lf.CASSI(masks[i, 0], 4)) for i in range(3)])
+    alone.square().sum().backward()
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(gradient, net.step_size.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_snapshot_video_is_step_0():
+    """Frames add up on one place of the detector, each behind its own mask."""
+    masks, frames = torch.rand(8, 5, 7, dtype=torch.float64), torch.rand(2, 8, 5, 7, dtype=torch.float64)
+    op = lf.CASSI(masks, step=0)
+    torch.testing.assert_close(op(frames), (masks * frames).sum(1))
+    y = op(frames)
+    v = op.prox(frames.flip(1), y, 0.0)  # the projection onto Phi v = y
+    torch.testing.assert_close(op(v), y)
 
 
 def test_wrong_sizes_name_the_mask():

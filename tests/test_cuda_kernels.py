@@ -97,11 +97,12 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_cassi(kernels, n, bands, height, width, step, per_band, dtype, layout=lambda t: t):
+def check_cassi(kernels, n, bands, height, width, step, per_band, dtype, layout=lambda t: t, per_sample=False):
     wide = wide_of(dtype)
     measured = width + step * (bands - 1)
     x, y = layout(draw(n, bands, height, width, dtype=dtype)), draw(n, height, measured, dtype=wide)
-    mask = torch.rand((bands, height, width) if per_band else (height, width), dtype=wide)
+    own = (n, bands if per_band else 1) if per_sample else (bands,) if per_band else ()
+    mask = torch.rand((*own, height, width), dtype=wide)
     rho, weight = torch.rand(n, bands, dtype=wide), torch.rand(1, height, measured, dtype=wide)
     x64, y64, m64 = x.double(), y.double(), mask.double()
     close(kernels("cassi", x, mask, step), cassi_reference.cassi(x64, m64, step), bands)
@@ -117,8 +118,8 @@ def check_cassi(kernels, n, bands, height, width, step, per_band, dtype, layout=
         exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
         for a, b in zip(got, cassi_reference.cassi_step(*exact), strict=True):
             close(a, b, 8 * bands)
-    want = cassi_reference.cassi_grad_mask(x64, y64, step, per_band)
-    close(kernels("cassi_grad_mask", x, y, step, per_band), want, 8 * n * bands)
+    want = cassi_reference.cassi_grad_mask(x64, y64, step, per_band, per_sample)
+    close(kernels("cassi_grad_mask", x, y, step, per_band, per_sample), want, 8 * n * bands)
     mask[..., ::3] = 0  # leaves pixels that no band reaches
     mu = torch.rand(n, dtype=wide)
     want = cassi_reference.cassi_prox_weight(mask.double(), mu.double(), bands, step)
@@ -168,6 +169,7 @@ def test_cassi(kernels, shape, dtype):
     check_cassi(kernels, *shape, False, dtype)
     if shape[1] * shape[3] < 9000:
         check_cassi(kernels, *shape, True, dtype)
+        check_cassi(kernels, *shape, False, dtype, per_sample=True)
 
 
 @pytest.mark.parametrize("layout", [sliced, channels_last])
@@ -214,12 +216,14 @@ def test_cassi_step_with_an_argument_between_pairs(kernels, which):
 def test_cassi_does_not_depend_on_batch_mates(kernels):
     for dtype in (torch.float32, torch.bfloat16):
         x, y, rho = draw(9, 28, 2, 96, dtype=dtype), draw(9, 2, 150, dtype=torch.float32), torch.rand(9, 28)
-        mask, weight = torch.rand(28, 2, 96), torch.rand(9, 2, 150)
-        calls = [("cassi", x, mask, 2), ("cassi_step", x, y, mask, rho, weight, 2, True)]
-        calls += [
-            ("cassi_adjoint", y.to(dtype), mask, 28, 2),
-            ("cassi_prox_weight", mask, rho[:, 0].contiguous(), 28, 2),
-        ]
+        weight, calls = torch.rand(9, 2, 150), []
+        for mask in (torch.rand(28, 2, 96), torch.rand(9, 28, 2, 96)):
+            calls += [
+                ("cassi", x, mask, 2),
+                ("cassi_step", x, y, mask, rho, weight, 2, True),
+                ("cassi_adjoint", y.to(dtype), mask, 28, 2),
+                ("cassi_prox_weight", mask, rho[:, 0].contiguous(), 28, 2),
+            ]
         for name, *arguments in calls:
             one = [a[-1:] if isinstance(a, torch.Tensor) and a.shape[0] == 9 else a for a in arguments]
             alone, together = kernels(name, *one), kernels(name, *arguments)
@@ -235,10 +239,11 @@ def test_cassi_does_not_depend_on_batch_mates(kernels):
     width=st.one_of(st.integers(1, 80), st.sampled_from([16, 24, 32, 64, 400])),
     step=st.integers(0, 9),
     per_band=st.booleans(),
+    per_sample=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_cassi_random_shapes(kernels, n, bands, height, width, step, per_band, dtype):
-    check_cassi(kernels, n, bands, height, width, step, per_band, dtype)
+def test_cassi_random_shapes(kernels, n, bands, height, width, step, per_band, per_sample, dtype):
+    check_cassi(kernels, n, bands, height, width, step, per_band, dtype, per_sample=per_sample)
 
 
 def check_blur(kernels, n, channels, height, width, kh, kw, scale, per_sample, dtype, layout=lambda t: t):

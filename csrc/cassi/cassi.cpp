@@ -91,14 +91,14 @@ struct Coded {
   ImageStrides strides;
   const T* x;
   const W* mask;
-  int64_t m_band;
+  int64_t m_sample, m_band;
 
   const T* row_of_x(int64_t row) const {
     return x + row / g.height * strides.sample + row % g.height * strides.row;
   }
 
   const W* row_of_mask(int64_t row) const {
-    return mask + row % g.height * g.width;
+    return mask + row / g.height * m_sample + row % g.height * g.width;
   }
 
   int64_t row_of_z(int64_t row) const {
@@ -126,7 +126,7 @@ struct Coded {
 
 template <class T>
 Coded<T> coded(const Tensor& x, const OperatorTensors& op) {
-  return {op.g, strides_of(x), x.const_data_ptr<T>(), op.mask.const_data_ptr<Wide<T>>(), op.m_band};
+  return {op.g, strides_of(x), x.const_data_ptr<T>(), op.mask.const_data_ptr<Wide<T>>(), op.m_sample, op.m_band};
 }
 
 // Streaming stores are not ordered with what follows; the thread that reads z next must see them.
@@ -253,15 +253,17 @@ Tensor prox_weight(Tensor mask, Tensor mu, int64_t bands, int64_t step) {
     parallel(g.height, g.bands * g.width + g.samples * g.measured(), [&](int64_t begin, int64_t end) {
       W* sum = static_cast<W*>(scratch<struct Diagonal>(g.measured() * sizeof(W)));
       for (int64_t h = begin; h < end; ++h) {
-        std::fill_n(sum, g.measured(), W(0));
         multiversion([&](auto) LORUN_INLINE {
-          for (int64_t c = 0; c < g.bands; ++c) {
-            const W* from = m + c * op.m_band + h * g.width;
-            for (int64_t j = 0; j < g.width; ++j) {
-              sum[c * step + j] += from[j] * from[j];
-            }
-          }
           for (int64_t n = 0; n < g.samples; ++n) {
+            if (n == 0 || op.m_sample != 0) {
+              std::fill_n(sum, g.measured(), W(0));
+              for (int64_t c = 0; c < g.bands; ++c) {
+                const W* from = m + n * op.m_sample + c * op.m_band + h * g.width;
+                for (int64_t j = 0; j < g.width; ++j) {
+                  sum[c * step + j] += from[j] * from[j];
+                }
+              }
+            }
             W* row = to + (n * g.height + h) * g.measured();
             for (int64_t j = 0; j < g.measured(); ++j) {
               row[j] = W(1) / (first[n] + (sum[j] == 0 ? W(1) : sum[j]));
@@ -274,13 +276,11 @@ Tensor prox_weight(Tensor mask, Tensor mu, int64_t bands, int64_t step) {
   return weight;
 }
 
-// Samples and, for a mask (H, W), bands are added up in order, whatever the number of threads.
-Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
+// Samples and bands that share a mask are added up in order, whatever the number of threads.
+Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band, bool per_sample) {
   const Geometry g = geometry_of(x, y, step);
-  const ScalarType wide = y.scalar_type();
   const Tensor in = with_unit_columns(x), measured = dense(y);
-  const Tensor out =
-      per_band ? empty_beside(y, {g.bands, g.height, g.width}, wide) : empty_beside(y, {g.height, g.width}, wide);
+  const Tensor out = empty_mask(y, g, per_band, per_sample);
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
@@ -288,16 +288,19 @@ Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
     const W* beside = measured.const_data_ptr<W>();
     W* to = out.mutable_data_ptr<W>();
     const ImageStrides s = strides_of(in);
+    const int64_t plane = g.height * g.width, of_band = per_band ? plane : 0;
+    const int64_t of_sample = per_sample ? (per_band ? g.bands : 1) * plane : 0;
+    const int64_t masks = plane == 0 ? 0 : out.numel() / plane;
     parallel(g.height, g.samples * g.bands * g.width, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h) {
+        for (int64_t k = 0; k < masks; ++k) {
+          std::fill_n(to + k * plane + h * g.width, g.width, W(0));
+        }
         for (int64_t c = 0; c < g.bands; ++c) {
-          W* sum = to + (per_band ? c * g.height + h : h) * g.width;
-          if (per_band || c == 0) {
-            std::fill_n(sum, g.width, W(0));
-          }
           for (int64_t n = 0; n < g.samples; ++n) {
             LORUN_PICK(add_products<T>)(image + n * s.sample + c * s.band + h * s.row,
-                                        beside + (n * g.height + h) * g.measured() + c * step, sum, g.width);
+                                        beside + (n * g.height + h) * g.measured() + c * step,
+                                        to + n * of_sample + c * of_band + h * g.width, g.width);
           }
         }
       }

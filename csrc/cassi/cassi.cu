@@ -282,19 +282,21 @@ __global__ void __launch_bounds__(kMostThreads, 2) columns_of_measurements(const
   }
 }
 
-// out = sum over samples (and, unless per_band, over bands) of x y: one thread an element.
+// out = sum over samples, unless per_sample, and over bands, unless per_band, of x y: one thread an element.
 template <class T>
-__global__ void __launch_bounds__(256)
-    sum_of_products(const Geometry g, const ImageStrides s, const T* x, const Wide<T>* y, Wide<T>* out, bool per_band) {
+__global__ void __launch_bounds__(256) sum_of_products(const Geometry g, const ImageStrides s, const T* x,
+                                                       const Wide<T>* y, Wide<T>* out, bool per_band, bool per_sample) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= (per_band ? g.bands : 1) * g.height * g.width) {
+  const int64_t masks = per_band ? g.bands : 1;
+  if (index >= (per_sample ? g.samples : 1) * masks * g.height * g.width) {
     return;
   }
-  const int64_t j = index % g.width, i = index / g.width % g.height, band = index / g.width / g.height;
-  const int64_t bands = per_band ? band + 1 : g.bands;
+  const int64_t j = index % g.width, i = index / g.width % g.height, mask = index / g.width / g.height;
+  const int64_t sample = mask / masks, band = mask - sample * masks;
+  const int64_t bands = per_band ? band + 1 : g.bands, samples = per_sample ? sample + 1 : g.samples;
   Wide<T> sum = 0;
   for (int64_t c = band; c < bands; ++c) {
-    for (int64_t n = 0; n < g.samples; ++n) {
+    for (int64_t n = sample; n < samples; ++n) {
       sum += static_cast<Wide<T>>(x[n * s.sample + c * s.band + i * s.row + j]) *
              y[(n * g.height + i) * g.measured() + c * g.step + j];
     }
@@ -305,22 +307,25 @@ __global__ void __launch_bounds__(256)
 // weight = 1 / (mu + Phi_s) of every sample, zeros of Phi_s set to 1: one thread a pixel of the detector.
 template <class W>
 __global__ void __launch_bounds__(256)
-    inverse_of_diagonal(const Geometry g, const W* mask, int64_t m_band, const W* mu, W* weight) {
+    inverse_of_diagonal(const Geometry g, const W* mask, int64_t m_sample, int64_t m_band, const W* mu, W* weight) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= g.height * g.measured()) {
     return;
   }
   const int64_t j = index % g.measured(), i = index / g.measured();
-  W sum = 0;
-  for (int64_t c = 0; c < g.bands; ++c) {
-    const int64_t column = j - c * g.step;
-    if (column >= 0 && column < g.width) {
-      const W m = mask[c * m_band + i * g.width + column];
-      sum += m * m;
-    }
-  }
-  const W diagonal = sum == W(0) ? W(1) : sum;
+  W diagonal = 1;
   for (int64_t n = 0; n < g.samples; ++n) {
+    if (n == 0 || m_sample != 0) {
+      W sum = 0;
+      for (int64_t c = 0; c < g.bands; ++c) {
+        const int64_t column = j - c * g.step;
+        if (column >= 0 && column < g.width) {
+          const W m = mask[n * m_sample + c * m_band + i * g.width + column];
+          sum += m * m;
+        }
+      }
+      diagonal = sum == W(0) ? W(1) : sum;
+    }
     weight[n * g.height * g.measured() + index] = W(1) / (mu[n] + diagonal);
   }
 }
@@ -332,7 +337,8 @@ bool paired(const T* first, int64_t between = 0) {
 }
 
 template <class T, Part P>
-void run(const OnDeviceOf& device, const Geometry& g, const ImageStrides& s, int64_t m_band, Task<T> t) {
+void run(const OnDeviceOf& device, const OperatorTensors& op, const ImageStrides& s, Task<T> t) {
+  const Geometry& g = op.g;
   if (g.rows() * g.measured() == 0) {
     return;
   }
@@ -347,7 +353,8 @@ void run(const OnDeviceOf& device, const Geometry& g, const ImageStrides& s, int
   };
   const int64_t plane = g.height * g.width;
   t.of_x = bytes(t.x, s.sample, s.row, s.band - step);
-  t.of_mask = bytes(t.mask, 0, g.width, m_band - step);
+  t.mask = op.mask.const_data_ptr<Wide<T>>();
+  t.of_mask = bytes(t.mask, op.m_sample, g.width, op.m_band - step);
   t.of_z = bytes(t.z, g.bands * plane, g.width, plane - step);
   const auto start = [&](auto v) {
     constexpr int V = decltype(v)::value;
@@ -372,19 +379,13 @@ void run(const OnDeviceOf& device, const Geometry& g, const ImageStrides& s, int
     with(&columns_of_measurements<T, P, V, kBandsAtOnce, false>);
   };
   if constexpr (sizeof(T) <= 4) {
-    if (step % 2 == 0 && paired(t.x, s.sample | s.band | s.row) && paired(t.mask, g.width | m_band) && paired(t.z) &&
-        paired(t.y) && paired(t.measured) && paired(t.with.y) && paired(t.with.weight) && paired(t.residual)) {
+    if (step % 2 == 0 && paired(t.x, s.sample | s.band | s.row) && paired(t.mask, g.width | op.m_band | op.m_sample) &&
+        paired(t.z) && paired(t.y) && paired(t.measured) && paired(t.with.y) && paired(t.with.weight) &&
+        paired(t.residual)) {
       return start(std::integral_constant<int, 2>{});
     }
   }
   start(std::integral_constant<int, 1>{});
-}
-
-template <class T>
-Task<T> task_of(const OperatorTensors& op) {
-  Task<T> t{};
-  t.mask = op.mask.const_data_ptr<Wide<T>>();
-  return t;
 }
 
 Tensor forward(Tensor x, Tensor mask, int64_t step) {
@@ -395,9 +396,9 @@ Tensor forward(Tensor x, Tensor mask, int64_t step) {
   const Tensor y = empty_beside(x, {g.samples, g.height, g.measured()}, x.scalar_type());
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Task<T> t = task_of<T>(op);
+    Task<T> t{};
     t.x = in.const_data_ptr<T>(), t.y = y.mutable_data_ptr<T>();
-    run<T, Part::kForward>(device, g, strides_of(in), op.m_band, t);
+    run<T, Part::kForward>(device, op, strides_of(in), t);
   });
   return y;
 }
@@ -410,9 +411,9 @@ Tensor adjoint(Tensor y, Tensor mask, int64_t bands, int64_t step) {
   const Tensor x = empty_beside(y, {g.samples, g.bands, g.height, g.width}, y.scalar_type());
   dispatch_storage(y.scalar_type(), "y", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Task<T> t = task_of<T>(op);
+    Task<T> t{};
     t.measured = in.const_data_ptr<T>(), t.z = x.mutable_data_ptr<T>();
-    run<T, Part::kAdjoint>(device, g, {}, op.m_band, t);
+    run<T, Part::kAdjoint>(device, op, {}, t);
   });
   return x;
 }
@@ -431,11 +432,11 @@ std::tuple<Tensor, Tensor> step(Tensor x, std::optional<Tensor> y, Tensor mask, 
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    Task<T> t = task_of<T>(op);
+    Task<T> t{};
     t.x = in.const_data_ptr<T>(), t.z = z.mutable_data_ptr<T>();
     t.with = tensors.arguments<W>(g);
     t.residual = keep_residual ? residual.mutable_data_ptr<W>() : nullptr;
-    run<T, Part::kStep>(device, g, strides_of(in), op.m_band, t);
+    run<T, Part::kStep>(device, op, strides_of(in), t);
   });
   return {z, residual};
 }
@@ -450,26 +451,25 @@ Tensor prox_weight(Tensor mask, Tensor mu, int64_t bands, int64_t step) {
   dispatch_wide(mask.scalar_type(), "mask", [&](auto tag) {
     using W = typename decltype(tag)::type;
     if (blocks > 0 && g.samples > 0) {
-      launch(device, &inverse_of_diagonal<W>, blocks, 256, 0, g, op.mask.const_data_ptr<W>(), op.m_band,
+      launch(device, &inverse_of_diagonal<W>, blocks, 256, 0, g, op.mask.const_data_ptr<W>(), op.m_sample, op.m_band,
              each.const_data_ptr<W>(), weight.mutable_data_ptr<W>());
     }
   });
   return weight;
 }
 
-Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band) {
+Tensor grad_mask(Tensor x, Tensor y, int64_t step, bool per_band, bool per_sample) {
   const OnDeviceOf device(x);
   const Geometry g = geometry_of(x, y, step);
   const Tensor in = with_unit_columns(x), beside = dense(y);
-  const Tensor out = per_band ? empty_beside(y, {g.bands, g.height, g.width}, y.scalar_type())
-                              : empty_beside(y, {g.height, g.width}, y.scalar_type());
+  const Tensor out = empty_mask(y, g, per_band, per_sample);
   const int64_t blocks = (out.numel() + 255) / 256;
   dispatch_storage(x.scalar_type(), "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
     if (blocks > 0) {
       launch(device, &sum_of_products<T>, blocks, 256, 0, g, strides_of(in), in.const_data_ptr<T>(),
-             beside.const_data_ptr<W>(), out.mutable_data_ptr<W>(), per_band);
+             beside.const_data_ptr<W>(), out.mutable_data_ptr<W>(), per_band, per_sample);
     }
   });
   return out;

@@ -13,7 +13,7 @@ namespace lorun::cassi {
 struct OperatorTensors {
   Geometry g;
   Tensor mask;
-  int64_t m_band;  // from one band's mask to the next one's; 0: all share one
+  int64_t m_sample, m_band;  // from one sample's, one band's mask to the next one's; 0: all share one
 };
 
 // Columns by which bands may be shifted: far from where their products with a step would no longer be represented.
@@ -28,10 +28,13 @@ inline OperatorTensors operator_of(const Tensor& mask, int64_t samples, int64_t 
   check_shift(bands, step);
   STD_TORCH_CHECK(bands >= 1, "bands: expected at least 1, got ", bands);
   check_type("mask", mask, wide_type(image));
-  STD_TORCH_CHECK(mask.dim() == 2 || (mask.dim() == 3 && mask.size(0) == bands), "mask: expected (H, W) or (", bands,
-                  ", H, W), got ", shape_of(mask));
-  const int64_t height = mask.size(mask.dim() - 2), width = mask.size(mask.dim() - 1);
-  return {{samples, bands, height, width, step}, dense(mask), mask.dim() == 3 ? height * width : 0};
+  const int64_t rank = mask.dim(), masks = rank > 2 ? mask.size(rank - 3) : 1;  // of a sample
+  STD_TORCH_CHECK(rank == 2 || (rank == 3 && masks == bands) ||
+                      (rank == 4 && mask.size(0) == samples && (masks == 1 || masks == bands)),
+                  "mask: expected (H, W), (", bands, ", H, W) or (", samples, ", 1 or ", bands, ", H, W), got ",
+                  shape_of(mask));
+  const int64_t height = mask.size(rank - 2), width = mask.size(rank - 1), plane = height * width;
+  return {{samples, bands, height, width, step}, dense(mask), rank == 4 ? masks * plane : 0, masks > 1 ? plane : 0};
 }
 
 inline OperatorTensors operator_of_image(const Tensor& x, const Tensor& mask, int64_t step) {
@@ -53,6 +56,13 @@ inline OperatorTensors operator_of_weight(const Tensor& mask, const Tensor& mu, 
   check_type("mu", mu, wide);
   STD_TORCH_CHECK(mu.dim() == 1, "mu: expected shape (N), got ", shape_of(mu));
   return operator_of(mask, mu.size(0), bands, step, wide);
+}
+
+// For the gradient of a mask, of the mask's shape.
+inline Tensor empty_mask(const Tensor& y, const Geometry& g, bool per_band, bool per_sample) {
+  const int64_t shape[] = {g.samples, per_band ? g.bands : 1, g.height, g.width};
+  const int first = per_sample ? 0 : per_band ? 1 : 2;
+  return empty_beside(y, shape + first, 4 - first, y.scalar_type());
 }
 
 // The geometry of an image beside a measurement in the accumulation type.

@@ -102,12 +102,16 @@ inline void check_step_size(const Tensor& rho, int64_t n, int64_t channels, Scal
 
 // What aten::new_empty gives. Not torch::stable::new_empty(), which finds the operator by its name and packs every
 // argument: most of what a small call costs below Python.
-inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+inline Tensor empty_beside(const Tensor& like, const int64_t* shape, size_t rank, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(), static_cast<int64_t>(shape.size()),
-                                                   &dtype, nullptr, nullptr, 0, nullptr, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape, static_cast<int64_t>(rank), &dtype, nullptr,
+                                                   nullptr, 0, nullptr, &made));
   return Tensor(made);
+}
+
+inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return empty_beside(like, shape.begin(), shape.size(), type);
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -55,14 +55,16 @@ def _check_bands(name: str, t: Tensor, step: int, layout: str) -> torch.Size:
 class CASSI(SensingOperator):
     """y[i, j] = sum_c mask_c[i, j - c*step] * x_c[i, j - c*step]: code, disperse, add up the bands.
 
-    mask: the coded aperture, (H, W) for all bands, or (L, H, W); fp32 or fp64 tensor or array.
-    bands: L. Default 28 for a mask (H, W); a mask (L, H, W) brings its own.
+    mask: the coded aperture, (H, W) for all bands, or (L, H, W); or one for each sample of a batch, (N, 1, H, W) or
+        (N, L, H, W), which then serves batches of N alone. fp32 or fp64 tensor or array.
+    bands: L. Default 28 for a mask that is the same for all bands; another one brings its own.
     step: columns between neighbouring bands, >= 0. Default 2.
     learn: make the mask a trainable parameter instead of a buffer.
 
     Images are (N, L, H, W) in the V2 layout (bands aligned), measurements (N, H, W + step*(L-1)).
     :meth:`to_v1` and :meth:`from_v1` convert to the layout (N, L, H, W + step*(L-1)) of other networks.
-    ``size`` may be left out everywhere: the mask tells it.
+    ``size`` may be left out everywhere: the mask tells it. Step 0, no dispersion, is snapshot compressive video: the
+    bands are frames, each behind its own mask.
 
     Raises ValueError for a mask of another rank or band count, or with NaN or infinite entries.
     """
@@ -71,13 +73,15 @@ class CASSI(SensingOperator):
 
     def __init__(self, mask: Tensor, bands: int | None = None, step: int = 2, *, learn: bool = False):
         super().__init__()
-        mask = as_matrix("mask", mask, (2, 3))
+        mask = as_matrix("mask", mask, (2, 3, 4))
+        shared = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1)  # by all bands
         if bands is None:
-            bands = 28 if mask.ndim == 2 else mask.shape[0]
+            bands = 28 if shared else mask.shape[-3]
         bands, step = whole("bands", bands, 1), whole("step", step, 0)
-        if mask.ndim == 3 and mask.shape[0] != bands:
+        if not shared and mask.shape[-3] != bands:
             raise ValueError(
-                f"mask: expected (H, W) or ({bands}, H, W) for bands={bands}, got shape {tuple(mask.shape)}"
+                f"mask: expected (H, W) or ({bands}, H, W) for bands={bands}, or one per sample, "
+                f"(N, 1 or {bands}, H, W), got shape {tuple(mask.shape)}"
             )
         self.bands, self.step = bands, step
         if learn:
@@ -89,23 +93,26 @@ class CASSI(SensingOperator):
     def from_phi(cls, phi: Tensor, step: int = 2, *, learn: bool = False) -> CASSI:
         """From a full sensing array on the detector, (L, H, W + step*(L-1)), such as a calibrated ``mask_3d_shift``.
 
+        Or from one per sample, (N, L, H, W + step*(L-1)).
         Band c of an image reaches only the columns c*step to c*step + W - 1. What phi holds outside that window is
         ignored (it would multiply zeros), also in Phi_s: so the proximal step stays exact. The window is kept as a
-        mask (L, H, W).
+        mask (L, H, W), or (N, L, H, W).
         """
-        phi = as_matrix("phi", phi, (3,))
-        return cls(_unshift("phi", phi[None], whole("step", step, 0))[0], phi.shape[0], step, learn=learn)
+        phi, step = as_matrix("phi", phi, (3, 4)), whole("step", step, 0)
+        mask = _unshift("phi", phi if phi.ndim == 4 else phi[None], step)
+        return cls(mask if phi.ndim == 4 else mask[0], phi.shape[-3], step, learn=learn)
 
     @property
     def phi(self) -> Tensor:
-        """The full sensing array, (L, H, W + step*(L-1)), zero outside each band's window."""
-        return self.to_v1(self._per_band()[None])[0]
-
-    def _per_band(self) -> Tensor:
-        return self.mask.expand(self.bands, *self.mask.shape[-2:])
+        """The full sensing array, (L, H, W + step*(L-1)), zero outside each band's window; (N, ...) of N masks."""
+        if self.mask.ndim == 4:
+            return self.to_v1(self.mask.expand(-1, self.bands, -1, -1))
+        return self.to_v1(self.mask.expand(1, self.bands, *self.mask.shape[-2:]))[0]
 
     def extra_repr(self) -> str:
         kind = "(H, W)" if self.mask.ndim == 2 else "(L, H, W)"
+        if self.mask.ndim == 4:
+            kind = f"({self.mask.shape[0]}, {'1' if self.mask.shape[1] == 1 else 'L'}, H, W), one per sample"
         learned = ", learned" if isinstance(self.mask, nn.Parameter) else ""
         height, width = self.mask.shape[-2:]
         return f"{height}x{width}, bands={self.bands}, step={self.step}, mask={kind}{learned}"
@@ -149,13 +156,15 @@ class CASSI(SensingOperator):
         want = (height, ops.measured_width(width, self.bands, self.step))
         if tuple(y.shape[1:]) != want:
             raise ValueError(f"y: expected (N, {want[0]}, {want[1]}), got shape {tuple(y.shape)}")
+        if self.mask.ndim == 4 and y.shape[0] != self.mask.shape[0]:
+            raise ValueError(f"y: expected {self.mask.shape[0]} samples, one for each mask, got {y.shape[0]}")
         scaled = y * (max(self.step, 1) / self.bands)
         if self.step == 0:
             return scaled.unsqueeze(1).repeat(1, self.bands, 1, 1)
         return scaled.unfold(2, width, self.step).transpose(1, 2).contiguous()
 
     def energy(self) -> Tensor:
-        """Phi_s = sum_c Phi_c^2, the diagonal of Phi Phi^T, (H, W + step*(L-1))."""
+        """Phi_s = sum_c Phi_c^2, the diagonal of Phi Phi^T, (H, W + step*(L-1)); (N, H, W + step*(L-1)) of N masks."""
         return ops.energy(self.mask, bands=self.bands, step=self.step)
 
     def norm(self) -> Tensor:

@@ -29,20 +29,26 @@ def measured_width(width: int, bands: int, step: int) -> int:
     return width + step * (bands - 1)
 
 
-def _check_mask(mask: Tensor, bands: int, step: int, dtype: torch.dtype) -> None:
+def _check_mask(mask: Tensor, samples: int, bands: int, step: int, dtype: torch.dtype) -> None:
     whole("step", step, 0)
     if not isinstance(bands, torch.SymInt):  # which would become a constant
         whole("bands", bands, 1)
     check_tensor("mask", mask)
-    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != bands):
-        raise ValueError(f"mask: expected (H, W) or ({bands}, H, W) for {bands} bands, got shape {shape_of(mask)}")
+    own = mask.ndim == 4
+    if mask.ndim not in (2, 3, 4) or (mask.ndim > 2 and mask.shape[-3] != bands and not (own and mask.shape[1] == 1)):
+        raise ValueError(
+            f"mask: expected (H, W) or ({bands}, H, W) for {bands} bands, or one per sample, (N, 1 or {bands}, H, W), "
+            f"got shape {shape_of(mask)}"
+        )
+    if own and mask.shape[0] != samples:
+        raise ValueError(f"mask: expected one per sample, {samples} of them, got {mask.shape[0]}")
     if mask.dtype != parameter_dtype(dtype):
         raise TypeError(f"mask: expected {parameter_dtype(dtype)} beside {dtype}, got {mask.dtype}")
 
 
 def _check_forward(x: Tensor, mask: Tensor, step: int) -> None:
     check_image("x", x, 4, "(N, L, H, W)")
-    _check_mask(mask, x.shape[1], step, x.dtype)
+    _check_mask(mask, x.shape[0], x.shape[1], step, x.dtype)
     if x.shape[2:] != mask.shape[-2:]:
         raise ValueError(
             f"x: expected (N, L, {mask.shape[-2]}, {mask.shape[-1]}) for a mask of shape {shape_of(mask)}, "
@@ -64,11 +70,21 @@ def _check_measurement(y: Tensor, mask: Tensor, bands: int, step: int) -> None:
 
 def _check_adjoint(y: Tensor, mask: Tensor, bands: int, step: int) -> None:
     check_image("y", y, 3, "(N, H, W + step*(L-1))")
-    _check_mask(mask, bands, step, y.dtype)
+    _check_mask(mask, y.shape[0], bands, step, y.dtype)
     _check_measurement(y, mask, bands, step)
 
 
 # Whether all is as it must be, in as few calls as possible: most of what the checks of a small call cost.
+
+
+def _fits_mask(mask: Tensor, image: tuple[int, ...]) -> bool:
+    """Of an image (N, L, H, W)."""
+    shape = mask.shape
+    return (
+        shape == image[2:]
+        or shape == image[1:]
+        or (len(shape) == 4 and (shape == image or shape == (image[0], 1, *image[2:])))
+    )
 
 
 def _fits_forward(x: Tensor, mask: Tensor, step: int) -> bool:
@@ -77,7 +93,7 @@ def _fits_forward(x: Tensor, mask: Tensor, step: int) -> bool:
         len(shape) == 4
         and type(step) is int
         and step >= 0
-        and (mask.shape == shape[2:] or mask.shape == shape[1:])
+        and _fits_mask(mask, shape)
         and shape[1] > 0
         and mask.dtype is WIDE.get(x.dtype)
         and x.device == mask.device
@@ -92,7 +108,7 @@ def _fits_adjoint(y: Tensor, mask: Tensor, bands: int, step: int) -> bool:
         and step >= 0
         and type(bands) is int
         and bands > 0
-        and (len(shape) == 2 or (len(shape) == 3 and shape[0] == bands))
+        and (len(shape) == 2 or (len(shape) > 2 and _fits_mask(mask, (y.shape[0], bands, *shape[-2:]))))
         and y.shape[1:] == (shape[-2], shape[-1] + step * (bands - 1))
         and mask.dtype is WIDE.get(y.dtype)
         and y.device == mask.device
@@ -105,7 +121,7 @@ def _fits_step(x: Tensor, y: Tensor, mask: Tensor, step: int) -> bool:
         bands > 0
         and type(step) is int
         and step >= 0
-        and (mask.shape == (height, width) or mask.shape == (bands, height, width))
+        and _fits_mask(mask, x.shape)
         and y.shape == (n, height, width + step * (bands - 1))
         and mask.dtype is WIDE.get(x.dtype)
         and y.dtype in WIDE
@@ -139,15 +155,23 @@ def _fake_step(x, y, mask, rho, weight, step, keep_residual):
     return x.new_empty(x.shape), mask.new_empty(shape)
 
 
-def _fake_grad_mask(x, y, step, per_band):
-    return y.new_empty(x.shape[1:] if per_band else x.shape[2:])
+def _fake_grad_mask(x, y, step, per_band, per_sample=False):
+    n, bands, height, width = x.shape
+    own = (n, bands if per_band else 1) if per_sample else (bands,) if per_band else ()
+    return y.new_empty((*own, height, width))
 
 
 def _fake_prox_weight(mask, mu, bands, step):
-    _check_mask(mask, bands, step, mask.dtype)
     if mu.ndim != 1 or mu.dtype != mask.dtype:
         raise ValueError(f"mu: expected shape (N) and {mask.dtype}, got {shape_of(mu)} and {mu.dtype}")
+    _check_mask(mask, mu.shape[0], bands, step, mask.dtype)
     return mask.new_empty((mu.shape[0], mask.shape[-2], measured_width(mask.shape[-1], bands, step)))
+
+
+def _gradient_of_mask(x: Tensor, y: Tensor, step: int, mask: Tensor) -> Tensor:
+    """The gradient of <Phi x, y> for the mask, in its shape."""
+    per_sample = mask.ndim == 4
+    return _grad_mask(x, y, step, mask.ndim == 3 or (per_sample and mask.shape[1] != 1), per_sample)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -161,7 +185,7 @@ def _backward_forward(ctx, grad):
     grad_x = _adjoint(grad, mask, ctx.bands, ctx.step) if ctx.needs_input_grad[0] else None
     grad_mask = None
     if ctx.needs_input_grad[1]:
-        grad_mask = _grad_mask(x, grad.to(mask.dtype), ctx.step, mask.ndim == 3)
+        grad_mask = _gradient_of_mask(x, grad.to(mask.dtype), ctx.step, mask)
     return grad_x, grad_mask, None
 
 
@@ -175,7 +199,7 @@ def _backward_adjoint(ctx, grad):
     grad_y = _forward(grad, mask, ctx.step) if ctx.needs_input_grad[0] else None
     grad_mask = None
     if ctx.needs_input_grad[1]:
-        grad_mask = _grad_mask(grad, y.to(mask.dtype), ctx.step, mask.ndim == 3)
+        grad_mask = _gradient_of_mask(grad, y.to(mask.dtype), ctx.step, mask)
     return grad_y, grad_mask, None, None
 
 
@@ -199,7 +223,7 @@ def _backward_step(ctx, grad, grad_residual):
     # A step size that is the same for all bands commutes with Phi: then dx is the step again, with y = 0, and the
     # residual of that step is Phi g.
     x, y, mask, rho, weight, residual = ctx.saved_tensors
-    step, bands, per_band = ctx.step, ctx.bands, mask.ndim == 3
+    step, bands = ctx.step, ctx.bands
     need_x, need_y, need_mask, need_rho, need_weight = ctx.needs_input_grad[:5]
     grad_x = grad_y = grad_mask = grad_rho = grad_weight = None
 
@@ -236,7 +260,9 @@ def _backward_step(ctx, grad, grad_residual):
                 grad_weight = grad_weight.sum(0, keepdim=True)
         if need_mask:
             image, measurement = (grad, per_sample * pulled) if common else (scaled, pulled)
-            grad_mask = -_grad_mask(image, measurement, step, per_band) - _grad_mask(x, weighted(s), step, per_band)
+            grad_mask = -_gradient_of_mask(image, measurement, step, mask) - _gradient_of_mask(
+                x, weighted(s), step, mask
+            )
     if grad_residual is not None and ctx.kept:
         if need_x:
             through = _adjoint(grad_residual, mask, bands, step).to(ctx.x_dtype)
@@ -244,13 +270,13 @@ def _backward_step(ctx, grad, grad_residual):
         if need_y:
             grad_y = -grad_residual if grad_y is None else grad_y - grad_residual
         if need_mask:
-            through = _grad_mask(x, grad_residual, step, per_band)
+            through = _gradient_of_mask(x, grad_residual, step, mask)
             grad_mask = through if grad_mask is None else grad_mask + through
     return grad_x, grad_y, grad_mask, grad_rho, grad_weight, None, None
 
 
 def _setup_grad_mask(ctx, inputs, output):
-    x, y, ctx.step, _ = inputs
+    x, y, ctx.step = inputs[:3]
     ctx.save_for_backward(x, y)
 
 
@@ -258,7 +284,7 @@ def _backward_grad_mask(ctx, grad):
     x, y = ctx.saved_tensors
     grad_x = _adjoint(y, grad, x.shape[1], ctx.step).to(x.dtype) if ctx.needs_input_grad[0] else None
     grad_y = _forward(x.to(grad.dtype), grad, ctx.step) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_y, None, None
+    return grad_x, grad_y, None, None, None
 
 
 def _setup_prox_weight(ctx, inputs, output):
@@ -272,8 +298,8 @@ def _backward_prox_weight(ctx, grad):
     inner = -grad * weight.square()
     grad_mask = grad_mu = None
     if ctx.needs_input_grad[0]:
-        grad_mask = 2 * _adjoint(inner.sum(0, keepdim=True), mask, ctx.bands, ctx.step)[0]
-        grad_mask = grad_mask.sum(0) if mask.ndim == 2 else grad_mask
+        each = inner if mask.ndim == 4 else inner.sum(0, keepdim=True)
+        grad_mask = (2 * _adjoint(each, mask, ctx.bands, ctx.step)).sum_to_size(mask.shape)
     if ctx.needs_input_grad[1]:
         grad_mu = inner.sum((1, 2))
     return grad_mask, grad_mu, None, None
@@ -305,7 +331,7 @@ _step = define(
     direct=True,
 )
 _grad_mask = define(
-    "cassi_grad_mask(Tensor x, Tensor y, int step, bool per_band) -> Tensor",
+    "cassi_grad_mask(Tensor x, Tensor y, int step, bool per_band, bool per_sample=False) -> Tensor",
     reference=reference.cassi_grad_mask,
     fake=_fake_grad_mask,
     backward=_backward_grad_mask,
@@ -325,7 +351,8 @@ _prox_weight = define(
 def cassi(x: Tensor, mask: Tensor, *, step: int) -> Tensor:
     """Codes, disperses and adds up the bands: y = Phi x.
 
-    x: (N, L, H, W). mask: (H, W) or (L, H, W), fp32 (fp64 beside fp64 images). step: columns between bands, >= 0.
+    x: (N, L, H, W). mask: (H, W), (L, H, W), or one per sample, (N, 1, H, W) or (N, L, H, W); fp32 (fp64 beside fp64
+    images). step: columns between bands, >= 0.
     Returns (N, H, W + step*(L-1)) in x's dtype, accumulated in the mask's. Differentiable in x and mask.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
@@ -365,9 +392,13 @@ def cassi_step(x: Tensor, y: Tensor, mask: Tensor, rho: float | Tensor, *, step:
 
 
 def energy(mask: Tensor, *, bands: int, step: int) -> Tensor:
-    """The diagonal of Phi Phi^T (which has no other entries), (H, W + step*(L-1)): sum over bands of Phi_c^2."""
-    as_image = mask.expand(bands, *mask.shape[-2:]).unsqueeze(0)
-    return cassi(as_image, mask, step=step)[0]
+    """The diagonal of Phi Phi^T (which has no other entries), (H, W + step*(L-1)): sum over bands of Phi_c^2.
+
+    (N, H, W + step*(L-1)) for one mask per sample.
+    """
+    if mask.ndim == 4:
+        return cassi(mask.expand(-1, bands, -1, -1), mask, step=step)
+    return cassi(mask.expand(bands, *mask.shape[-2:]).unsqueeze(0), mask, step=step)[0]
 
 
 def cassi_prox(x: Tensor, y: Tensor, mask: Tensor, mu: float | Tensor, *, step: int) -> Tensor:
@@ -383,5 +414,7 @@ def cassi_prox(x: Tensor, y: Tensor, mask: Tensor, mu: float | Tensor, *, step: 
     if isinstance(mu, Tensor) and mu.ndim > 2 and mu.shape[-3] != 1:
         raise ValueError(f"mu: expected a number or broadcastable to ({x.shape[0]}, 1, 1, 1), got shape {shape_of(mu)}")
     per_sample = step_size(mu, x[:, :1], name="mu").reshape(-1)
+    if mask.ndim == 4:
+        per_sample = per_sample.expand(x.shape[0])
     weight = _prox_weight(mask, per_sample, x.shape[1], step)
     return _run_step(x, y, mask, step_size(1.0, x), weight, step)

@@ -5,8 +5,8 @@ and the detector adds the bands up:
 
     y[n, i, j] = sum_c mask_c[i, j - c*step] * x[n, c, i, j - c*step]        y (N, H, W + step*(L-1))
 
-The mask is (H, W), the same for all bands, or (L, H, W). Accumulation is in the mask's dtype (fp32, or fp64);
-results carry the dtype of the image or measurement passed in.
+The mask is (H, W), the same for all bands, or (L, H, W); or each sample has its own, (N, 1, H, W) or (N, L, H, W).
+Accumulation is in the mask's dtype (fp32, or fp64); results carry the dtype of the image or measurement passed in.
 """
 
 from __future__ import annotations
@@ -54,14 +54,19 @@ def cassi_step(
 
 def cassi_prox_weight(mask: Tensor, mu: Tensor, bands: int, step: int) -> Tensor:
     """1 / (mu + Phi_s), Phi_s = sum_c mask_c^2 the diagonal of Phi Phi^T, its zeros set to 1. mu (N,) -> (N, H, W')."""
-    per_band = mask.expand(bands, *mask.shape[-2:])
-    diagonal = cassi(per_band[None], mask, step)[0]
+    as_image = mask.expand(*mask.shape[:-3], bands, *mask.shape[-2:])
+    diagonal = cassi(as_image if mask.ndim == 4 else as_image[None], mask, step)
     return 1 / (mu[:, None, None] + torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal))
 
 
-def cassi_grad_mask(x: Tensor, y: Tensor, step: int, per_band: bool) -> Tensor:
-    """The gradient of <Phi x, y> for the mask, in y's dtype: (L, H, W), or its sum over bands, (H, W)."""
+def cassi_grad_mask(x: Tensor, y: Tensor, step: int, per_band: bool, per_sample: bool = False) -> Tensor:
+    """The gradient of <Phi x, y> for the mask, in y's dtype and the mask's shape.
+
+    (H, W), summed over samples and bands; per_band (L, H, W); per_sample (N, 1, H, W); both (N, L, H, W).
+    """
     bands, width = x.shape[1], x.shape[3]
     windows = torch.stack([y[..., c * step : c * step + width] for c in range(bands)], 1)
-    grad = (x.to(y.dtype) * windows).sum(0).contiguous()
-    return grad if per_band else grad.sum(0)
+    grad = (x.to(y.dtype) * windows).contiguous()
+    if not per_sample:
+        grad = grad.sum(0)
+    return grad if per_band else grad.sum(-3, keepdim=per_sample)

@@ -36,7 +36,7 @@ def operator_arrays(op: CASSI) -> dict[str, np.ndarray]:
 def describe(op: CASSI) -> str:
     """One line: bands, step, mask."""
     height, width = op.mask.shape[-2:]
-    kind = "one mask per band" if op.mask.ndim == 3 else "mask"
+    kind = {2: "mask", 3: "one mask per band", 4: "one mask per sample"}[op.mask.ndim]
     return f"{op.bands} bands, step {op.step}, {kind} {height} x {width} (height x width)"
 
 
