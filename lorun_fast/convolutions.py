@@ -21,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lorun_fast.layers import LoRAConv2d
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
+from lorun_fast.ops.lora import per_sample
 from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import LEAST_CHANNELS, has_enough, winograd_block, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
@@ -373,7 +374,7 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
             )
     if x.ndim == 4 and _are_a_lora_block(first, second):
         stage = first.stage_now(x.shape[0])
-        if isinstance(stage, Tensor) or x.device.type not in _lora_autograd.DEVICES:
+        if per_sample(stage) or x.device.type not in _lora_autograd.DEVICES:
             return lora_residual_block.of_layers(x, first, second, stage, residual)
     y = convolve(second, convolve(first, x, "relu"), residual=x)
     return y if residual is None else y + residual

@@ -16,7 +16,7 @@ from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
 from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
-from lorun_fast.ops.lora import check_floating, check_given_stages, check_stage
+from lorun_fast.ops.lora import at_stage, check_floating, check_given_stages, check_stage, per_sample
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
 
@@ -139,7 +139,8 @@ class AdaptedLayer:
 
     def stage_weight(self, stage: int | Tensor) -> Tensor:
         """The weight of one stage, or (N, *weight.shape) for a tensor (N,) of stages."""
-        check_stage(stage, self.stages, stage.shape[0] if isinstance(stage, Tensor) and stage.ndim else 0)
+        check_stage(stage, self.stages, stage.shape[0] if per_sample(stage) else 0)
+        check_given_stages(stage, self.stages)
         if self.merged:
             return self._merged[stage]
         return reference.stage_weight(self.weight, self.down, self.up, self.scale, stage, self._transposed)
@@ -147,11 +148,13 @@ class AdaptedLayer:
     def _merged_at(self, stage: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The merged weight, one per sample for a tensor of stages, and the bias, in x's dtype as unmerged ones are."""
         check_given_stages(stage, self.stages)
-        if isinstance(stage, Tensor) and not x.shape[0]:
+        if per_sample(stage) and not x.shape[0]:
             stage = 0  # any will do
-        # In a graph the stage is a symbol.
-        plain = type(stage) is int and not torch.compiler.is_compiling()
-        weight, bias = (self._merged_stages if plain else self._merged)[stage], self.bias
+        if type(stage) is int and not torch.compiler.is_compiling():  # in a graph it is a symbol
+            weight = self._merged_stages[stage]
+        else:
+            weight = self._merged[stage] if per_sample(stage) else at_stage(self._merged, stage)
+        bias = self.bias
         if weight.dtype != x.dtype:
             check_floating("x", x)
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -188,11 +191,11 @@ class AdaptedLayer:
         """
         if merged is not None:
             return merged, None, None, None
-        if isinstance(stage, Tensor):
+        if per_sample(stage):
             return self.weight, self.down, self.up, stage
         if self.stages == 1:  # an index would write its gradient into zeros
             return self.weight, self.down.squeeze(0), self.up.squeeze(0), None
-        return self.weight, self.down[stage], self.up[stage], None
+        return self.weight, at_stage(self.down, stage), at_stage(self.up, stage), None
 
     def merges_first(self) -> bool:
         """Whether training needs the whole weight's gradient anyway, so that merging costs nothing beyond the merge."""
@@ -281,8 +284,8 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
     scale: factor of the update (alpha / r of other libraries).
     dtype: float32, float64, bfloat16, float16 or None, torch's default.
 
-    layer(x, stage): stage an int, or an int64 tensor (N,), one stage per sample; it may be left out only if
-    stages == 1, or inside a staged denoiser, which provides it.
+    layer(x, stage): stage an int, or an int64 tensor: (N,), one stage per sample, or 0-d, one of all; it may be left
+    out only if stages == 1, or inside a staged denoiser, which provides it.
     """
 
     def __init__(

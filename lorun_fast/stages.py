@@ -22,7 +22,7 @@ from lorun_fast import _scope, adapters
 from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
 from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
-from lorun_fast.ops.lora import check_given_stages, check_stage
+from lorun_fast.ops.lora import check_given_stages, check_stage, per_sample
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,9 @@ def _call(
 class StagedDenoiser(Stages):
     """One shared base and K adapter sets; made by :func:`adapt`.
 
-    staged(z, stage=3, sigma=None, **inputs): stage an int, or an int64 tensor (N,), one stage per sample. sigma is the
-    denoiser's second argument, inputs are what else it takes, by name. Returns what the denoiser returns.
+    staged(z, stage=3, sigma=None, **inputs): stage an int, or an int64 tensor: (N,), one stage per sample; 0-d, one of
+    all, by which a compiled or exported denoiser has one graph for all stages. sigma is the denoiser's second argument,
+    inputs are what else it takes, by name. Returns what the denoiser returns.
     adapted: {name: layer} of the adapted layers. skipped: {name: reason} of the layers left alone.
     """
 
@@ -352,16 +353,17 @@ class UntiedDenoiser(Stages):
         self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
     ) -> Tensor:
         stage = self._resolve(z, stage)
-        if not isinstance(stage, Tensor):
-            return _call(self.copies[stage], self._by_name, z, sigma, inputs)
+        if not per_sample(stage):
+            check_given_stages(stage, self.stages)
+            return _call(self.copies[int(stage)], self._by_name, z, sigma, inputs)
         if inputs:  # which of them, or what in them, is one per sample cannot be told
             raise TypeError(f"{', '.join(inputs)}: expected none beside one stage per sample of untied copies")
         out = None
         for k in stage.unique().tolist():
             check_stage(k, self.stages, z.shape[0])
             pick = (stage == k).nonzero()[:, 0]
-            per_sample = isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == z.shape[0]
-            level = sigma[pick] if per_sample else sigma
+            levels = isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == z.shape[0]
+            level = sigma[pick] if levels else sigma
             part = image_of(_call(self.copies[k], self._by_name, z[pick], level, {}), self.copies[k])
             out = part.new_empty((z.shape[0], *part.shape[1:])) if out is None else out
             out = out.index_copy(0, pick, part)

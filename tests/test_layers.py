@@ -377,7 +377,8 @@ def test_the_one_stage_of_a_layer_is_no_part_of_its_factors():
         (None, TypeError, "stage: expected an int or an int64 tensor, got NoneType"),
         (3, IndexError, "stage: expected 0 to 2, got 3"),
         (torch.tensor([0.5]), TypeError, "stage: expected an int or an int64 tensor, got torch.float32"),
-        (torch.tensor(1), ValueError, "stage: expected one stage per sample"),
+        (torch.tensor([[1]]), ValueError, "stage: expected one stage per sample"),
+        (torch.tensor(-1), IndexError, "stage: expected 0 to 2, got -1"),
     ],
 )
 def test_a_stage_weight_of_no_stage(merged, stage, error, message):

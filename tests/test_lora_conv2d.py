@@ -48,7 +48,7 @@ def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, 
     """Sample by sample, with the update of each stage built as a dense matrix."""
     out = []
     for n in range(len(x)):
-        k = stage[n] if isinstance(stage, torch.Tensor) else stage
+        k = stage[n] if isinstance(stage, torch.Tensor) and stage.ndim else stage
         d, u = (down, up) if k is None else (down[k], up[k])
         if d.ndim == 4:
             update = sum(u[:, r, None, None, None] * d[r][None] for r in range(u.shape[1]))
@@ -63,7 +63,7 @@ def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, 
 @pytest.mark.parametrize("geometry", GEOMETRY)
 def test_equals_dense_weights_built_by_hand(backend, form, geometry):
     p, settings = problem(form), GEOMETRY[geometry]
-    for stage in (1, torch.tensor([2, 0, 0, 1, 2]), torch.tensor([1, 1, 1, 1, 1], dtype=torch.int32)):
+    for stage in (1, torch.tensor(1), torch.tensor([2, 0, 0, 1, 2]), torch.tensor([1, 1, 1, 1, 1], dtype=torch.int32)):
         got = lf.functional.lora_conv2d(**p, stage=stage, scale=0.7, **settings)
         torch.testing.assert_close(got, dense(**p, stage=stage, scale=0.7, **settings))
 

@@ -30,7 +30,7 @@ def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, 
     """Sample by sample, entry by entry."""
     out = []
     for n in range(len(x)):
-        k = stage[n] if isinstance(stage, torch.Tensor) else stage
+        k = stage[n] if isinstance(stage, torch.Tensor) and stage.ndim else stage
         d, u = (down, up) if k is None else (down[k], up[k])
         update = sum(torch.outer(u[:, r], d[r]) for r in range(u.shape[1]))
         y = x[n] @ (weight + scale * update).T + bias
@@ -40,7 +40,11 @@ def dense(x, weight, bias, down, up, *, scale=1.0, stage=None, activation=None, 
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("stage", [None, 1, torch.tensor([2, 0, 0, 1])], ids=["none", "one", "per sample"])
+@pytest.mark.parametrize(
+    "stage",
+    [None, 1, torch.tensor(1), torch.tensor([2, 0, 0, 1])],
+    ids=["none", "one", "one, a tensor", "per sample"],
+)
 def test_value_and_gradients_equal_the_dense_form(backend, activation, stage):
     p = problem(None if stage is None else 3)
     for extra in ({}, {"residual": torch.randn(4, 5, 7, dtype=torch.float64)}):

@@ -46,7 +46,7 @@ def dense(x, first, second, residual=None, *, scales=(1.0, 1.0), stage=None) -> 
     """Sample by sample, each update added to its weight by hand."""
     out = []
     for n in range(len(x)):
-        k = stage[n] if isinstance(stage, torch.Tensor) else stage
+        k = stage[n] if isinstance(stage, torch.Tensor) and stage.ndim else stage
         image = x[n : n + 1]
         for (weight, bias, down, up), scale, act in zip(
             (first, second), scales, (torch.relu, lambda t: t), strict=True
@@ -72,7 +72,9 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("form", adapters.FORMS)
-@pytest.mark.parametrize("stage", [None, 1, PER_SAMPLE], ids=["factors", "stage", "per sample"])
+@pytest.mark.parametrize(
+    "stage", [None, 1, torch.tensor(1), PER_SAMPLE], ids=["factors", "stage", "a tensor's stage", "per sample"]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_results_and_gradients_equal_dense_weights_built_by_hand(backend, form, stage, bias, layout):
@@ -376,7 +378,7 @@ def test_its_layout_follows_either_weight():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("wish", ["auto", "triton"])
-@pytest.mark.parametrize("stage", [1, PER_SAMPLE], ids=["stage", "per sample"])
+@pytest.mark.parametrize("stage", [1, torch.tensor(1), PER_SAMPLE], ids=["stage", "a tensor's stage", "per sample"])
 def test_on_a_gpu(monkeypatch, wish, stage):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default; rounds to 5e-4
     p = block("loralib", K)

@@ -312,6 +312,58 @@ def test_compile_with_one_stage_per_sample(graph_counter):
     assert graph_counter.graphs == 1
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_stage_on_the_device_is_one_graph_for_all_stages(graph_counter, merged):
+    staged = staged_foreign(stages=9)
+    if merged:
+        staged.merge()
+    compiled = torch.compile(staged, fullgraph=True, backend=graph_counter)
+    for k in range(9):
+        torch.testing.assert_close(compiled(Z, stage=torch.tensor(k)), staged(Z, stage=k))
+    assert graph_counter.graphs == 1
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_exported_program_takes_every_stage(merged, tmp_path):
+    staged = staged_foreign(stages=4)
+    if merged:
+        staged.merge()
+    program = torch.export.export(staged, (Z,), {"stage": torch.tensor(2)})
+    torch.export.save(program, tmp_path / "staged.pt2")
+    loaded = torch.export.load(tmp_path / "staged.pt2").module()
+    for k in range(4):
+        torch.testing.assert_close(loaded(Z, stage=torch.tensor(k)), staged(Z, stage=k))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("sharing", ["loralib", "peft", "tied", "untied"])
+def test_a_stage_of_all_samples_may_be_a_tensor(sharing, dtype):
+    """Results and gradients are those of the number: of convolutions, a transposed one, a linear layer, blocks."""
+    for denoiser, grouped in ((Foreign(), ["depthwise"]), (lf.ResUNet(2, 2, (4, 8), 1), None)):
+        if sharing in ("tied", "untied"):
+            staged = (TiedDenoiser if sharing == "tied" else UntiedDenoiser)(denoiser, 3)
+        else:
+            staged = lf.adapt(denoiser, stages=3, form=sharing, exclude=grouped)
+            for p in staged.adapter_parameters():
+                nn.init.normal_(p, std=0.2)
+        for k in range(3):
+            found = []
+            for stage in (k, torch.tensor(k, dtype=dtype)):
+                staged.zero_grad()
+                out = staged(Z, stage=stage)
+                out.square().sum().backward()
+                found.append([out, *(p.grad for p in staged.parameters() if p.grad is not None)])
+            torch.testing.assert_close(*found)
+        staged.merge()
+        with torch.no_grad():
+            torch.testing.assert_close(staged(Z, stage=torch.tensor(1, dtype=dtype)), staged(Z, stage=1))
+        for wrong in (-1, 3):
+            with pytest.raises(IndexError, match=f"stage: expected 0 to 2, got {wrong}"):
+                staged(Z, stage=torch.tensor(wrong))
+        with pytest.raises(TypeError, match=r"stage: expected an int or an int64 tensor, got torch\.float32"):
+            staged(Z, stage=torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_round_trip(strict, tmp_path):
     staged = staged_foreign(stages=3)

@@ -11,21 +11,42 @@ from lorun_fast.adapters import factor_shapes
 from lorun_fast.ops._checks import STORAGE_DTYPES, check_tensor, shape_of
 from lorun_fast.reference.lora import ACTIVATIONS
 
+_INTEGERS = (torch.int64, torch.int32)
+
 
 def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
-    """Raises unless ``stage`` is an int in [0, stages) or an int tensor (N,) for this batch."""
+    """Raises unless ``stage`` is an int in [0, stages), or an int tensor: 0-d, or (N,) for this batch."""
     if isinstance(stage, Tensor):
-        if stage.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"stage: expected an int or an int64 tensor, got {stage.dtype}")
-        if stage.ndim != 1 or stage.shape[0] != batch:
-            raise ValueError(
-                f"stage: expected one stage per sample, shape ({batch},) for an input that leads with {batch}, "
-                f"got {shape_of(stage)}: a layer that folds other axes into the batch takes one stage per call"
-            )
+        if stage.ndim or stage.dtype not in _INTEGERS:
+            check_stage_per_sample(stage, batch)
     elif isinstance(stage, bool) or not (isinstance(stage, int) or _is_number(stage)):
         raise TypeError(f"stage: expected an int or an int64 tensor, got {type(stage).__name__}")
     elif not 0 <= stage < stages:
         raise IndexError(f"stage: expected 0 to {stages - 1}, got {stage}")
+
+
+def check_stage_per_sample(stage: Tensor, batch: int) -> None:
+    """Raises unless ``stage`` is an int tensor (N,) for this batch."""
+    if stage.dtype not in _INTEGERS:
+        raise TypeError(f"stage: expected an int or an int64 tensor, got {stage.dtype}")
+    if stage.ndim != 1 or stage.shape[0] != batch:
+        raise ValueError(
+            f"stage: expected one stage per sample, shape ({batch},) for an input that leads with {batch}, "
+            f"got {shape_of(stage)}: a layer that folds other axes into the batch takes one stage per call"
+        )
+
+
+def per_sample(stage: int | Tensor | None) -> bool:
+    """Whether a stage is one for each sample. A 0-d tensor is one of all, read on its device."""
+    return isinstance(stage, Tensor) and stage.ndim > 0
+
+
+def at_stage(stacked: Tensor, stage: int | Tensor) -> Tensor:
+    """The entry of a stack (K, ...) at a stage of all samples; a 0-d tensor is read on the device."""
+    if isinstance(stage, Tensor):
+        check_given_stages(stage, stacked.shape[0])
+        return stacked.index_select(0, stage.reshape(1).to(stacked.device)).squeeze(0)
+    return stacked[stage]
 
 
 def _is_number(stage: object) -> bool:
@@ -81,7 +102,7 @@ def check_update(
         return
     check_factors(weight, down, up, stacked=stage is not None, **geometry)
     if stage is not None:
-        check_stage(stage, up.shape[0], batch)
+        check_stage_per_sample(stage, batch)
 
 
 def check_floating(name: str, t: Tensor) -> None:

@@ -19,6 +19,7 @@ from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import finite, in_16_bits, shape_of, whole
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
+    at_stage,
     check_epilogue,
     check_factors,
     check_floating,
@@ -29,6 +30,7 @@ from lorun_fast.ops.lora import (
     in_place,
     laid_out,
     layout_of,
+    per_sample,
     under_autocast,
     wanted,
 )
@@ -260,7 +262,7 @@ def of_layer(
     merged: the stage's weight, in place of base and factors.
     """
     check_floating("x", x)
-    if x.ndim == 3 and not isinstance(stage, Tensor):
+    if x.ndim == 3 and not per_sample(stage):
         return of_layer(x[None], layer, stage, padding, output_padding, merged=merged)[0]
     if padding == "same":
         x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
@@ -295,7 +297,7 @@ def lora_conv2d(
 
     x: (N, in, H, W). weight: (out, in//groups, kh, kw). bias: (out,) or None.
     down, up: one form of :mod:`lorun_fast.adapters`; with a leading axis K exactly when ``stage`` is given.
-    stage: an int, or an int64 tensor (N,), one stage per sample.
+    stage: an int, or an int64 tensor: (N,), one stage per sample; 0-d, one of all, read on its device.
     activation: None, "relu", "leaky_relu" (slope 0.01), "gelu" (exact) or "silu". residual: the output's shape.
 
     The update is formed in fp32 (fp64 for fp64 weights) and the merged weight rounded once, to x's dtype, which is
@@ -317,12 +319,11 @@ def lora_conv2d(
     padding = _pair("padding", padding, 0)
     groups = whole("groups", groups, 1)
     scale = finite("scale", scale)
-    per_sample = isinstance(stage, Tensor)
     args = (scale, stride, padding, dilation, groups, activation, False, (0, 0))
-    if stage is not None and not per_sample:
+    if stage is not None and not per_sample(stage):
         check_factors(weight, down, up, stacked=True, groups=groups)
         check_stage(stage, up.shape[0], x.shape[0])
-        down, up = down[stage], up[stage]
-    tensors = (x, weight, bias, down, up, stage if per_sample else None, residual)
+        down, up, stage = at_stage(down, stage), at_stage(up, stage), None
+    tensors = (x, weight, bias, down, up, stage, residual)
     _check_once(tensors, args)
     return _call(*tensors, *args)

@@ -10,14 +10,17 @@ from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import batch_of, finite, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
+    at_stage,
     check_epilogue,
     check_factors,
     check_floating,
     check_given_stages,
     check_stage,
+    check_stage_per_sample,
     check_tensors,
     in_place,
     laid_out,
+    per_sample,
     under_autocast,
     wanted,
 )
@@ -30,7 +33,7 @@ def _check(x, weight, bias, down, up, stage, residual, scale, activation) -> Non
     check_tensors(x, weight=weight, bias=bias, down=down, up=up, residual=residual)
     check_factors(weight, down, up, stacked=stage is not None)
     if stage is not None:
-        check_stage(stage, up.shape[0], x.shape[0] if x.ndim > 1 else 0)
+        check_stage_per_sample(stage, x.shape[0] if x.ndim > 1 else 0)
     check_epilogue(activation, bias, residual, (*x.shape[:-1], weight.shape[0]), weight.shape[0])
 
 
@@ -143,8 +146,8 @@ def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
     check_floating("x", x)
     check_features(x, layer)
     down, up = layer.down, layer.up
-    if not isinstance(stage, Tensor):
-        down, up, stage = down[stage], up[stage], None
+    if not per_sample(stage):
+        down, up, stage = at_stage(down, stage), at_stage(up, stage), None
     return _call(x, layer.weight, layer.bias, down, up, stage, None, layer.scale, None)
 
 
@@ -169,11 +172,10 @@ def lora_linear(
         check_floating("x", x)
         check_floating("weight", weight)
     scale = finite("scale", scale)
-    per_sample = isinstance(stage, Tensor)
-    if stage is not None and not per_sample:
+    if stage is not None and not per_sample(stage):
         check_factors(weight, down, up, stacked=True)
         check_stage(stage, up.shape[0], batch_of("x", x))
-        down, up = down[stage], up[stage]
-    args = (x, weight, bias, down, up, stage if per_sample else None, residual, scale, activation)
+        down, up, stage = at_stage(down, stage), at_stage(up, stage), None
+    args = (x, weight, bias, down, up, stage, residual, scale, activation)
     _check(*args)
     return _call(*args)

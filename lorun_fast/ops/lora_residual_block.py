@@ -17,6 +17,7 @@ from lorun_fast.ops._backends import Backend, Row
 from lorun_fast.ops._checks import batch_of, check_tensor, finite, in_16_bits, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
+    at_stage,
     check_epilogue,
     check_factors,
     check_stage,
@@ -25,6 +26,7 @@ from lorun_fast.ops.lora import (
     in_place,
     laid_out,
     layout_of,
+    per_sample,
     under_autocast,
     wanted,
 )
@@ -300,11 +302,11 @@ def lora_residual_block(
         raise ValueError(f"scales: expected two numbers, got {scales!r}")
     first_scale, second_scale = (finite("scales", scale) for scale in scales)
     batch = batch_of("x", x)
-    if stage is not None and not isinstance(stage, Tensor):
+    if stage is not None and not per_sample(stage):
         for layer in (first, second):
             check_factors(layer[0], *layer[2:], stacked=True)
             check_stage(stage, layer[3].shape[0], batch)
-        first, second = ((*layer[:2], *(factor[stage] for factor in layer[2:])) for layer in (first, second))
+        first, second = ((*layer[:2], *(at_stage(factor, stage) for factor in layer[2:])) for layer in (first, second))
         stage = None
     _check(x, first, second, stage, residual)
     return _block(x, *first, *second, stage, residual, first_scale, second_scale)
