@@ -1,6 +1,6 @@
 """Fast layers, sensing operators and networks for deep unfolding with low-rank stages (arXiv 2602.18697)."""
 
-from lorun_fast import adapters, denoisers, functional, interop
+from lorun_fast import adapters, denoisers, functional, interop, operators
 from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.io import load, load_pretrained, save
@@ -30,6 +30,7 @@ __all__ = [
     "interop",
     "load",
     "load_pretrained",
+    "operators",
     "save",
     "show_config",
     "use_backend",

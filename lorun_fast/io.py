@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import nn
 from lorun_fast import denoisers
 from lorun_fast._files import complete_file
 from lorun_fast.network import LoRun
-from lorun_fast.operators import OPERATORS
+from lorun_fast.operators import OPERATORS, SensingOperator
 from lorun_fast.stages import StagedDenoiser, Stages, adapt_layers
 
 _KEY = "lorun_fast"
@@ -43,7 +44,7 @@ def _config(net: LoRun) -> dict:
             "data_step": net.data_step,
             "noise_map": net.noise_map,
         },
-        "operator": {"type": type(net.op).__name__, "config": net.op.config()},
+        "operator": {"type": type(net.op).__name__, "config": _operator_config(net.op)},
         "denoiser": {"type": type(base).__name__, "config": base.config() if known else None},
     }
     if isinstance(net.denoiser, StagedDenoiser):
@@ -51,6 +52,21 @@ def _config(net: LoRun) -> dict:
             name: {"rank": layer.rank, "form": layer.form, "scale": layer.scale}
             for name, layer in net.denoiser.adapted.items()
         }
+    return config
+
+
+def _operator_config(op: SensingOperator) -> dict | None:
+    """The constructor's arguments beside its tensors; None for a class that is not registered."""
+    if OPERATORS.get(type(op).__name__) is not type(op):
+        return None
+    config = op.config()
+    try:
+        type(op).from_config(config, op.state_dict())
+    except Exception as error:
+        raise ValueError(
+            f"net: expected an operator that {type(op).__name__}.from_config() rebuilds from its config() and "
+            f"state_dict(), got {type(error).__name__}: {error}"
+        ) from error
     return config
 
 
@@ -66,8 +82,6 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         raise TypeError(f"net: expected a LoRun, got {type(net).__name__}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point type, got {dtype!r}")
-    if OPERATORS.get(type(net.op).__name__) is not type(net.op):
-        raise ValueError(f"net: expected an operator among {', '.join(OPERATORS)}, got {type(net.op).__name__}")
     path = _path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
@@ -160,11 +174,18 @@ def _rebuilding(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected the arguments of a {what} in lorun_fast's header, got {said}") from error
 
 
-def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: str | torch.device = "cpu") -> LoRun:
+def load(
+    path: str | os.PathLike,
+    *,
+    denoiser: nn.Module | None = None,
+    op: SensingOperator | None = None,
+    device: str | torch.device = "cpu",
+) -> LoRun:
     """Rebuilds a saved network, in fp32 and eval mode (merged).
 
     denoiser: the base module, needed only if its class was not registered with
         :func:`lorun_fast.denoisers.register_denoiser`; its weights are overwritten.
+    op: likewise, of :func:`lorun_fast.operators.register_operator`; its tensors are overwritten.
     Raises FileNotFoundError, or ValueError for a damaged or foreign file and for a device that torch does not reach.
     """
     try:
@@ -185,13 +206,21 @@ def load(path: str | os.PathLike, *, denoiser: nn.Module | None = None, device: 
     elif not isinstance(denoiser, nn.Module) or isinstance(denoiser, Stages):
         got = type(denoiser).__name__ if isinstance(denoiser, Stages) else repr(denoiser)
         raise TypeError(f"denoiser: expected the base module, as it was before adapt(), got {got}")
-    operator = OPERATORS.get(config["operator"]["type"])
-    if operator is None:
-        raise ValueError(f"{path}: expected an operator among {', '.join(OPERATORS)}, got {config['operator']['type']}")
-    with _rebuilding(path, operator.__name__):
-        op = operator.from_config(
-            config["operator"]["config"], {k.removeprefix("op."): t for k, t in state.items() if k.startswith("op.")}
-        )
+    if op is None:
+        operator = OPERATORS.get(config["operator"]["type"])
+        if operator is None or config["operator"]["config"] is None:
+            raise ValueError(
+                f"{path}: its operator {config['operator']['type']} is not registered: pass load(path, op=...)"
+            )
+        with _rebuilding(path, operator.__name__):
+            op = operator.from_config(
+                config["operator"]["config"],
+                {k.removeprefix("op."): t for k, t in state.items() if k.startswith("op.")},
+            )
+    elif not isinstance(op, SensingOperator):
+        raise TypeError(f"op: expected a SensingOperator, got {type(op).__name__}")
+    else:
+        op = copy.deepcopy(op)
     network = config["network"]
     if network["sharing"] == "lora":
         try:

@@ -195,6 +195,10 @@ def fast_bf16(device: torch.device) -> tuple[bool, str]:
     return False, "this CPU has neither AMX nor AVX512-bf16"
 
 
+# What images say that an operator does not measure; one of somebody else's leaves it to torch.
+_MISFITS = (TypeError, ValueError, IndexError, RuntimeError)
+
+
 def demo_images(net: LoRun) -> Tensor:
     """Two of scikit-image's photographs, (2, C, H, W) in [0, 1], in the channels and size that the operator measures.
 
@@ -308,7 +312,7 @@ def _check_images(net: LoRun, images: Tensor) -> None:
     with torch.no_grad():
         try:
             net.op(images.to(net.step_size.device))
-        except (TypeError, ValueError) as error:
+        except _MISFITS as error:
             raise type(error)(f"images: expected what the network's operator measures, got others: {error}") from None
 
 
@@ -401,7 +405,9 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
     try:
         own = score(net, images, sigma)
         change = score(other, images, sigma) - own
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS as error:
         if given:
             raise type(error)(f"images, sigma: expected what the network takes, got others: {error}") from None
         return math.inf, f"score not checked, pass images= and sigma= that the network takes ({error})"

@@ -60,6 +60,12 @@ def test_an_exported_network_runs_in_a_fresh_process(printed):
     assert float(difference.split()[-1]) < 1e-5
 
 
+@pytest.mark.parametrize("data_step", [[], ["--gradient"]])
+def test_a_network_behind_an_operator_of_its_own(data_step):
+    measured, restored = example("own_operator").main(["--steps", "40", "--size", "32", *data_step])
+    assert restored > measured + 1
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     """Paragraph by paragraph, with tensors that fit the names it leaves open."""
     monkeypatch.chdir(tmp_path)

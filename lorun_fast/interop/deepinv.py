@@ -65,8 +65,8 @@ class OperatorPhysics(LinearPhysics):
         if self.img_size is not None and size != self.img_size[1:]:
             raise ValueError(f"x: expected images of {self.img_size[1:]}, got {size}: make one physics per image size")
         y = self.operator(x)
-        if self.img_size is None and self.operator.image_size(y, None) != size:
-            whole = self.operator.image_size(y, None)
+        whole = self.operator.image_size(y, None) if self.img_size is None else None
+        if whole not in (None, size):
             raise ValueError(
                 f"x: expected {whole} for a y that gives no other size, got {size}: "
                 f"use physics(op, img_size={(x.shape[1], *size)})"

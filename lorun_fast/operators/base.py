@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,43 +14,61 @@ from lorun_fast.ops._checks import WIDE
 class SensingOperator(nn.Module):
     """A linear measurement y = Phi x with the pieces that unfolding networks need.
 
-    Subclasses name their ``task``, hold Phi's parameters as fp32 (or fp64) buffers or parameters, and implement
-    ``forward``, ``adjoint``, ``gradient_step``, ``initial``, ``norm``, ``config`` and ``image_size``.
+    A subclass of your own needs ``forward`` and ``adjoint``, and holds Phi's parameters as fp32 (or fp64) buffers or
+    parameters. The rest has a definition here, to be replaced where you know a faster one: ``gradient_step`` is made of
+    the two, ``initial`` is the adjoint. x is real; y may be anything that leads with the batch, complex too.
+    :func:`lorun_fast.operators.check_operator` tells what is wrong with one, and
+    :func:`lorun_fast.operators.register_operator` lets saved networks find it again.
+
+    task: what a network compares before it takes another operator for a call; the class's name by default.
     """
 
     task: str = ""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not cls.task:
+            cls.task = cls.__name__
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Phi^T y, an image (N, C, H, W) in y's dtype. size: (H, W), where y alone cannot tell."""
         raise NotImplementedError
 
     def gradient_step(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
-        """x - rho * Phi^T (Phi x - y), one op, in x's shape and dtype.
+        """x - rho * Phi^T (Phi x - y), in x's shape and dtype.
 
         rho: a number, 0-d, or broadcastable to (N, C, 1, 1).
         """
-        raise NotImplementedError
+        return (x - rho * self.adjoint(self(x) - y, tuple(x.shape[-2:]))).to(x.dtype)
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """The start x_0 of the iteration, (N, C, H, W). size: (H, W), where y alone cannot tell."""
-        raise NotImplementedError
+        return self.adjoint(y, size)
+
+    def image_size(self, y: Tensor, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """(H, W) of the image behind y: ``size``, or what y tells; None where neither does. Raises if they differ."""
+        return size
 
     def norm(self) -> Tensor:
         """The largest singular value of Phi, a 0-d tensor."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not tell its norm")
 
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
         """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2; NotImplementedError where there is no closed form."""
         raise NotImplementedError(f"{type(self).__name__} has no closed-form proximal step: use gradient_step")
 
     def config(self) -> dict:
-        """JSON-serialisable constructor arguments beside the tensors of ``state_dict()``."""
-        raise NotImplementedError
+        """JSON-serialisable constructor arguments beside the tensors of ``state_dict()``; none by default."""
+        return {}
 
     @classmethod
     def from_config(cls, config: dict, state: dict[str, Tensor]) -> SensingOperator:
-        """Rebuilds an operator from :meth:`config` and the tensors of its ``state_dict()``."""
-        raise NotImplementedError
+        """Rebuilds an operator from :meth:`config` and the tensors of its ``state_dict()``.
+
+        By default these are what the constructor takes by the same names.
+        """
+        own = inspect.signature(cls).parameters
+        return cls(**config, **{name: t for name, t in state.items() if name in own})
 
     def _beside(self, name: str, t: Tensor) -> Tensor:
         """Phi's parameter in the dtype that it has beside an image or a measurement."""
