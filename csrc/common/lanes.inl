@@ -38,13 +38,18 @@ LORUN_TARGET LORUN_INLINE inline typename Lanes<Wide<T>>::Vec load(const T* at) 
   }
 }
 
-// In storage, as narrow() of convert.h rounds.
+// In storage, as narrow() of convert.h rounds; by one instruction numbers below bf16's normal ones become zero.
 template <class T>
 LORUN_TARGET LORUN_INLINE inline auto narrowed(typename Lanes<Wide<T>>::Vec v) {
   using L = Lanes<Wide<T>>;
   if constexpr (sizeof(T) == sizeof(Wide<T>)) {
     return v;
   } else {
+#ifdef LORUN_ROUNDS_BF16
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return reinterpret_cast<typename L::Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+    }
+#endif
     using Vec = typename L::Vec;
     using Bits = typename L::Bits;
     const Bits bits = reinterpret_cast<Bits>(v), magnitude = bits & 0x7fffffffu;

@@ -32,10 +32,6 @@ template <class T, class V>
 LORUN_TARGET LORUN_INLINE inline void put(T* at, V v) {
   if constexpr (kLanes<T, V> == 1) {
     *at = narrow<T>(v);
-#ifdef LORUN_ROUNDS_BF16
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    store(at, reinterpret_cast<Lanes<float>::Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
-#endif
   } else {
     store(at, narrowed<T>(v));
   }

@@ -20,21 +20,8 @@
 #define LORUN_KERNELS "depthwise_conv2d/bands.inl"
 #include "common/for_each_variant.h"
 
-#ifdef LORUN_X86
-#include <immintrin.h>
-
-// Once more for processors that round to bf16 in one instruction.
-#define LORUN_VARIANT avx512bf16
-#define LORUN_TARGET LORUN_TARGET_AVX512_BF16
-#define LORUN_VECTOR_BYTES 64
-#define LORUN_ROUNDS_BF16
-#include "common/lanes.inl"
-#include "depthwise_conv2d/bands.inl"
-#undef LORUN_VARIANT
-#undef LORUN_TARGET
-#undef LORUN_VECTOR_BYTES
-#undef LORUN_ROUNDS_BF16
-#endif
+#define LORUN_KERNELS "depthwise_conv2d/bands.inl"
+#include "common/bf16_variant.h"
 
 namespace lorun::depthwise_conv2d {
 namespace {
@@ -52,18 +39,6 @@ CpuVariant variant_of(int64_t channels) {
                            : channels >= kWide / 2 ? CpuVariant::kAvx2
                                                    : CpuVariant::kBaseline;
   return std::min(active_variant(), fills);
-}
-
-template <class T>
-auto kernel_for(CpuVariant variant) {
-#ifdef LORUN_X86
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (variant == CpuVariant::kAvx512 && rounds_to_bf16()) {
-      return &avx512bf16::run_bands<T>;
-    }
-  }
-#endif
-  return LORUN_PICK_FOR(variant, run_bands<T>);
 }
 
 void check(const Tensor& x, const Tensor& weight) {
@@ -111,7 +86,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     const std::vector<Wide<T>> taps = taps_of<T>(w, false);
     const Wide<T>* shift = offset ? offset->const_data_ptr<Wide<T>>() : nullptr;
     const Problem<T> p{bands, image.const_data_ptr<T>(), taps.data(), shift, y.mutable_data_ptr<T>()};
-    const auto kernel = kernel_for<T>(variant_of<T>(bands.channels));
+    const auto kernel = LORUN_PICK_STORING(T, variant_of<T>(bands.channels), run_bands<T>);
     parallel(bands.count(), 2 * kRows * bands.columns * bands.channels,
              [&](int64_t begin, int64_t end) { kernel(bands, &p, nullptr, begin, end, nullptr); });
   });
@@ -149,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(Tensor grad, Tensor x, Tensor weigh
     const Problem<T> p{bands, change.const_data_ptr<T>(), taps.data(), nullptr, grad_x.mutable_data_ptr<T>()};
     const GradientProblem<T> g{bands, change.const_data_ptr<T>(), image.const_data_ptr<T>()};
     const CpuVariant variant = variant_of<T>(bands.channels);
-    const auto kernel = kernel_for<T>(variant);
+    const auto kernel = LORUN_PICK_STORING(T, variant, run_bands<T>);
     const int64_t lanes = LORUN_PICK_FOR(variant, lanes_of<T>)(bands.channels);
     const int64_t values = (bands.channels + lanes - 1) / lanes * lanes * kSums;
     const int64_t parts = std::clamp<int64_t>(bands.n * bands.height * bands.width / kPartPixels, 1, kParts);

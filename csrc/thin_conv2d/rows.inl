@@ -121,66 +121,82 @@ LORUN_TARGET void to_few(const Problem<S>& p, S* padded, int64_t begin, int64_t 
   }
 }
 
-// A row of an image in what is computed with: itself, or a copy.
-template <class S, int Values>
-struct WideRow {
-  using T = Wide<S>;
-  T values[std::is_same_v<S, T> ? 1 : Values];
+constexpr int kPixelsFromFew = 8;
 
-  LORUN_TARGET LORUN_INLINE inline const T* of(const S* row, int64_t count) {
-    if constexpr (std::is_same_v<S, T>) {
-      return row;
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        values[i] = widen(row[i]);
+// The same from few channels: the results of kPixelsFromFew pixels of a row from `at` on, of which `pixels` are stored;
+// rows: those around them, from the column before the first.
+template <class S>
+LORUN_TARGET LORUN_INLINE inline void from_few(const Problem<S>& p, const Wide<S>* const (&rows)[3], int64_t at,
+                                               int64_t pixels) {
+  using T = Wide<S>;
+  for (int64_t o = 0; o < p.out; o += Lanes<T>::kCount) {
+    Vec<T> sum[kPixelsFromFew] = {};
+    for (int i = 0; i < 3; ++i) {
+      for (int64_t k = 0; k < 3 * p.in; ++k) {
+        const Vec<T> w = load(p.w + (i * 3 * p.in + k) * p.out + o);
+#pragma GCC unroll 8
+        for (int q = 0; q < kPixelsFromFew; ++q) {
+          sum[q] += rows[i][q * p.in + k] * w;
+        }
       }
-      return values;
+    }
+    const Vec<T> bias = p.bias ? load(p.bias + o) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int q = 0; q < kPixelsFromFew; ++q) {
+      if (q >= pixels) {
+        break;
+      }
+      const int64_t to = (at + q) * p.out + o;
+      Vec<T> y = sum[q] + bias;
+      if (p.relu) {
+        y = y < T(0) ? Vec<T>{} : y;  // NaN stays
+      }
+      if (p.residual) {
+        y += load(p.residual + to);
+      }
+      store(p.y + to, narrowed<S>(y));
     }
   }
-};
+}
 
-// The same from few channels.
 template <class S>
-LORUN_TARGET void from_few(const Problem<S>& p, S* padded, int64_t begin, int64_t end) {
-  using T = Wide<S>;
-  constexpr int kPixels = 8;
+LORUN_TARGET void rows_from_few(const Problem<S>& p, S* padded, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t image = r / p.height, row = r % p.height;
-    for (int64_t column = 0; column < p.width; column += kPixels) {
-      const Around<S> x = around(p, image, row, column, kPixels, padded);
-      const int64_t pixels = std::min<int64_t>(kPixels, p.width - column);
-      WideRow<S, (kPixels + 2) * kFew> wide[3];
-      const T* rows[3];
-      for (int i = 0; i < 3; ++i) {
-        rows[i] = wide[i].of(x.rows[i], (kPixels + 2) * p.in);
+    for (int64_t column = 0; column < p.width; column += kPixelsFromFew) {
+      const Around<S> x = around(p, image, row, column, kPixelsFromFew, padded);
+      from_few(p, x.rows, r * p.width + column, std::min<int64_t>(kPixelsFromFew, p.width - column));
+    }
+  }
+}
+
+// Of images in 16 bits: panels of columns, whose rows are widened once, with the zeros around the image, and stay for
+// the three rows of results that need them.
+template <class S>
+LORUN_TARGET void panels_from_few(const Problem<S>& p, S*, int64_t begin, int64_t end) {
+  using T = Wide<S>;
+  constexpr int64_t kPanel = 256;
+  T widened[3][(kPanel + kPixelsFromFew + 2) * kFew];
+  const auto slot = [&](int64_t row) { return widened[(row + 3) % 3]; };
+  for (int64_t panel = 0; panel < p.width; panel += kPanel) {
+    const int64_t stop = std::min(panel + kPanel, p.width), read = std::max<int64_t>(panel - 1, 0);
+    const int64_t before = (panel == 0) * p.in, count = (std::min(stop + 1, p.width) - read) * p.in;
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = r / p.height, row = r % p.height;
+      for (int64_t k = r == begin || row == 0 ? row - 1 : row + 1; k <= row + 1; ++k) {
+        T* to = slot(k);
+        std::fill_n(to, (stop - panel + kPixelsFromFew + 2) * p.in, T(0));
+        if (k >= 0 && k < p.height) {
+          const S* from = p.x + ((image * p.height + k) * p.width + read) * p.in;
+          for (int64_t i = 0; i < count; ++i) {
+            to[before + i] = widen(from[i]);
+          }
+        }
       }
-      for (int64_t o = 0; o < p.out; o += Lanes<T>::kCount) {
-        Vec<T> sum[kPixels] = {};
-        for (int i = 0; i < 3; ++i) {
-          for (int64_t k = 0; k < 3 * p.in; ++k) {
-            const Vec<T> w = load(p.w + (i * 3 * p.in + k) * p.out + o);
-#pragma GCC unroll 8
-            for (int q = 0; q < kPixels; ++q) {
-              sum[q] += rows[i][q * p.in + k] * w;
-            }
-          }
-        }
-        const Vec<T> bias = p.bias ? load(p.bias + o) : Vec<T>{};
-#pragma GCC unroll 8
-        for (int q = 0; q < kPixels; ++q) {
-          if (q >= pixels) {
-            break;
-          }
-          const int64_t at = (r * p.width + column + q) * p.out + o;
-          Vec<T> y = sum[q] + bias;
-          if (p.relu) {
-            y = y < T(0) ? Vec<T>{} : y;  // NaN stays
-          }
-          if (p.residual) {
-            y += load(p.residual + at);
-          }
-          store(p.y + at, narrowed<S>(y));
-        }
+      for (int64_t column = panel; column < stop; column += kPixelsFromFew) {
+        const int64_t at = (column - panel) * p.in;
+        const T* const rows[] = {slot(row - 1) + at, slot(row) + at, slot(row + 1) + at};
+        from_few(p, rows, r * p.width + column, std::min<int64_t>(kPixelsFromFew, stop - column));
       }
     }
   }

@@ -17,6 +17,9 @@
 #define LORUN_KERNELS "thin_conv2d/rows.inl"
 #include "common/for_each_variant.h"
 
+#define LORUN_KERNELS "thin_conv2d/rows.inl"
+#include "common/bf16_variant.h"
+
 namespace lorun::thin_conv2d {
 namespace {
 
@@ -29,7 +32,12 @@ using Rows = void (*)(const Problem<S>&, S*, int64_t, int64_t);
 template <class S>
 Rows<S> rows_of(const Problem<S>& p) {
   if (p.in <= kFew) {
-    return LORUN_PICK_FOR(variant_for<Wide<S>>(p.out), from_few<S>);
+    const CpuVariant variant = variant_for<Wide<S>>(p.out);
+    if constexpr (sizeof(S) < sizeof(Wide<S>)) {
+      return LORUN_PICK_STORING(S, variant, panels_from_few<S>);
+    } else {
+      return LORUN_PICK_FOR(variant, rows_from_few<S>);
+    }
   }
   const CpuVariant variant = variant_for<Wide<S>>(p.in);
   switch (p.out) {

@@ -22,6 +22,9 @@
 #define LORUN_KERNELS "winograd_conv2d/tiles.inl"
 #include "common/for_each_variant.h"
 
+#define LORUN_KERNELS "winograd_conv2d/tiles.inl"
+#include "common/bf16_variant.h"
+
 namespace lorun::winograd_conv2d {
 namespace {
 
@@ -41,7 +44,7 @@ template <class S>
 void run(const Problem<S>& p) {
   using T = Wide<S>;
   const int64_t in = p.filter.in, out = p.filter.out, together = tiles_together<T>(in + out);
-  const auto kernel = LORUN_PICK_FOR(variant_for<T>(in, out), convolve<S>);
+  const auto kernel = LORUN_PICK_STORING(S, variant_for<T>(in, out), convolve<S>);
   const int64_t blocks = (p.tiles() + together - 1) / together;
   parallel(blocks, together * kPoints * (in + out), [&](int64_t begin, int64_t end) {
     const Work<S> w(together, in, out);
@@ -70,7 +73,7 @@ template <class S>
 void run(const Block<S>& p, int64_t columns) {
   using T = Wide<S>;
   const int64_t channels = p.first.in, middle = p.first.out, together = tiles_together<T>(channels + middle);
-  const auto kernel = LORUN_PICK_FOR(variant_for<T>(channels, middle), block<S>);
+  const auto kernel = LORUN_PICK_STORING(S, variant_for<T>(channels, middle), block<S>);
   const Slices panels(p.tile_columns(), (p.tile_columns() + columns - 1) / columns, 1);
   const int64_t rows = p.tile_rows(), work = panels.size * kPoints * 2 * (channels + middle);
   parallel(p.n * panels.count * rows, work, [&](int64_t begin, int64_t end) {
