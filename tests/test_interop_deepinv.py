@@ -57,6 +57,26 @@ def test_adjointness_and_norm_by_deepinv_itself(case):
     assert float(estimate) == pytest.approx(float(exact) ** 2, rel=1e-3)
 
 
+def test_an_operator_of_two_methods_is_a_physics_too():
+    class Inpainting(lf.SensingOperator):
+        def __init__(self, mask):
+            super().__init__()
+            self.register_buffer("mask", mask)
+
+        def forward(self, x):
+            return self.mask * x
+
+        def adjoint(self, y, size=None):
+            return self.mask * y
+
+    mask, x = (draw(12, 10) > 0).double(), draw(2, 3, 12, 10, seed=1)
+    physics = interop.physics(Inpainting(mask), max_iter=100, tol=1e-12)
+    assert torch.equal(physics.A(x), mask * x) and torch.equal(physics.initial(x), mask * x)
+    assert abs(float(physics.adjointness_test(x))) < 1e-10
+    closed = (mask * x + x / 2) / (mask + 1 / 2)  # of gamma 2; by deepinv's solver
+    torch.testing.assert_close(physics.prox_l2(x, x, torch.tensor(2.0, dtype=torch.float64)), closed)
+
+
 def test_the_proximal_step_is_what_deepinvs_solver_finds(case):
     op, x = case
     physics = interop.physics(op, max_iter=500, tol=1e-12)
