@@ -354,7 +354,6 @@ class UntiedDenoiser(Stages):
     ) -> Tensor:
         stage = self._resolve(z, stage)
         if not per_sample(stage):
-            check_given_stages(stage, self.stages)
             return _call(self.copies[int(stage)], self._by_name, z, sigma, inputs)
         if inputs:  # which of them, or what in them, is one per sample cannot be told
             raise TypeError(f"{', '.join(inputs)}: expected none beside one stage per sample of untied copies")

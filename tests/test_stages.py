@@ -364,6 +364,11 @@ def test_a_stage_of_all_samples_may_be_a_tensor(sharing, dtype):
             staged(Z, stage=torch.tensor(1.0))
 
 
+def test_a_tensor_is_checked_where_there_is_one_stage_alone():
+    with pytest.raises(IndexError, match="stage: expected 0 to 0, got 5"):
+        lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=1)(torch.rand(1, 1, 4, 4), stage=torch.tensor(5))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_round_trip(strict, tmp_path):
     staged = staged_foreign(stages=3)

@@ -19,6 +19,8 @@ def check_stage(stage: int | Tensor | None, stages: int, batch: int) -> None:
     if isinstance(stage, Tensor):
         if stage.ndim or stage.dtype not in _INTEGERS:
             check_stage_per_sample(stage, batch)
+        else:
+            check_given_stages(stage, stages)
     elif isinstance(stage, bool) or not (isinstance(stage, int) or _is_number(stage)):
         raise TypeError(f"stage: expected an int or an int64 tensor, got {type(stage).__name__}")
     elif not 0 <= stage < stages:
@@ -44,7 +46,6 @@ def per_sample(stage: int | Tensor | None) -> bool:
 def at_stage(stacked: Tensor, stage: int | Tensor) -> Tensor:
     """The entry of a stack (K, ...) at a stage of all samples; a 0-d tensor is read on the device."""
     if isinstance(stage, Tensor):
-        check_given_stages(stage, stacked.shape[0])
         return stacked.index_select(0, stage.reshape(1).to(stacked.device)).squeeze(0)
     return stacked[stage]
 
