@@ -20,7 +20,8 @@ from lorun_fast.reference._step_size import per_channel
 def _period(t: Tensor, dim: int, before: int, after: int) -> Tensor:
     """The periodic ``t`` from ``before`` its start to ``after`` its end; negative numbers take off."""
     length = t.shape[dim]
-    return t.index_select(dim, torch.arange(-before, length + after, device=t.device) % length)
+    index = torch.arange(-before, length + after, device=t.device)
+    return t.index_select(dim, index % index.new_full((), length))  # a tensor: ONNX knows no remainder by a symbol
 
 
 def extend(x: Tensor, kernel: Tensor, scale: int) -> Tensor:

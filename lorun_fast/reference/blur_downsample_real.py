@@ -1,8 +1,8 @@
 """The exact proximal step of blur and downsampling in real arithmetic, by matrices of cosines and sines.
 
 For programs that go where there is no FFT and no complex number; elsewhere reference/blur_downsample_fft.py is faster.
-A and A^T are direct sums. A A^T is a circular convolution on y's grid by a symmetric kernel: its eigenvalues are real, and
-the transforms around the division are products with two matrices a side.
+A and A^T are direct sums. A A^T is a circular convolution on y's grid by a symmetric kernel: its eigenvalues are real,
+and the transforms around the division are products with two matrices a side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lorun_fast.reference.blur_downsample import blur_downsample, blur_downsampl
 def _waves(frequencies: Tensor, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 2 pi f p / length, (frequencies, positions)."""
     # Turns are taken off while the products are whole numbers: fp32 would round the angles of large images.
-    angles = (frequencies[:, None] * positions % length).to(dtype) * (2 * math.pi) / length
+    products = frequencies[:, None] * positions
+    angles = (products % products.new_full((), length)).to(dtype) * (2 * math.pi) / length
     return angles.cos(), angles.sin()
 
 
