@@ -11,12 +11,14 @@ KERNEL = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
 KERNEL /= KERNEL.sum()
 
 
-def tiny(op, channels: int, denoiser: nn.Module | None = None, *, noise: bool = False, **settings) -> lf.LoRun:
-    """Two stages that differ, as after training."""
+def tiny(
+    op, channels: int, denoiser: nn.Module | None = None, *, stages: int = 2, noise: bool = False, **settings
+) -> lf.LoRun:
+    """Stages that differ, as after training."""
     torch.manual_seed(0)
     if denoiser is None:
-        denoiser = lf.ResUNet(channels, channels, channels=(4, 8), blocks=1, noise_level=noise)
-    net = lf.LoRun(op, denoiser, stages=2, **settings)
+        denoiser = lf.ResUNet(channels, channels, channels=(4, 8), blocks=0, noise_level=noise)
+    net = lf.LoRun(op, denoiser, stages=stages, **settings)
     for p in net.denoiser.adapter_parameters():
         nn.init.normal_(p, std=0.05)
     return net.eval()
@@ -26,9 +28,8 @@ def block_cs(**settings) -> lf.LoRun:
     return tiny(lf.BlockCS.gaussian(0.25, 8), 1, **settings)
 
 
-def sr(kernel: torch.Tensor = KERNEL) -> lf.LoRun:
-    op = lf.BlurDownsample(kernel, 3)
-    return tiny(op, 3, noise=True, data_step="prox", noise_map="stage")
+def sr(**settings) -> lf.LoRun:
+    return tiny(lf.BlurDownsample(KERNEL, 3), 3, noise=True, data_step="prox", noise_map="stage", **settings)
 
 
 def cassi(**settings) -> lf.LoRun:
