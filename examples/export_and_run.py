@@ -4,7 +4,8 @@
     python examples/export_and_run.py --model cs-25 --size 256
 
 The package holds plain convolutions with merged weights and the sensing operator's ops; the process that runs it
-imports lorun_fast for those, and builds no network.
+imports lorun_fast for those, and builds no network. For one that cannot import it, lorun_fast.interop.export makes a
+program of torch's own ops, and lorun_fast.interop.onnx an ONNX file: docs/export.md.
 """
 
 from __future__ import annotations

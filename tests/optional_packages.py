@@ -16,6 +16,18 @@ def interop_module(name: str) -> tuple[ModuleType, ModuleType]:
     try:
         return importlib.import_module(f"lorun_fast.interop.{name}"), require(name)
     except ImportError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error), allow_module_level=True)
+        _skip(error)
+
+
+def package(name: str) -> ModuleType:
+    """The package NAME, likewise."""
+    try:
+        return require(name)
+    except ImportError as error:
+        _skip(error)
+
+
+def _skip(error: ImportError):
+    if os.environ.get("CI"):
+        raise error
+    pytest.skip(str(error), allow_module_level=True)

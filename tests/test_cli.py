@@ -22,7 +22,7 @@ from lorun_fast.apps.files import replacing
 from lorun_fast.ops import _backends
 
 
-@pytest.mark.parametrize("command", ["demo", "measure", "restore", "evaluate", "train", "info"])
+@pytest.mark.parametrize("command", ["demo", "measure", "restore", "evaluate", "train", "export", "info"])
 def test_every_command_has_help(command, capsys):
     text = accepted(capsys, command, "--help")
     assert text.startswith(f"usage: lorun-fast {command}")

@@ -26,6 +26,7 @@ _COMMANDS = {
     "restore": "measurements (.npz) to images",
     "evaluate": "measure, restore and score images; PSNR and more, seconds, JSON",
     "train": "train a network",
+    "export": "a network as an ONNX file or a program that runs without lorun_fast",
     "info": "this installation, and what a network's file holds",
 }
 _OF_A_TASK = ("demo", "measure", "evaluate")

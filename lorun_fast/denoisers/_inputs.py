@@ -53,13 +53,31 @@ def with_noise_map(z: Tensor, sigma: float | Tensor | None, wanted: bool, name: 
     return torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand(n, 1, h, w)], 1)
 
 
+def _holds(*conditions: bool) -> bool:
+    """Whether all hold; while a program for any size is exported, whether they do for all of these."""
+    if not torch.compiler.is_exporting() or all(isinstance(c, bool) for c in conditions):
+        return all(conditions)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # its import takes a while
+
+    return all(statically_known_true(c) for c in conditions)
+
+
 def whole_cells(x: Tensor, cell: int) -> Tensor:
-    """x, its last row and column repeated until height and width are multiples of ``cell``."""
+    """x, its last row and column repeated until height and width are multiples of ``cell``; x itself if they are."""
     height, width = x.shape[2:]
-    if height % cell or width % cell:
-        # On a CPU autocast takes this for an operation that needs fp32.
-        return F.pad(x, (0, -width % cell, 0, -height % cell), mode="replicate").to(x.dtype)
-    return x
+    down, across = ((side + cell - 1) // cell * cell - side for side in (height, width))
+    if _holds(down == 0, across == 0):
+        return x
+    # On a CPU autocast takes this for an operation that needs fp32.
+    return F.pad(x, (0, across, 0, down), mode="replicate").to(x.dtype)
+
+
+def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first rows and columns of x, as many as ``size`` says."""
+    height, width = size
+    if _holds(height <= x.shape[2], width <= x.shape[3]):
+        return x[:, :, :height, :width]
+    return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))  # a slice would ask whether there are so many
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -77,4 +95,4 @@ def to_correct(z: Tensor, x: Tensor, channels: int) -> Tensor:
 
     On a CPU in that layout, for a sum of two layouts takes four times as long there.
     """
-    return x[:, :channels, : z.shape[2], : z.shape[3]] if z.device.type == "cpu" else z[:, :channels]
+    return cropped(x[:, :channels], z.shape[2:]) if z.device.type == "cpu" else z[:, :channels]

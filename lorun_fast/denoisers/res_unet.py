@@ -81,9 +81,10 @@ class ResUNet(nn.Module):
 
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         _inputs.check_images(z, self.in_channels)
-        height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "ResUNet")
-        x = _inputs.for_convolution(_inputs.whole_cells(x, 2 ** len(self.down)))
+        cells = _inputs.whole_cells(x, 2 ** len(self.down))
+        whole = cells is x
+        x = _inputs.for_convolution(cells)
         own = _inputs.to_correct(z, x, self.out_channels)
         # One-channel inputs cannot say which layout they are in; without this, CPU convolutions train 2x slower.
         x = _inputs.channels_last(self.head(x))
@@ -97,7 +98,7 @@ class ResUNet(nn.Module):
             for module in blocks:
                 x = module(x)
             x = last(x, skip) if isinstance(last, ResidualBlock) else last(x) + skip
-        if self.residual and x.shape[2:] == z.shape[2:]:
+        if self.residual and whole:
             return convolve(self.tail, x, residual=own)
-        x = self.tail(x)[:, :, :height, :width]
+        x = _inputs.cropped(self.tail(x), z.shape[2:])
         return own + x if self.residual else x

@@ -110,7 +110,6 @@ class SpectralTransformer(nn.Module):
 
     def forward(self, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         _inputs.check_images(z, self.in_channels)
-        height, width = z.shape[2:]
         x = _inputs.with_noise_map(z, sigma, self.noise_level, "SpectralTransformer")
         x = _inputs.channels_last(_inputs.whole_cells(x, 2 ** len(self.down)))
         own = _inputs.to_correct(z, x, self.out_channels)
@@ -123,5 +122,5 @@ class SpectralTransformer(nn.Module):
         x = self.body(x)
         for up, blocks, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
             x = blocks(up(x) + skip)
-        x = self.tail(x)[:, :, :height, :width]
+        x = _inputs.cropped(self.tail(x), z.shape[2:])
         return own + x if self.residual else x

@@ -1,6 +1,8 @@
-"""In and out of other libraries: adapter weights of PEFT and loralib, operators and priors for deepinv.
+"""In and out of other libraries: adapter weights of PEFT and loralib, operators and priors for deepinv, networks as
+programs that need no lorun_fast and as ONNX files.
 
-Each module needs its library and says so when it is imported without it; ``lorun_fast`` itself needs none.
+Each module but ``export`` needs its library and says so when it is imported without it; ``lorun_fast`` itself needs
+none.
 """
 
 from __future__ import annotations
@@ -9,9 +11,9 @@ import importlib
 
 from lorun_fast.interop._packages import require
 
-_MODULES = ("deepinv", "loralib", "peft")
+_MODULES = ("deepinv", "export", "loralib", "onnx", "peft")
 
-__all__ = ["deepinv", "loralib", "peft", "require"]
+__all__ = ["deepinv", "export", "loralib", "onnx", "peft", "require"]
 
 
 def __getattr__(name: str):

@@ -15,23 +15,25 @@ import torch
 _declared: list[torch.library.Library] = []
 
 
-def require(package: str) -> ModuleType:
-    """Imports an optional library ("peft", "loralib", "deepinv") and returns it.
+def require(package: str, *, extra: str | None = None) -> ModuleType:
+    """Imports an optional library ("peft", "loralib", "deepinv", "onnx") and returns it.
 
-    Raises ImportError with the command that installs it. A torchvision that was built for another torch (such as
+    extra: of this package, which installs it beside what it works with. Raises ImportError with the command that
+    installs it. A torchvision that was built for another torch (such as
     the CUDA build beside a CPU-only torch) is made importable first, with a warning; see docs/interop.md.
     """
     if package in ("peft", "deepinv"):
         _make_torchvision_importable()
+    command = f"pip install {package}"
+    if extra is not None:
+        command = f"pip install 'lorun-fast[{extra}]' (or '.[{extra}]' in a clone)"
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package:
-            raise ImportError(
-                f"this needs the package {package}, which is not installed: pip install {package}"
-            ) from None
+            raise ImportError(f"this needs the package {package}, which is not installed: {command}") from None
         raise ImportError(
-            f"the package {package} is installed, but something it needs is not ({error}): pip install {package}"
+            f"the package {package} is installed, but something it needs is not ({error}): {command}"
         ) from error
 
 

@@ -17,6 +17,8 @@ from lorun_fast.ops._flops import FORMULAS
 NAMESPACE = "lorun_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SCHEMAS: dict[str, str] = {}
+DEFINITIONS: dict[str, Callable] = {}
+"""What an op computes where nothing faster is registered; by way of ops/_backends.py for those that have backends."""
 UNAVAILABLE: dict[str, Callable[[int], str | None]] = {}
 """Of ops whose CUDA kernel runs on some GPUs only: why not on the one of this index, or None."""
 
@@ -60,7 +62,7 @@ def define(
         _LIBRARY.impl(name, _outside_autocast(op, device, autocast), f"Autocast{device.upper()}")
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    SCHEMAS[name] = schema
+    SCHEMAS[name], DEFINITIONS[name] = schema, reference
     if unavailable is not None:
         UNAVAILABLE[name] = unavailable
     if flops is not None:

@@ -79,12 +79,10 @@ def _check_adjoint(y: Tensor, mask: Tensor, bands: int, step: int) -> None:
 
 def _fits_mask(mask: Tensor, image: tuple[int, ...]) -> bool:
     """Of an image (N, L, H, W)."""
-    shape = mask.shape
-    return (
-        shape == image[2:]
-        or shape == image[1:]
-        or (len(shape) == 4 and (shape == image or shape == (image[0], 1, *image[2:])))
-    )
+    shape, rank = mask.shape, len(mask.shape)
+    if rank < 4:  # tuples of other lengths are compared too, and a symbol in them would be told from a number
+        return rank > 1 and shape == image[4 - rank :]
+    return shape == image or shape == (image[0], 1, *image[2:])
 
 
 def _fits_forward(x: Tensor, mask: Tensor, step: int) -> bool:

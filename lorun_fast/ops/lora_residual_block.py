@@ -132,7 +132,7 @@ def by_layers_backward(grad, *args):
     inner, *of_second = _gradients(grad, (between, *other), None, [before, *mask[5:]])
     of_first = _gradients(inner, one, between, mask[:5])
     if mask[0]:
-        of_first[0].add_(grad)
+        of_first[0] = of_first[0] + grad
     return wanted(mask, of_first + of_second)
 
 

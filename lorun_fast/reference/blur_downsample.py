@@ -17,23 +17,18 @@ from torch import Tensor
 from lorun_fast.reference._step_size import per_channel
 
 
+def _period(t: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """The periodic ``t`` from ``before`` its start to ``after`` its end; negative numbers take off."""
+    length = t.shape[dim]
+    index = torch.arange(-before, length + after, device=t.device)
+    return t.index_select(dim, index % index.new_full((), length))  # a tensor: ONNX knows no remainder by a symbol
+
+
 def extend(x: Tensor, kernel: Tensor, scale: int) -> Tensor:
     """The part of the periodic image that the strided, "valid" correlation with the flipped kernel reads."""
     for dim, k in ((2, kernel.shape[-2]), (3, kernel.shape[-1])):
-        length = x.shape[dim]
-        index = torch.arange(k // 2 - k + 1, length - scale + k // 2 + 1, device=x.device)
-        x = x.index_select(dim, index % length)
+        x = _period(x, dim, k - 1 - k // 2, k // 2 + 1 - scale)
     return x
-
-
-def wrap(t: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Sums the periods of ``t`` over its last two dimensions; t[..., 0, 0] lies at pixel -origin of the period."""
-    for dim, start, length in ((-2, origin[0], size[0]), (-1, origin[1], size[1])):
-        t = t.movedim(dim, -1)
-        before = -start % length
-        t = F.pad(t, (before, -(t.shape[-1] + before) % length)).unflatten(-1, (-1, length)).sum(-2)
-        t = t.movedim(-1, dim)
-    return t.contiguous()
 
 
 def _planes(t: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -58,10 +53,17 @@ def blur_downsample_adjoint(y: Tensor, kernel: Tensor, scale: int) -> Tensor:
     n, c, h, w = y.shape
     if n * c == 0:
         return y.new_empty((n, c, h * scale, w * scale))
-    planes, weight, groups = _planes(y.to(kernel.dtype), kernel)
-    spread = F.conv_transpose2d(planes, weight, stride=scale, groups=groups)
-    kh, kw = kernel.shape[-2:]
-    x = wrap(spread, (kh - 1 - kh // 2, kw - 1 - kw // 2), (h * scale, w * scale))
+    # Every measurement of the periodic y that reaches the image, and where the image begins in what they spread to.
+    periodic, starts, missing = y.to(kernel.dtype), [], []
+    for dim, k in ((2, kernel.shape[-2]), (3, kernel.shape[-1])):
+        origin = k - 1 - k // 2
+        before, after = k // 2 // scale, (scale - 1 + origin) // scale
+        periodic = _period(periodic, dim, before, after)
+        starts.append(before * scale + origin)
+        missing.append(max(0, origin + scale - after * scale - k))
+    planes, weight, groups = _planes(periodic, kernel)
+    x = F.conv_transpose2d(planes, weight, stride=scale, output_padding=missing, groups=groups)
+    x = x.narrow(2, starts[0], h * scale).narrow(3, starts[1], w * scale)
     return x.reshape(n, c, h * scale, w * scale).to(y.dtype)
 
 
@@ -86,7 +88,9 @@ def blur_downsample_grad_kernel(x: Tensor, y: Tensor, kh: int, kw: int, scale: i
     kernel = y.new_zeros((n, kh, kw))
     if n * c > 0:
         extended = extend(x.to(y.dtype), kernel, scale)
-        for u in range(kh):
+        rows = []
+        for u in reversed(range(kh)):
             lines = extended[:, :, u : u + (h - 1) * scale + 1 : scale].unfold(3, kw, scale)
-            kernel[:, kh - 1 - u] = torch.einsum("ncijv,ncij->nv", lines, y).flip(1)
+            rows.append(torch.einsum("ncijv,ncij->nv", lines, y).flip(1))
+        kernel = torch.stack(rows, 1)
     return kernel if per_sample else kernel.sum(0)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.fft import irfft2, rfft2
 
 from lorun_fast.reference._step_size import per_channel
-from lorun_fast.reference.blur_downsample import wrap
 
 
 def _split(x: Tensor, scale: int) -> Tensor:
@@ -33,6 +32,16 @@ def _split(x: Tensor, scale: int) -> Tensor:
 def _join(phases: Tensor, scale: int) -> Tensor:
     """The inverse of :func:`_split`."""
     return F.pixel_shuffle(phases.flatten(1, 2), scale) if scale > 1 else phases[:, :, 0]
+
+
+def wrap(t: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Sums the periods of ``t`` over its last two dimensions; t[..., 0, 0] lies at pixel -origin of the period."""
+    for dim, start, length in ((-2, origin[0], size[0]), (-1, origin[1], size[1])):
+        t = t.movedim(dim, -1)
+        before = -start % length
+        t = F.pad(t, (before, -(t.shape[-1] + before) % length)).unflatten(-1, (-1, length)).sum(-2)
+        t = t.movedim(-1, dim)
+    return t.contiguous()
 
 
 def transfer(kernel: Tensor, scale: int, size: tuple[int, int]) -> Tensor:

@@ -238,5 +238,5 @@ def _weight_gradients(grad_w, weight, down, up, stage, scale, transposed) -> dic
         return {1: grad_w.to(weight.dtype), 3: grad_down, 4: grad_up}
     by_sample = to_factors(grad_w, weight, down[stage], up[stage], scale, transposed)
     rows = stage.to(grad_w.device)  # indexing takes stages on the CPU beside factors on a GPU, adding does not
-    summed = [torch.zeros_like(t).index_add_(0, rows, g) for t, g in zip((down, up), by_sample, strict=True)]
+    summed = [torch.zeros_like(t).index_add(0, rows, g) for t, g in zip((down, up), by_sample, strict=True)]
     return {1: grad_w.sum(0).to(weight.dtype), 3: summed[0], 4: summed[1]}
