@@ -23,6 +23,7 @@ def apart(text: str) -> float:
     return float(re.search(r"largest difference to the network here (\S+), in a batch of", text)[1])
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_program_of_any_size(tmp_path, capsys):
     model, file = tiny_network(tmp_path / "cs.safetensors"), tmp_path / "cs.pt2"
     text = accepted(capsys, "export", model, "-o", file, "--size", "dynamic")

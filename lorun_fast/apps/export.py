@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--sigma: expected a network that takes a noise level, got {args.model}")
     how = {"op": op, "size": size, "sigma": sigma}
     y = _example(net, op, size, args.batch or 2)
-    with progress.bar(2, "exporting", unit="step") as bar, torch.no_grad():
+    with progress.bar(2, "exporting", unit="step") as bar, torch.no_grad(), warnings.catch_warnings():
+        # Torch's, of what will change in itself, and of weights with channels innermost on other devices than a CPU.
+        warnings.simplefilter("ignore")
         try:
             program = programs.program(
                 net, y, **how, inputs=args.inputs, dynamic_batch=args.batch is None, dynamic_size=size is None
@@ -168,8 +170,7 @@ def _example(net: LoRun, op: SensingOperator, size: tuple[int, int] | None, batc
 
 
 def _write_program(program: ExportedProgram, args: argparse.Namespace) -> tuple[str, Callable]:
-    with files.replacing(args.output) as f, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights with channels innermost, which concern other devices than the CPU
+    with files.replacing(args.output) as f:
         torch.export.save(program, f)
     call = torch.export.load(args.output).module()
     return "", lambda y, given: call(y, **given)
