@@ -277,9 +277,9 @@ def program(
     dynamic_batch: any number of samples, instead of y's. dynamic_size: any height and width, instead of y's: of whole
         blocks for BlockCS, and not for CASSI, whose mask tells the size.
 
-    The program takes and returns fp32 on the CPU and is for inference; the network stays as it is. Raises TypeError or
-    ValueError for what does not fit together, for a network that has no weights yet, and for a denoiser that
-    torch.export does not trace.
+    The program takes fp32, complex64 for a complex y, returns fp32, on the CPU, and is for inference; the network stays
+    as it is. Raises TypeError or ValueError for what does not fit together, for a network that has no weights yet, and
+    for a denoiser that torch.export does not trace.
     """
     if not isinstance(net, LoRun | Stage):
         raise TypeError(f"net: expected a LoRun or a stage of a staged denoiser, got {type(net).__name__}")
@@ -307,7 +307,8 @@ def program(
     # Only one sample, row or column would become a constant.
     batch = max(batch, 2) if dynamic_batch else batch
     sides = [max(side, 2) if dynamic_size else side for side in y.shape[-2:]]
-    example = torch.zeros((batch, *y.shape[1:-2], *sides))
+    dtype = torch.complex64 if y.is_complex() else torch.float32
+    example = torch.zeros((batch, *y.shape[1:-2], *sides), dtype=dtype)
     axes = {0: Dim("batch")} if dynamic_batch else {}
     if dynamic_size:
         axes |= dict.fromkeys((y.ndim - 2, y.ndim - 1), Dim.DYNAMIC)

@@ -87,6 +87,9 @@ def _checked(path: str | os.PathLike) -> Path:
 
 def _write(program: ExportedProgram, path: Path, opset: int | None, symbols: dict[str, str]) -> None:
     for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise ValueError(f"program: expected real numbers, which ONNX holds, got {value.dtype} in {node.name}")
         if "conv" in str(node.target) and any(isinstance(a, torch.fx.Node) for a in node.args[6:]):
             raise ValueError(
                 "program: expected convolutions with a fixed number of groups, got as many as there are samples (a "
