@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from optional_packages import interop_module
+from own_operator_help import Inpainting
 from torch import nn
 
 import lorun_fast as lf
@@ -58,17 +59,6 @@ def test_adjointness_and_norm_by_deepinv_itself(case):
 
 
 def test_an_operator_of_two_methods_is_a_physics_too():
-    class Inpainting(lf.SensingOperator):
-        def __init__(self, mask):
-            super().__init__()
-            self.register_buffer("mask", mask)
-
-        def forward(self, x):
-            return self.mask * x
-
-        def adjoint(self, y, size=None):
-            return self.mask * y
-
     mask, x = (draw(12, 10) > 0).double(), draw(2, 3, 12, 10, seed=1)
     physics = interop.physics(Inpainting(mask), max_iter=100, tol=1e-12)
     assert torch.equal(physics.A(x), mask * x) and torch.equal(physics.initial(x), mask * x)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from export_help import KERNEL, restored
 from memory_help import _CLOSE, FAMILIES, Draw
+from own_operator_help import Inpainting
 from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -166,18 +167,6 @@ def test_a_users_own_network_keeps_its_dynamic_sizes():
     assert not ours(found)
     for x in (torch.rand(5, 3, 8, 8), torch.rand(1, 3, 2, 8)):
         torch.testing.assert_close(found.module()(x, op(x)), net(x, op(x)))
-
-
-class Inpainting(lf.SensingOperator):
-    def __init__(self, mask):
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, x):
-        return self.mask * x
-
-    def adjoint(self, y, size=None):
-        return self.mask * y
 
 
 def test_an_operator_of_ones_own(monkeypatch):
