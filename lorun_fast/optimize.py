@@ -199,6 +199,12 @@ def fast_bf16(device: torch.device) -> tuple[bool, str]:
 _MISFITS = (TypeError, ValueError, IndexError, RuntimeError)
 
 
+def image_channels(net: LoRun) -> int:
+    """C of the images that a network restores."""
+    by_task = {"cs": 1, "cassi": getattr(net.op, "bands", None)}
+    return by_task.get(net.op.task, getattr(net.denoiser.one(), "out_channels", 3))
+
+
 def demo_images(net: LoRun) -> Tensor:
     """Two of scikit-image's photographs, (2, C, H, W) in [0, 1], in the channels and size that the operator measures.
 
@@ -207,9 +213,7 @@ def demo_images(net: LoRun) -> Tensor:
     from skimage import data
 
     mask = getattr(net.op, "mask", None)
-    channels = {"cs": 1, "cassi": getattr(net.op, "bands", None)}.get(
-        net.op.task, getattr(net.denoiser.one(), "out_channels", 3)
-    )
+    channels = image_channels(net)
     height, width = (240, 240) if mask is None else mask.shape[-2:]
     photographs = [torch.from_numpy(image()).permute(2, 0, 1).float() / 255 for image in (data.astronaut, data.coffee)]
     resized = [nn.functional.interpolate(p[None], (height, width), mode="area") for p in photographs]
@@ -312,6 +316,8 @@ def _check_images(net: LoRun, images: Tensor) -> None:
     with torch.no_grad():
         try:
             net.op(images.to(net.step_size.device))
+        except torch.OutOfMemoryError:
+            raise
         except _MISFITS as error:
             raise type(error)(f"images: expected what the network's operator measures, got others: {error}") from None
 

@@ -18,6 +18,7 @@ from lorun_fast.apps.tasks.sr import kernels
 from lorun_fast.interop import export as programs
 from lorun_fast.network import LoRun
 from lorun_fast.operators import BlurDownsample, SensingOperator
+from lorun_fast.optimize import image_channels
 
 EPILOG = """\
 .onnx is for onnxruntime and others that read ONNX (pip install 'lorun-fast[onnx]'); .pt2 is a program of torch's own
@@ -160,11 +161,8 @@ def _said(size: list[int | None]) -> str:
 
 def _example(net: LoRun, op: SensingOperator, size: tuple[int, int] | None, batch: int) -> Tensor:
     """Measurements of noise."""
-    channels = {"cs": 1, "cassi": getattr(op, "bands", None)}.get(
-        op.task, getattr(net.denoiser.one(), "out_channels", 3)
-    )
     height, width = size or (24 * getattr(op, "scale", 3), 32 * getattr(op, "scale", 3))
-    x = torch.rand((batch, channels, height, width), generator=torch.Generator().manual_seed(0))
+    x = torch.rand((batch, image_channels(net), height, width), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return op(x)
 
