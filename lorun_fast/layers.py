@@ -431,6 +431,22 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return self._call_merged(linear, linear_ops.check_features, input, weight, bias)
 
 
+def current_weight(layer: nn.Module) -> Tensor:
+    """The weight that a call of ``layer`` would compute with now: ``layer.weight``, of an adapted one with its stage's
+    update, (N, *layer.weight.shape) where each sample has a stage of its own.
+
+    For code that shares a weight, as a convolution and its transpose do, inside a denoiser that is adapted or not;
+    gradients reach the factors of unmerged layers. Raises ValueError outside a staged call, unless stages == 1.
+    """
+    if not isinstance(layer, AdaptedLayer):
+        return layer.weight
+    merged = layer.merged_now()
+    if merged is not None:
+        return merged
+    stage = _scope.current_stage()
+    return layer.stage_weight(layer.stage_now(stage.shape[0] if per_sample(stage) else 0))
+
+
 def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:
     """What merge(weights, downs, ups, scales, transposed) makes of each of these layers, a call per device."""
     by_device: dict[torch.device, list[AdaptedLayer]] = {}

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from lorun_fast import _scope, adapters
+from lorun_fast._weight_reads import weight_reads
 from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
 from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
@@ -249,6 +250,19 @@ def _call(
     return denoiser(z, sigma=sigma, **inputs) if by_name else denoiser(z, sigma, **inputs)
 
 
+def copied(denoiser: nn.Module) -> nn.Module:
+    """A deep copy; ValueError where a module keeps what was computed of its parameters, which torch does not copy."""
+    for name, module in denoiser.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ValueError(
+                    f"denoiser: expected modules that can be copied, got a computed {attribute} in "
+                    f"{name or type(module).__name__}, as pruning and the older weight_norm leave it: remove it first "
+                    "(torch.nn.utils.prune.remove, remove_weight_norm)"
+                )
+    return copy.deepcopy(denoiser)
+
+
 class StagedDenoiser(Stages):
     """One shared base and K adapter sets; made by :func:`adapt`.
 
@@ -319,7 +333,7 @@ class TiedDenoiser(Stages):
 
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
-        self.base, self.stages = copy.deepcopy(base), stages
+        self.base, self.stages = copied(base), stages
         self._by_name = sigma_by_name(base)
 
     def forward(
@@ -338,7 +352,7 @@ class UntiedDenoiser(Stages):
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
         self.stages = stages
-        self.copies = nn.ModuleList(copy.deepcopy(base) for _ in range(stages))
+        self.copies = nn.ModuleList(copied(base) for _ in range(stages))
         self._by_name = sigma_by_name(base)
 
     def one(self) -> nn.Module:
@@ -490,6 +504,15 @@ def adapt(
             f"{', ...' if len(grouped) > 4 else ''}); name them in include to adapt them",
             stacklevel=2,
         )
+    past = {name: place for name, place in weight_reads(denoiser) if name in plan}
+    if past:
+        warnings.warn(
+            "adapt: the denoiser computes with the weight of "
+            f"{', '.join(f'{name} ({place})' for name, place in past.items())} itself instead of calling the layer: "
+            "adapters have no part in that; call the layer there, take lorun_fast.layers.current_weight(layer), or "
+            "exclude the layer",
+            stacklevel=2,
+        )
     return adapt_layers(denoiser, stages, plan, skipped)
 
 
@@ -506,7 +529,7 @@ def adapt_layers(
 
     plan: {layer name: {"rank": r, "form": form, "scale": scale}}, as a saved network records it.
     """
-    base = copy.deepcopy(denoiser)
+    base = copied(denoiser)
     adapted: dict[str, AdaptedLayer] = {}
     replacement: dict[int, AdaptedLayer] = {}
     modules = dict(base.named_modules())
