@@ -8,11 +8,11 @@ BUILT  := $(VENV)/.built
 JOBS   ?= 2
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench gpu figures wheel-test kernels-check sanitize tune clean help
+.PHONY: demo test lint format bench gpu figures wheel-test kernels-check sanitize aarch64 tune clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(READY): .ci/requirements.txt .ci/interop-requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ kernels-check: $(BUILT)  ## compile every Triton kernel for sm_80, sm_90 and sm_
 
 sanitize: $(READY)  ## the C++ and CUDA kernels on this CPU under GCC's sanitizers, in a copy of the tree: FOLDER=DIR keeps it
 	bash .ci/sanitize $(BIN)/python $(FOLDER)
+
+aarch64:  ## the C++ kernels' tests on an emulated 64-bit ARM processor, from FOLDER=DIR; needs root on Debian or Ubuntu
+	bash .ci/aarch64 $(FOLDER)
 
 tune: $(BUILT)  ## search kernel tiles on this GPU, on request: PROBLEMS="'forward 64' ..." OUT=FILE, OFFLINE=90 without one
 	env -u TRITON_INTERPRET $(BIN)/python -m lorun_fast.kernels.tune $(PROBLEMS) $(if $(OUT),--out $(OUT)) $(if $(OFFLINE),--offline $(OFFLINE))

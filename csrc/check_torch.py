@@ -1,9 +1,10 @@
 """Compiles and links csrc/ against a torch that need not be importable, and looks up every torch symbol it uses.
 
     python csrc/check_torch.py TORCH_FOLDER      # for example site-packages/torch of torch 2.11
+    CXX='clang++ --target=aarch64-linux-gnu' python csrc/check_torch.py TORCH_FOLDER --compile-only
 
-CUDA sources too, where a toolkit is found. Exit status 1 when a source does not compile or a symbol is missing in that
-torch's libraries.
+CUDA sources too, where a toolkit is found. --compile-only: C++ alone, for another machine than that torch is for. Exit
+status 1 when a source does not compile or a symbol is missing in that torch's libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def listed(library: Path, which: str) -> set[str]:
     return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}
 
 
-def main(torch_dir: Path) -> int:
+def main(torch_dir: Path, compile_only: bool) -> int:
     compiler, detail = recipe.find_compiler()
     if compiler is None:
         print(f"no C++20 compiler ({detail})", file=sys.stderr)
@@ -37,7 +38,7 @@ def main(torch_dir: Path) -> int:
         f"-I{sysconfig.get_path('include')}", f"-DTORCH_TARGET_VERSION={recipe.target_macro()}",
         "-DTORCH_EXTENSION_NAME=_C", '-DLORUN_CXX_FLAGS=""',
     ]  # fmt: skip
-    cuda_home, detail = recipe.find_cuda_home()
+    cuda_home, detail = (None, "not asked for") if compile_only else recipe.find_cuda_home()
     if cuda_home is None:
         print(f"CUDA sources left out: {detail}")
     else:
@@ -69,6 +70,8 @@ def main(torch_dir: Path) -> int:
             objects = list(pool.map(compile_one, enumerate(sources)))
         if None in objects:
             return 1
+        if compile_only:
+            return 0
         lib = torch_dir / "lib"
         link = [*compiler.split(), "-shared", *objects, "-o", str(library), f"-L{lib}", "-ltorch", "-ltorch_cpu"]
         subprocess.run(link, check=True)
@@ -84,7 +87,8 @@ def main(torch_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "lib" / "libtorch_cpu.so").exists():
-        print("usage: check_torch.py TORCH_FOLDER, a folder with lib/libtorch_cpu.so", file=sys.stderr)
+    folders = [argument for argument in sys.argv[1:] if argument != "--compile-only"]
+    if len(folders) != 1 or not (Path(folders[0]) / "lib" / "libtorch_cpu.so").exists():
+        print("usage: check_torch.py TORCH_FOLDER [--compile-only], a folder with lib/libtorch_cpu.so", file=sys.stderr)
         raise SystemExit(2)
-    raise SystemExit(main(Path(sys.argv[1])))
+    raise SystemExit(main(Path(folders[0]), "--compile-only" in sys.argv))

@@ -6,6 +6,7 @@ name a backend of the LoRA ops (ops/_backends.py).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -89,3 +90,9 @@ def build_info() -> dict:
     cpu_variants, cpu_active.
     """
     return {} if _module is None else _module.build_info()
+
+
+@functools.cache
+def has_fast_loops() -> bool:
+    """Whether this CPU's loops are those that were measured against torch's: for AVX2 and AVX-512."""
+    return build_info().get("cpu_active") in ("avx2", "avx512")

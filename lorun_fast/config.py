@@ -50,8 +50,9 @@ def _triton() -> str:
 
 def _cpu() -> dict:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    named = capabilities.get("cpu_name", "Unknown")  # as on ARM
     return {
-        "name": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
+        "name": named if named != "Unknown" else platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx_bf16": bool(capabilities.get("amx_bf16", False)),
         "threads": torch.get_num_threads(),

@@ -93,13 +93,22 @@ def test_what_it_serves(change, reason):
     assert found is None if reason is None else reason in found
 
 
+@pytest.fixture
+def loops_are_asked_for_again():
+    _native.has_fast_loops.cache_clear()
+    yield
+    _native.has_fast_loops.cache_clear()
+
+
+@pytest.mark.parametrize("loops", ["avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
-def test_it_serves_16_bits_where_matrix_tiles_do_not(monkeypatch, amx):
-    monkeypatch.setattr(_native, "build_info", lambda: {"cpu_active": "avx512", "amx": amx})
+def test_it_serves_16_bits_where_matrix_tiles_do_not(monkeypatch, loops_are_asked_for_again, amx, loops):
+    monkeypatch.setattr(_native, "build_info", lambda: {"cpu_active": loops, "amx": amx})
+    measured = "aten" if loops == "baseline" else "winograd"
     for dtype, expected in (
-        (torch.bfloat16, "packed" if amx else "winograd"),
-        (torch.float16, "winograd"),
+        (torch.bfloat16, "packed" if amx else measured),
+        (torch.float16, measured),
         (torch.float32, "aten"),
         (torch.float64, "aten"),
     ):

@@ -13,12 +13,7 @@ struct Tile {
   // As it lies in memory: any alignment, and the same bytes as W.
   typedef W Loose __attribute__((vector_size(LORUN_VECTOR_BYTES), aligned(alignof(W)), may_alias));
   static constexpr int kLanes = LORUN_VECTOR_BYTES / sizeof(W);
-  // Accumulators per tile follow the number of registers: 32 with AVX-512 and on aarch64, else 16.
-#ifdef __aarch64__
-  static constexpr bool kManyRegisters = true;
-#else
-  static constexpr bool kManyRegisters = LORUN_VECTOR_BYTES == 64;
-#endif
+  static constexpr bool kManyRegisters = LORUN_REGISTERS == 32;
   static constexpr int kVecs = kManyRegisters ? 5 : 3;
   static constexpr int kColumns = kManyRegisters ? 5 : 2;
 

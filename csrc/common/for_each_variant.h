@@ -5,10 +5,11 @@
 //   LORUN_PICK(my_kernel<float>)(arguments);        // the best variant that this machine runs
 //   LORUN_PICK_FOR(variant, my_kernel<float>)(arguments);
 //
-// The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width, and
-// common/lanes.inl comes before it, once per variant. It includes nothing: shared declarations come before. (Vector
-// types do not survive inlining from a function of a lesser target, so multiversion() of simd.h, enough for plain
-// loops, is not enough here.) No include guard: each inclusion is for another file of kernels.
+// The file defines functions marked LORUN_TARGET in namespace LORUN_VARIANT; LORUN_VECTOR_BYTES is the width,
+// LORUN_REGISTERS the number of vector registers, and common/lanes.inl comes before it, once per variant. It includes
+// nothing: shared declarations come before. (Vector types do not survive inlining from a function of a lesser target,
+// so multiversion() of simd.h, enough for plain loops, is not enough here.) No include guard: each inclusion is for
+// another file of kernels.
 
 #include <type_traits>
 
@@ -19,30 +20,40 @@
 #define LORUN_VARIANT baseline
 #define LORUN_TARGET
 #define LORUN_VECTOR_BYTES 16
+#ifdef __aarch64__
+#define LORUN_REGISTERS 32
+#else
+#define LORUN_REGISTERS 16
+#endif
 #include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET
 #undef LORUN_VECTOR_BYTES
+#undef LORUN_REGISTERS
 
 #ifdef LORUN_X86
 #define LORUN_VARIANT avx2
 #define LORUN_TARGET LORUN_TARGET_AVX2
 #define LORUN_VECTOR_BYTES 32
+#define LORUN_REGISTERS 16
 #include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET
 #undef LORUN_VECTOR_BYTES
+#undef LORUN_REGISTERS
 
 #define LORUN_VARIANT avx512
 #define LORUN_TARGET LORUN_TARGET_AVX512
 #define LORUN_VECTOR_BYTES 64
+#define LORUN_REGISTERS 32
 #include "common/lanes.inl"
 #include LORUN_KERNELS
 #undef LORUN_VARIANT
 #undef LORUN_TARGET
 #undef LORUN_VECTOR_BYTES
+#undef LORUN_REGISTERS
 
 #ifndef LORUN_PICK_FOR
 #define LORUN_PICK_FOR(variant, ...)                                \

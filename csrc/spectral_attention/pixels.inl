@@ -7,7 +7,7 @@ using namespace ::lorun::LORUN_VARIANT;
 template <class W>
 using Vec = typename Lanes<W>::Vec;
 
-constexpr int kRows = LORUN_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kRows = LORUN_REGISTERS == 32 ? 8 : 4;
 
 // c[r, :] += sum over k of a[r, k] b[k, :], kRows rows of Vecs vectors.
 template <int Vecs, class W>

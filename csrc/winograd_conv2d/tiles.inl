@@ -11,8 +11,8 @@ using Vec = typename Lanes<T>::Vec;
 
 // Images are stored as S; what is made of them is T, or Wide<S>.
 
-// Tiles of a product that stay in registers, two vectors each: 12 of 16 registers, 24 of AVX-512's 32.
-constexpr int64_t kTogether = LORUN_VECTOR_BYTES == 64 ? 12 : 6;
+// Tiles of a product that stay in registers, two vectors each.
+constexpr int64_t kTogether = LORUN_REGISTERS == 32 ? 12 : 6;
 
 // t = B^T d
 template <class T, class V>

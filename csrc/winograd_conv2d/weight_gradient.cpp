@@ -28,7 +28,7 @@ constexpr int64_t kParts = 16, kPartTiles = 36, kPartBytes = 8 << 20;
 template <class S, class T = Wide<S>>
 void run(const GradientProblem<S>& p, T* grad, const Tensor& like) {
   constexpr int64_t kBytes = sizeof(T);
-  const CpuVariant variant = variant_for<T>(p.in, p.out);
+  [[maybe_unused]] const CpuVariant variant = variant_for<T>(p.in, p.out);
   const auto sum = LORUN_PICK_FOR(variant, sum_tiles<S>);
   const auto finish = LORUN_PICK_FOR(variant, to_weight<S>);
   const int64_t row = whole_vectors<T>(p.out), values = p.in * row, channels = kPoints * (p.in + p.out);

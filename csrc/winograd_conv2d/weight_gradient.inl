@@ -5,8 +5,8 @@
 
 namespace lorun::winograd_conv2d::LORUN_VARIANT {
 
-// Sums that stay in registers: 16 of AVX-512's 32, 8 of 16.
-constexpr int kSums = LORUN_VECTOR_BYTES == 64 ? 16 : 8;
+// Sums that stay in registers.
+constexpr int kSums = LORUN_REGISTERS == 32 ? 16 : 8;
 
 // t = A g
 template <class T, class V>

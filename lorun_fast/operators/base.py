@@ -25,7 +25,7 @@ class SensingOperator(nn.Module):
 
     task: str = ""
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.task:
             cls.task = cls.__name__

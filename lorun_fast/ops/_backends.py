@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorun_fast import _native
 
@@ -45,6 +46,11 @@ class Row:
     measured: str
     when: Callable[..., bool] = lambda *args: True
     usual: bool = True
+
+
+def in_16_bits(x: Tensor, *_) -> bool:
+    """Where rows hold that were measured in 16 bits, with the loops for AVX2 and AVX-512."""
+    return x.dtype in (torch.bfloat16, torch.float16) and _native.has_fast_loops()
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {}

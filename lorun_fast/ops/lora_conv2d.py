@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
-from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import finite, in_16_bits, shape_of, whole
+from lorun_fast.ops._backends import Backend, Row, in_16_bits
+from lorun_fast.ops._checks import finite, shape_of, whole
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     at_stage,
@@ -281,8 +281,8 @@ def lora_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
     *,
     scale: float = 1.0,
     stage: int | Tensor | None = None,

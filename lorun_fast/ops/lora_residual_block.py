@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, lora_conv2d
-from lorun_fast.ops._backends import Backend, Row
-from lorun_fast.ops._checks import batch_of, check_tensor, finite, in_16_bits, shape_of
+from lorun_fast.ops._backends import Backend, Row, in_16_bits
+from lorun_fast.ops._checks import batch_of, check_tensor, finite, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
     at_stage,
