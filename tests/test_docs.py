@@ -35,14 +35,22 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
-@each_page
-def test_results_that_a_page_names_are_recorded(page):
+def named_results(page: Path) -> set[str]:
     text, named = page.read_text(), r"\b(?:ops|layers|network|training-memory)-(?:cpu|cuda)-\d{8}-\d{6}\.csv"
+    found = set()
     for match in re.finditer(rf"({named})|`(-[\d-]*\d{{6}}\.csv)`", text):
         whole, end = match.groups()
         if end is not None:  # the rest is that of the last file named before
             whole = re.findall(named, text[: match.start()])[-1][: -len(end)] + end
-        assert (ROOT / "benchmarks" / "results" / whole).is_file(), match.group()
+        found.add(whole)
+    return found
+
+
+def test_results_that_pages_name_are_recorded_and_no_others_of_a_cpu():
+    recorded = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
+    named = set().union(*map(named_results, PAGES))
+    assert named <= recorded
+    assert {name for name in recorded - named if "-cuda-" not in name} == set()
 
 
 def commands(page: Path) -> list[str]:
