@@ -31,7 +31,7 @@ test: $(BUILT)  ## the whole test suite, then the wheel from outside the tree
 	$(BIN)/python -m pytest -n $(JOBS)
 	$(MAKE) --no-print-directory wheel-test
 
-wheel-test: $(BUILT)  ## build a wheel, install it elsewhere, use it from outside the tree
+wheel-test: $(BUILT)  ## pack the sources, build a wheel, install it elsewhere, use it from outside the tree
 	bash .ci/wheel-test $(BIN)/python
 
 lint: $(BUILT)  ## ruff and clang-format, no changes made

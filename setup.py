@@ -202,7 +202,7 @@ def builder(torch_build: type[build_ext]) -> type[build_ext]:
 building = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv)
 extensions, command = plan() if building else ([], build_ext)
 setup(
-    packages=[name for name in PACKAGES if Path(PACKAGE_DIR.get(name, name.replace(".", "/")), "__init__.py").exists()],
+    packages=PACKAGES,
     package_dir=PACKAGE_DIR,
     ext_modules=extensions,
     cmdclass={"build_ext": command},
