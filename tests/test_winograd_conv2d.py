@@ -55,7 +55,7 @@ NARROW = (torch.bfloat16, torch.float16)
 # largest value. 16 bits are rounded once where they are stored.
 CLOSE = {
     torch.float64: (1e-12, 1e-12, 1e-13),
-    torch.float32: (3e-5, 1e-4, 1e-5),
+    torch.float32: (4e-5, 1e-4, 1e-5),
     torch.bfloat16: (2**-6, 2**-4, 1e-5),
     torch.float16: (2**-9, 2**-7, 1e-5),
 }
