@@ -134,11 +134,12 @@ class BlockCS(SensingOperator):
         check_image("x", x, 4, "(N, 1, H, W)")
         mu = proximal_weight(mu, x)
         learns = phi.requires_grad and torch.is_grad_enabled()  # away from orthonormal rows, too
-        if x.shape[-2] % b == 0 and x.shape[-1] % b == 0 and not learns and self._has_orthonormal_rows():
+        if x.shape[-2] % b == 0 and x.shape[-1] % b == 0 and not learns and self.has_orthonormal_rows():
             return self.gradient_step(x, y, 1 / (1 + mu if mu.ndim == 1 else 1 + mu[..., None, None]))
         return ops.block_cs_prox(x, y, phi, mu, block_size=b)
 
-    def _has_orthonormal_rows(self) -> bool:
+    def has_orthonormal_rows(self) -> bool:
+        """Whether Phi Phi^T is the identity, to 1e-4. While traced: what was found before, False for a parameter."""
         phi, known = self.phi, self._looked_at
         if torch.compiler.is_compiling() or phi.is_meta:
             # A program outlives the values of a parameter.
