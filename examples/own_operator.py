@@ -2,9 +2,11 @@
 
     python examples/own_operator.py               # half a minute: trains on drawn ellipses, restores a phantom
     python examples/own_operator.py --gradient    # gradient steps instead of the exact data step
+    python examples/own_operator.py --coils 4     # several coils, whose exact data step takes conjugate gradients
 
-Two methods are all that an operator needs. The closed form of its proximal step, below, is one FFT each way and lets a
-network take the exact data step. Networks, adapters, saving, optimize() and check_operator() know no more of it.
+Two methods are all that an operator needs. With one coil the proximal step has a closed form, one FFT each way; with
+several it has none, and the one that every operator has goes by conjugate gradients, as in MoDL (Aggarwal et al.).
+Networks, adapters, saving, optimize() and check_operator() know no more of it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,34 @@ class Fourier(lf.SensingOperator):
         mu = mu.reshape(-1, 1, 1) if isinstance(mu, Tensor) else mu
         missing = y - self(x)
         return x + self.adjoint(missing / (1 + mu))
+
+
+@register_operator
+class Coils(lf.SensingOperator):
+    """maps (2, coils, H, W): real and imaginary part of what each coil receives. y (N, coils, H, W)."""
+
+    prox_iterations, prox_tolerance = 10, 0.0  # as many for every image, come how far they may
+
+    def __init__(self, maps: Tensor, lines: Tensor):
+        super().__init__()
+        self.register_buffer("maps", maps)
+        self.register_buffer("lines", lines)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = torch.complex(x[:, 0], x[:, 1])[:, None] * torch.complex(*self.maps)
+        return self.lines * torch.fft.fft2(image, norm="ortho")
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        image = (torch.fft.ifft2(self.lines * y, norm="ortho") * torch.complex(*self.maps).conj()).sum(1)
+        return torch.stack([image.real, image.imag], 1)
+
+
+def coil_maps(coils: int, size: int) -> Tensor:
+    """Coils around the image, each with a phase of its own; their squares add up to 1. (2, coils, size, size)."""
+    at, angle = torch.linspace(-1, 1, size), torch.arange(coils) * (6.2832 / coils)
+    far = (at[:, None] - angle.sin()[:, None, None]).square() + (at - angle.cos()[:, None, None]).square()
+    maps = torch.stack([angle.cos(), angle.sin()])[:, :, None, None] * (-far).exp()
+    return maps / maps.square().sum((0, 1)).sqrt()
 
 
 def sampled(width: int, share: float, generator: torch.Generator) -> Tensor:
@@ -90,14 +120,20 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     p.add_argument("--steps", type=int, default=200, help="of training")
     p.add_argument("--size", type=int, default=64, help="of the square images, a multiple of 16")
     p.add_argument("--share", type=float, default=0.3, help="of the columns that are measured")
+    p.add_argument("--coils", type=int, default=1)
     args = p.parse_args(argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
 
-    op = Fourier(sampled(args.size, args.share, generator))
-    check_operator(op, (2, 2, 16, args.size))
+    lines = sampled(args.size, args.share, generator)
+    op = Fourier(lines) if args.coils == 1 else Coils(coil_maps(args.coils, args.size), lines)
+    check_operator(op, (2, 2, args.size, args.size))
     print(f"{int(op.lines.sum())} of {args.size} lines measured")
-    net = lf.LoRun(op, lf.ResUNet(2, 2, (16, 32), 1), stages=5, data_step="gradient" if args.gradient else "prox")
+    # mu = 1.3e-4 / rho^2: conjugate gradients come as far as they should where it is not that small.
+    rho = 0.05 if args.coils > 1 and not args.gradient else 1.0
+    net = lf.LoRun(
+        op, lf.ResUNet(2, 2, (16, 32), 1), stages=5, data_step="gradient" if args.gradient else "prox", step_size=rho
+    )
     net.denoiser.freeze_base(False)  # nothing is pretrained here: base and adapters learn together
     images = ellipses(64, args.size, generator)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)

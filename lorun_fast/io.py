@@ -30,6 +30,8 @@ _FIELDS = {
     "denoiser": {"type", "config"},
 }
 
+_SETTINGS = ("prox_iterations", "prox_tolerance")
+
 
 def _config(net: LoRun) -> dict:
     base = net.denoiser.one()
@@ -44,7 +46,7 @@ def _config(net: LoRun) -> dict:
             "data_step": net.data_step,
             "noise_map": net.noise_map,
         },
-        "operator": {"type": type(net.op).__name__, "config": _operator_config(net.op)},
+        "operator": {"type": type(net.op).__name__, "config": _operator_config(net.op)} | _own_settings(net.op),
         "denoiser": {"type": type(base).__name__, "config": base.config() if known else None},
     }
     if isinstance(net.denoiser, StagedDenoiser):
@@ -53,6 +55,11 @@ def _config(net: LoRun) -> dict:
             for name, layer in net.denoiser.adapted.items()
         }
     return config
+
+
+def _own_settings(op: SensingOperator) -> dict:
+    """How far its proximal step goes, where the operator has other values than its class."""
+    return {name: getattr(op, name) for name in _SETTINGS if name in vars(op)}
 
 
 def _operator_config(op: SensingOperator) -> dict | None:
@@ -221,6 +228,9 @@ def load(
         raise TypeError(f"op: expected a SensingOperator, got {type(op).__name__}")
     else:
         op = copy.deepcopy(op)
+    for name in _SETTINGS:
+        if name in config["operator"]:
+            setattr(op, name, config["operator"][name])
     network = config["network"]
     if network["sharing"] == "lora":
         try:

@@ -66,8 +66,9 @@ class LoRun(nn.Module):
     step_size: the initial rho, one learned value per stage.
     data_step: "gradient", as above; or "prox", z = op.prox(x, y, mu_k), the exact minimiser of
         ||Phi z - y||^2 / 2 + mu_k ||z - x||^2 / 2 with mu_k = (sigma^2 + 1 / (12 255^2)) / (rho_k / 10)^2, the ratio of
-        the variances of y (noise of sigma, rounding) and x. It needs an operator with a closed form, and reaches in
-        one step what gradient steps need many for where Phi is ill-conditioned, as blur is.
+        the variances of y (noise of sigma, rounding) and x. It reaches in one step what gradient steps need many for
+        where Phi is ill-conditioned, as blur is. An operator without a closed form takes conjugate gradients
+        (:meth:`SensingOperator.prox`), which converge the slower the smaller mu: a smaller step_size helps.
     noise_map: what a denoiser that takes a noise level is told: "measurement", the sigma of y; or "stage", the level
         s_k = sqrt((rho_k / 10)^2 + sigma^2) of z_k, for data_step="prox", which then weighs by s_k too. A base that
         was trained on Gaussian noise of every level then works from the first pass, as in half-quadratic splitting,

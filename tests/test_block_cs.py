@@ -276,18 +276,52 @@ def test_norm_is_the_largest_singular_value():
     torch.testing.assert_close(lf.BlockCS(phi, 4).norm(), expected)
 
 
-def test_prox_against_a_dense_solve():
+@pytest.mark.parametrize("orthonormal", [True, False])
+@pytest.mark.parametrize("size", [(8, 4), (7, 10), (3, 2)])
+@pytest.mark.parametrize("mu", [0.3, torch.tensor([0.2, 5.0], dtype=torch.float64)], ids=["shared", "each"])
+def test_prox_against_a_dense_solve(orthonormal, size, mu):
     op = lf.BlockCS.gaussian(0.5, 4, dtype=torch.float64)
-    x, mu = torch.randn(1, 1, 8, 4, dtype=torch.float64), 0.3
-    y = torch.randn(1, 8, 2, 1, dtype=torch.float64)
-    a = explicit_matrix(op.phi, 4, 8, 4)
-    right = a.T @ y.reshape(-1) + mu * x.reshape(-1)
-    expected = torch.linalg.solve(a.T @ a + mu * torch.eye(32, dtype=torch.float64), right)
-    torch.testing.assert_close(op.prox(x, y, mu).reshape(-1), expected)
-    with pytest.raises(ValueError, match="expected whole 4x4 blocks, got 7x4"):
-        op.prox(x[:, :, :7], y, mu)
-    with pytest.raises(ValueError, match="expected orthonormal rows"):
-        lf.BlockCS(2 * op.phi, 4).prox(x, y, mu)
+    op = op if orthonormal else lf.BlockCS(torch.randn(8, 16, dtype=torch.float64), 4)
+    x = torch.randn(2, 1, *size, dtype=torch.float64)
+    y = torch.randn_like(op(x))
+    a = explicit_matrix(op.phi, 4, *size)
+    got = op.prox(x, y, mu)
+    for i in range(2):
+        weight = mu if isinstance(mu, float) else mu[i]
+        right = a.T @ y[i].reshape(-1) + weight * x[i].reshape(-1)
+        expected = torch.linalg.solve(a.T @ a + weight * torch.eye(len(right), dtype=torch.float64), right)
+        torch.testing.assert_close(got[i].reshape(-1), expected)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 3)])
+def test_gradients_of_prox(size):
+    op = lf.BlockCS.gaussian(0.4, 4, dtype=torch.float64, learn=True)  # orthonormal, but not on the way from there
+    x = torch.randn(2, 1, *size, dtype=torch.float64, requires_grad=True)
+    y = torch.randn_like(op(x)).requires_grad_()
+    mu = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def prox(x, y, mu, _):
+        return op.prox(x, y, mu)
+
+    assert torch.autograd.gradcheck(prox, (x, y, mu, op.phi))
+    assert torch.autograd.gradgradcheck(prox, (x, y, mu, op.phi))
+
+
+def test_prox_in_fp32_and_16_bits():
+    torch.manual_seed(0)
+    op = lf.BlockCS(torch.randn(64, 256) / 16, 16)
+    exact, x = lf.BlockCS(op.phi.double(), 16), torch.rand(2, 1, 32, 48)
+    y = op(torch.rand(2, 1, 32, 48))
+    for mu in (1e-5, 1e-3, 0.1, 10.0):
+        want = exact.prox(x.double(), y.double(), mu)
+        torch.testing.assert_close(op.prox(x, y, mu).double(), want, rtol=0, atol=5e-6)
+    assert torch.equal(op.prox(x.bfloat16(), y, 0.1), op.prox(x.bfloat16().float(), y, 0.1).bfloat16())
+
+
+def test_prox_of_an_impossible_weight_is_nan():
+    op, x = lf.BlockCS(torch.randn(4, 16), 4), torch.rand(2, 1, 8, 8)
+    v = op.prox(x, op(x), torch.tensor([0.5, -1e4]))
+    assert v[0].isfinite().all() and v[1].isnan().all()
 
 
 def test_half_and_bfloat16_leave_phi_wide():

@@ -60,9 +60,9 @@ def test_an_exported_network_runs_in_a_fresh_process(printed):
     assert float(difference.split()[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("data_step", [[], ["--gradient"]])
-def test_a_network_behind_an_operator_of_its_own(data_step):
-    measured, restored = example("own_operator").main(["--steps", "40", "--size", "32", *data_step])
+@pytest.mark.parametrize("arguments", [[], ["--gradient"], ["--coils", "3"]])
+def test_a_network_behind_an_operator_of_its_own(arguments):
+    measured, restored = example("own_operator").main(["--steps", "40", "--size", "32", *arguments])
     assert restored > measured + 1
 
 

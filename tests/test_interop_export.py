@@ -180,6 +180,18 @@ def test_an_operator_of_ones_own(monkeypatch):
         export.program(net, y, inputs="mask")
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_phi_is_looked_at_before_it_is_traced(learn):
+    """A network as it comes from a file: with orthonormal rows its program factorises nothing, with others it does."""
+    phi = lf.BlockCS.gaussian(0.25, 8).phi
+    for rows, factorises in ((phi, False), (2 * phi, True)):
+        net = export_help.tiny(lf.BlockCS(rows, 8, learn=learn), 1, data_step="prox")
+        y = torch.rand(2, 16, 2, 3)
+        program = export.program(net, y)
+        assert any("cholesky" in str(node.target) for node in program.graph.nodes) == factorises
+        torch.testing.assert_close(program.module()(y), restored(net, y), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "step"),
     [(export_help.block_cs, "gradient"), (export_help.block_cs, "prox"), (export_help.cassi, "prox")],

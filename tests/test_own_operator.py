@@ -46,7 +46,12 @@ def mask(height=16, width=16):
     return (torch.rand(height, width, generator=torch.Generator().manual_seed(0)) < 0.5).float()
 
 
-KINDS = {"inpainting": (Inpainting, 1, "gradient"), "mri": (Fourier, 2, "gradient"), "mri, exact": (Fourier, 2, "prox")}
+KINDS = {
+    "inpainting": (Inpainting, 1, "gradient"),
+    "inpainting, exact": (Inpainting, 1, "prox"),
+    "mri": (Fourier, 2, "gradient"),
+    "mri, exact": (Fourier, 2, "prox"),
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -55,6 +60,7 @@ def problem(request):
     kind, channels, data_step = KINDS[request.param]
     torch.manual_seed(0)
     op = kind(mask())
+    op.prox_iterations = 3  # as many as a compiled network has
     net = lf.LoRun(op, lf.ResUNet(channels, channels, (8, 8), 1), stages=3, data_step=data_step)
     for p in net.denoiser.adapter_parameters():
         nn.init.normal_(p, std=0.05)
@@ -101,8 +107,7 @@ def test_what_two_methods_give():
     assert op.half().mask.dtype == torch.float32  # as all parameters of an operator stay
     with pytest.raises(NotImplementedError, match="Inpainting does not tell its norm"):
         op.norm()
-    with pytest.raises(NotImplementedError, match="Inpainting has no closed-form proximal step: use gradient_step"):
-        op.prox(x, y, 1.0)
+    torch.testing.assert_close(op.prox(x, y, 0.5), (op.mask * y + 0.5 * x) / (op.mask + 0.5))
 
 
 def test_a_network_learns_and_restores(problem, graph_counter):
@@ -162,6 +167,7 @@ def test_a_registered_operator_comes_back_from_its_file(problem, registry, tmp_p
     lf.save(net.eval(), tmp_path / "net.safetensors")
     again = lf.load(tmp_path / "net.safetensors")
     assert type(again.op) is type(op) and torch.equal(again.op.mask, op.mask)
+    assert (again.op.prox_iterations, "prox_tolerance" in vars(again.op)) == (3, False)
     with torch.no_grad():
         assert torch.equal(again(y), net(y))
 
@@ -175,6 +181,7 @@ def test_another_operator_is_handed_over(problem, tmp_path):
     own = type(op)(torch.zeros(16, 16))
     again = lf.load(path, op=own)
     assert torch.equal(again.op.mask, op.mask) and not own.mask.any()  # a copy, whose tensors are the file's
+    assert (again.op.prox_iterations, own.prox_iterations) == (3, 30)
     with torch.no_grad():
         assert torch.equal(again(y), net(y))
     with pytest.raises(TypeError, match="op: expected a SensingOperator, got Conv2d"):

@@ -89,18 +89,16 @@ class OperatorPhysics(LinearPhysics):
         """argmin_v gamma ||Phi v - y||^2 / 2 + ||v - z||^2 / 2: the operator's closed form, else deepinv's solver.
 
         gamma: positive; a number, 0-d, or one per sample. kwargs: the solver's; without effect on a closed form.
+        ``operator.prox`` has conjugate gradients of its own, without deepinv's settings.
         """
+        if type(self.operator).prox is SensingOperator.prox:
+            return super().prox_l2(z, y, gamma, **kwargs)
         if z is None or isinstance(z, float | int):
             z = torch.full_like(self.A_adjoint(y), float(z or 0))
         mu = 1 / gamma
         if isinstance(mu, Tensor):
-            mu = mu.to(z.device).reshape(-1, 1, 1, 1) if mu.ndim else mu.to(z.device)
-        try:
-            return self.operator.prox(z, self._own(y), mu)
-        except (NotImplementedError, ValueError):
-            # No closed form here (a Phi without orthonormal rows, a size that is not whole blocks). Arguments that
-            # do not fit fail below as well.
-            return super().prox_l2(z, y, gamma, **kwargs)
+            mu = mu.to(z.device)
+        return self.operator.prox(z, self._own(y), mu)
 
     def _own(self, y: Tensor) -> Tensor:
         return y.squeeze(1) if self.operator.task == "cassi" else y

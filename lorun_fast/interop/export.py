@@ -213,7 +213,11 @@ class _Restoration(nn.Module):
 
     def plain(self) -> nn.Module:
         fast = self.net.optimize(dtype=torch.float32, convolutions="direct", cuda_graph=False)
-        return _Restoration(fast, without_fft(self.op), self.size, self.sigma)
+        op = without_fft(self.op)
+        if type(op) is BlockCS:  # one look at a Phi that stays spares a program the factorisation
+            op = BlockCS.from_config(op.config() | {"learn": False}, op.state_dict())
+            op.has_orthonormal_rows()
+        return _Restoration(fast, op, self.size, self.sigma)
 
     def forward(self, y: Tensor, *, sigma=None, phi=None, kernel=None, mask=None) -> Tensor:
         given = {name: t for name, t in (("phi", phi), ("kernel", kernel), ("mask", mask)) if t is not None}

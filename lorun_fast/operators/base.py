@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.ops._checks import WIDE
+from lorun_fast.operators import conjugate_gradients
+from lorun_fast.ops._checks import WIDE, check_image, check_same_device, check_tensor, finite, number, step_size, whole
 
 
 class SensingOperator(nn.Module):
@@ -16,14 +17,19 @@ class SensingOperator(nn.Module):
 
     A subclass of your own needs ``forward`` and ``adjoint``, and holds Phi's parameters as fp32 (or fp64) buffers or
     parameters. The rest has a definition here, to be replaced where you know a faster one: ``gradient_step`` is made of
-    the two, ``initial`` is the adjoint. x is real; y may be anything that leads with the batch, complex too.
+    the two, ``initial`` is the adjoint, ``prox`` takes conjugate gradients. x is real; y may be anything that leads
+    with the batch, complex too.
     :func:`lorun_fast.operators.check_operator` tells what is wrong with one, and
     :func:`lorun_fast.operators.register_operator` lets saved networks find it again.
 
     task: what a network compares before it takes another operator for a call; the class's name by default.
+    prox_iterations, prox_tolerance: how far conjugate gradients go, see :meth:`prox`. A class or an operator may have
+        others; saved networks keep an operator's.
     """
 
     task: str = ""
+    prox_iterations: int = 30
+    prox_tolerance: float = 1e-4
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,9 +59,34 @@ class SensingOperator(nn.Module):
         """The largest singular value of Phi, a 0-d tensor."""
         raise NotImplementedError(f"{type(self).__name__} does not tell its norm")
 
-    def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
-        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2; NotImplementedError where there is no closed form."""
-        raise NotImplementedError(f"{type(self).__name__} has no closed-form proximal step: use gradient_step")
+    def prox(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mu: float | Tensor,
+        *,
+        iterations: int | None = None,
+        tolerance: float | None = None,
+    ) -> Tensor:
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2, in x's shape and dtype.
+
+        mu: positive; a number, 0-d, (N,), or broadcastable to (N, C, 1, 1); a tensor's sign is not read.
+        iterations, tolerance: instead of ``prox_iterations`` and ``prox_tolerance``, of what follows.
+
+        Here by conjugate gradients from x on, in fp32 (fp64 beside fp64 images). A sample stops when the residual of
+        its optimality condition, Phi^T (Phi v - y) + mu (v - x), has fallen to ``tolerance`` times that at x, whatever
+        its batch mates do; a warning tells of samples that did not after ``iterations``. Tolerance 0 takes so many,
+        without a word. Differentiable in x, y, mu and what Phi is made of, once: by conjugate gradients again, so
+        memory does not grow with iterations. The gradient is the exact minimiser's, as far as both came to it.
+        """
+        iterations = whole("iterations", self.prox_iterations if iterations is None else iterations, 1)
+        tolerance = finite("tolerance", self.prox_tolerance if tolerance is None else tolerance)
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in [0, 1), got {tolerance}")
+        check_image("x", x, 4, "(N, C, H, W)")
+        check_tensor("y", y)
+        check_same_device(("x", x), ("y", y))
+        return conjugate_gradients.prox(self, x, y, proximal_weight(mu, x), iterations, tolerance)
 
     def config(self) -> dict:
         """JSON-serialisable constructor arguments beside the tensors of ``state_dict()``; none by default."""
@@ -89,6 +120,18 @@ class SensingOperator(nn.Module):
             return out
 
         return super()._apply(keep_wide, recurse)
+
+
+def one_per_sample(mu: float | Tensor) -> float | Tensor:
+    """A weight as the ops take step sizes: (N,) as (N, 1, 1, 1)."""
+    return mu.reshape(-1, 1, 1, 1) if isinstance(mu, Tensor) and mu.ndim == 1 else mu
+
+
+def proximal_weight(mu: float | Tensor, x: Tensor) -> Tensor:
+    """A user's mu: a positive number, 0-d, (N,), or broadcastable to (N, C, 1, 1); as the ops take step sizes."""
+    if not isinstance(mu, Tensor) and not number("mu", mu) > 0:
+        raise ValueError(f"mu: expected a positive number, got {mu}")
+    return step_size(one_per_sample(mu), x, "mu")
 
 
 def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:

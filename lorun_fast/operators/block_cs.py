@@ -8,9 +8,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, proximal_weight
 from lorun_fast.ops import block_cs as ops
-from lorun_fast.ops._checks import check_image, finite, number, pair, step_size, whole
+from lorun_fast.ops._checks import check_image, finite, pair, whole
 
 
 class BlockCS(SensingOperator):
@@ -28,8 +28,9 @@ class BlockCS(SensingOperator):
     """
 
     task = "cs"
-    # The Phi that was found to have orthonormal rows, and how often it had been changed in place by then.
-    _orthonormal: tuple[weakref.ref[Tensor], int] | None = None
+    # Whether Phi was found to have orthonormal rows; which one was looked at, and how often it had been changed then.
+    _orthonormal: bool = False
+    _looked_at: tuple[weakref.ref[Tensor], int] | None = None
 
     def __init__(self, phi: Tensor, block_size: int = 32, *, learn: bool = False):
         super().__init__()
@@ -73,7 +74,9 @@ class BlockCS(SensingOperator):
         q, r = torch.linalg.qr(torch.randn(n, m, generator=generator, dtype=torch.float64, device="cpu"))
         # QR leaves the signs open; fixing R's diagonal makes the draw unique across LAPACK versions.
         phi = (q * r.diagonal().sign()).mT.to(torch.get_default_device(), dtype)
-        return cls(phi, block_size, learn=learn)
+        made = cls(phi, block_size, learn=learn)
+        made._orthonormal = True
+        return made
 
     @property
     def ratio(self) -> float:
@@ -119,46 +122,47 @@ class BlockCS(SensingOperator):
         return torch.linalg.matrix_norm(self.phi, 2)
 
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
-        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T (y - Phi x) / (1 + mu).
+        """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T (Phi Phi^T + mu)^-1 (y - Phi x), exact.
 
-        mu: a positive number, a 0-d tensor, or broadcastable to (N, 1, 1, 1); a tensor's sign is not read.
-        Exact when Phi has orthonormal rows and H, W are whole blocks; raises ValueError otherwise. The rows are looked
-        at once, and again where Phi is another or was changed in place (but by way of ``.data``, which torch does not
-        count); not under torch.compile or export, which cannot read values.
+        mu: positive; a number, 0-d, (N,), or broadcastable to (N, 1, 1, 1); a tensor's sign is not read.
+        Where a fixed Phi has orthonormal rows and H, W are whole blocks: a gradient step of 1 / (1 + mu). Else an
+        m x m matrix is factorised at each call, for each sample where mu is. Differentiable in x, y, mu and Phi.
+        The rows are looked at once, and again where Phi is another or was changed in place (but by way of ``.data``,
+        which torch does not count); torch.compile and export, which cannot read values, rely on the last look.
         """
-        b = self.block_size
+        b, phi = self.block_size, self._beside("phi", x)
         check_image("x", x, 4, "(N, 1, H, W)")
-        if x.shape[-2] % b or x.shape[-1] % b:
-            raise ValueError(f"prox: expected whole {b}x{b} blocks, got {x.shape[-2]}x{x.shape[-1]}: use gradient_step")
-        if isinstance(mu, Tensor):
-            mu = step_size(mu, x, "mu")
-            mu = mu if mu.ndim == 1 else mu[..., None, None]
-        elif not number("mu", mu) > 0:
-            raise ValueError(f"mu: expected a positive number, got {mu}")
-        if not torch.compiler.is_compiling() and not self.phi.is_meta:
-            self._check_orthonormal()
-        return self.gradient_step(x, y, 1 / (1 + mu))
+        mu = proximal_weight(mu, x)
+        learns = phi.requires_grad and torch.is_grad_enabled()  # away from orthonormal rows, too
+        if x.shape[-2] % b == 0 and x.shape[-1] % b == 0 and not learns and self.has_orthonormal_rows():
+            return self.gradient_step(x, y, 1 / (1 + mu if mu.ndim == 1 else 1 + mu[..., None, None]))
+        return ops.block_cs_prox(x, y, phi, mu, block_size=b)
 
-    @torch.no_grad()
-    def _check_orthonormal(self) -> None:
-        phi, known = self.phi, self._orthonormal
+    def has_orthonormal_rows(self) -> bool:
+        """Whether Phi Phi^T is the identity, to 1e-4. While traced: what was found before, False for a parameter."""
+        phi, known = self.phi, self._looked_at
+        if torch.compiler.is_compiling() or phi.is_meta:
+            # A program outlives the values of a parameter.
+            return self._orthonormal and not isinstance(phi, nn.Parameter)
         # An inference tensor does not count its changes: a fixed one has none, a learned one is looked at every time.
         counted = not phi.is_inference()
         changes = phi._version if counted else 0
         tells = counted or not isinstance(phi, nn.Parameter)
-        if tells and known is not None and known[0]() is phi and known[1] == changes:
-            return
-        gram = phi.double() @ phi.double().mT
-        worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max().item()
-        if worst > 1e-4:
-            raise ValueError(
-                f"prox: expected orthonormal rows, got |Phi Phi^T - I| up to {worst:.2g}: use gradient_step"
-            )
-        self._orthonormal = weakref.ref(phi), changes
+        if not (tells and known is not None and known[0]() is phi and known[1] == changes):
+            self._orthonormal = _orthonormal_rows(phi)
+            self._looked_at = weakref.ref(phi), changes
+        return self._orthonormal
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_orthonormal": None}  # a weak reference is not pickled
+        return super().__getstate__() | {"_looked_at": None}  # a weak reference is not pickled
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._orthonormal = None
+        self._orthonormal, self._looked_at = False, None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+@torch.no_grad()
+def _orthonormal_rows(phi: Tensor) -> bool:
+    gram = phi.double() @ phi.double().mT
+    worst = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
+    return worst.item() <= 1e-4

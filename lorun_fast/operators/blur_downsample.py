@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, one_per_sample
 from lorun_fast.ops import blur_downsample as ops
 from lorun_fast.ops._checks import check_image, pair, parameter_dtype
 from lorun_fast.reference._wide import without_autocast
@@ -83,9 +83,9 @@ class BlurDownsample(SensingOperator):
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
         """argmin_v ||A v - y||^2 / 2 + mu ||v - x||^2 / 2, exact, through the FFT (fp32, or fp64 beside fp64 images).
 
-        mu: positive; a number, 0-d, or broadcastable to (N, C, 1, 1). Differentiable in x, y, mu and the kernel.
+        mu: positive; a number, 0-d, (N,), or broadcastable to (N, C, 1, 1). Differentiable in x, y, mu and the kernel.
         """
-        return ops.blur_downsample_prox(x, y, self._beside("kernel", x), mu, scale=self.scale)
+        return ops.blur_downsample_prox(x, y, self._beside("kernel", x), one_per_sample(mu), scale=self.scale)
 
     def initial(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Bicubic upsampling by s (Keys, a = -1/2, circular as A is) onto the grid that A samples.

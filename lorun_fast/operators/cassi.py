@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorun_fast.operators.base import SensingOperator, as_matrix
+from lorun_fast.operators.base import SensingOperator, as_matrix, one_per_sample
 from lorun_fast.ops import cassi as ops
 from lorun_fast.ops._checks import check_image, check_tensor, pair, whole
 
@@ -174,8 +174,9 @@ class CASSI(SensingOperator):
     def prox(self, x: Tensor, y: Tensor, mu: float | Tensor) -> Tensor:
         """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T ((y - Phi x) / (mu + Phi_s)), exact.
 
-        mu: a number >= 0, a 0-d tensor, or broadcastable to (N, 1, 1, 1). Zeros of Phi_s count as 1.
+        mu: a number >= 0, a 0-d tensor, (N,), or broadcastable to (N, 1, 1, 1). Zeros of Phi_s count as 1.
         """
+        mu = one_per_sample(mu)
         return ops.cassi_prox(self._own_bands(x), y, self._beside("mask", x), mu, step=self.step)
 
     def to_v1(self, x: Tensor) -> Tensor:

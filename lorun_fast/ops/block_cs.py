@@ -325,3 +325,40 @@ def block_cs_step(x: Tensor, y: Tensor, phi: Tensor, rho: float | Tensor, *, blo
     if (phi.requires_grad or rho.requires_grad) and torch.is_grad_enabled():
         return _step_residual(x, y, phi, rho, block_size)[0]
     return _step(x, y, phi, rho, block_size)
+
+
+def block_cs_prox(x: Tensor, y: Tensor, phi: Tensor, mu: Tensor, *, block_size: int) -> Tensor:
+    """argmin_v ||Phi v - y||^2 / 2 + mu ||v - x||^2 / 2 = x + Phi^T (Phi Phi^T + mu)^-1 (y - Phi x), for any Phi.
+
+    mu: positive, (1,) or (N, 1), as step sizes. The rest as :func:`block_cs_step`; differentiable in mu too. The small
+    systems of m unknowns are solved in fp64, one matrix for each mu and, where H or W are no whole blocks, for each
+    kind of block at the edges.
+    """
+    _check_step(x, y, phi, block_size)
+    wide, (height, width) = as_dtype(x, phi.dtype), x.shape[2:]
+    missing = as_dtype(y, phi.dtype) - _forward(wide, phi, block_size)
+    rows = []
+    for high, across in _runs(height, block_size):
+        row = []
+        for broad, along in _runs(width, block_size):
+            part = missing[:, :, across, along]
+            inside = phi.unflatten(1, (block_size, block_size))[:, :high, :broad].flatten(1).double()
+            inverse = _inverse(inside @ inside.mT, mu.double())
+            row.append((inverse @ part.flatten(2).double()).reshape(part.shape).to(phi.dtype))
+        rows.append(torch.cat(row, 3))
+    weighted = torch.cat(rows, 2)
+    return as_dtype(wide + _adjoint(weighted, phi, block_size, height, width), x.dtype)
+
+
+def _runs(size: int, b: int) -> list[tuple[int, slice]]:
+    """Of the blocks along a side: what of each lies in the image, and which those are."""
+    whole = size // b
+    runs = [(b, slice(0, whole))] if size >= b else []
+    return runs + ([(size % b, slice(whole, whole + 1))] if size % b else [])
+
+
+def _inverse(gram: Tensor, mu: Tensor) -> Tensor:
+    """(gram + mu)^-1, (1, m, m) or (N, m, m)."""
+    shifted = gram + mu.reshape(-1, 1, 1) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(shifted)  # the other one waits for the device
+    return torch.cholesky_inverse(torch.where(failed[:, None, None] > 0, torch.nan, factor))
