@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -34,13 +34,16 @@ def _take_hooks(source: nn.Module, target: nn.Module) -> None:
 
 # What an adapted layer has by these names is its own.
 TAKEN = {"stages", "rank", "form", "scale", "down", "up", "merged"}
-_STAYS = TAKEN | {"_merged", "_merged_stages", "_merged_from", "forward", "_compiled_call_impl"}
+_STAYS = {"_merged", "_merged_stages", "_merged_from", "forward", "_compiled_call_impl"}
 
 
-def _take_attributes(source: nn.Module, target: nn.Module) -> None:
-    """What somebody's code keeps on a layer goes to the one that takes its place, where that code looks for it."""
+def take_attributes(source: nn.Module, target: nn.Module, taken: Collection[str] = TAKEN) -> None:
+    """What somebody's code keeps on a layer goes to the one that takes its place, where that code looks for it.
+
+    taken: names that have a meaning of their own in one of the two.
+    """
     for name, value in vars(source).items():
-        if name not in _STAYS:
+        if name not in _STAYS and name not in taken:
             vars(target).setdefault(name, value)
 
 
@@ -176,7 +179,7 @@ class AdaptedLayer:
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         _take_hooks(self, layer)
-        _take_attributes(self, layer)
+        take_attributes(self, layer)
         return layer.train(self.training)
 
     def merged_now(self, stage: int | Tensor | None = None) -> Tensor | None:
@@ -261,7 +264,7 @@ class AdaptedLayer:
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
         _take_hooks(base, layer)
-        _take_attributes(base, layer)
+        take_attributes(base, layer)
         return layer.train(base.training)
 
 
