@@ -10,7 +10,6 @@ since every adapter becomes a stage.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 from lorun_fast.interop._layers import Adapter, copied, stacked, stage_of
 from lorun_fast.interop._packages import require
 from lorun_fast.layers import AdaptedLayer
-from lorun_fast.stages import StagedDenoiser, adapt_layers
+from lorun_fast.stages import StagedDenoiser, adapt_layers, copy_of
 
 peft = require("peft")
 
@@ -138,7 +137,7 @@ def _model_from_peft(model: nn.Module, names: Sequence[str] | None) -> StagedDen
             converted[name] = _layer_from_peft(layer, names)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    base = copy.deepcopy(model)
+    base = copy_of(model)
     for name, module in list(base.named_modules(remove_duplicate=False)):
         if isinstance(module, LoraLayer):
             base.set_submodule(name, module.get_base_layer())
@@ -219,7 +218,7 @@ def _model_to_peft(staged: StagedDenoiser, stage: int | None) -> PeftModel:
             _check_expressible(layer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    model = copy.deepcopy(staged.base)
+    model = copy_of(staged.base)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):
             if name not in staged.adapted:
