@@ -502,8 +502,8 @@ def adapt(
     """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
 
     denoiser: any module with forward(z) or forward(z, sigma); further arguments are passed on by name, and what it
-        returns comes back as it is. Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear layers get adapters; its own code
-        does not change.
+        returns comes back as it is. Its nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d and nn.Linear layers get
+        adapters; its own code does not change.
     stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
         depthwise layers are left alone unless ``include`` names them.
@@ -542,7 +542,7 @@ def adapt(
     if not plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            f"denoiser: expected a Conv2d, ConvTranspose2d or Linear layer to adapt in {type(denoiser).__name__}, "
+            f"denoiser: expected a convolution or Linear layer to adapt in {type(denoiser).__name__}, "
             f"got none ({reasons or 'it has no such layer'})"
         )
     grouped = [name for name, reason in skipped.items() if reason.startswith("grouped")]
@@ -576,7 +576,7 @@ def adapt_layers(
         layer = modules.get(name)
         if layer is None or type(layer) not in LAYERS:
             got = "nothing" if layer is None else type(layer).__name__
-            raise ValueError(f"{name}: expected a Conv2d, ConvTranspose2d or Linear layer there, got {got}")
+            raise ValueError(f"{name}: expected a convolution or Linear layer there, got {got}")
         try:
             adapted[name] = LAYERS[type(layer)].from_base(layer, stages=stages, **settings)
         except ValueError as error:
