@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorun_fast.ops._checks import WIDE
+from lorun_fast.ops._direct import transforms_active
 
 
 class SensingOperator(nn.Module):
@@ -110,7 +111,8 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     if t.ndim not in ndims or t.numel() == 0:
         want = " or ".join(f"{n}-D" for n in ndims)
         raise ValueError(f"{name}: expected a non-empty {want} array, got shape {tuple(t.shape)}")
-    # Traced, as where a network's input is a kernel, there are no values to read.
-    if not t.is_meta and not torch.compiler.is_compiling() and not torch.isfinite(t).all():
+    # Traced, as where a network's input is a kernel, or under vmap there are no values to read.
+    readable = not (t.is_meta or torch.compiler.is_compiling() or transforms_active())
+    if readable and not torch.isfinite(t).all():
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
     return t
