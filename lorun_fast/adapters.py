@@ -8,7 +8,8 @@ Two forms, named after the libraries that introduced them for convolutions:
              dW[o, i] = sum_r up[o, r] * down[r, i].  groups == 1. For a transposed convolution down is
              (in, r, kh, kw), the weight of the transposed convolution to r channels.
 
-For a linear layer both forms are down (r, in), up (out, r), dW = up @ down.
+For a linear layer both forms are down (r, in), up (out, r), dW = up @ down; for a convolution of one or three axes both
+are that of ``peft``, down (r, in, *kernel).
 Factors may carry one more leading axis, the stages; the update then carries it too.
 """
 
@@ -46,8 +47,8 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of (down, up) for one stage of a layer with this weight.
 
-    weight_shape: (out, in) of a linear layer, (out, in//groups, kh, kw) of a convolution, or
-        (in, out//groups, kh, kw) of a transposed one.
+    weight_shape: (out, in) of a linear layer, (out, in//groups, kh, kw) of a convolution, (out, in, *kernel) of one
+        with one or three axes, or (in, out//groups, kh, kw) of a transposed one.
     Raises ValueError for what the form cannot express.
     """
     check_form(form)
@@ -56,8 +57,12 @@ def factor_shapes(
     if len(weight_shape) == 2:
         out, in_ = weight_shape
         return (r, in_), (out, r)
+    if len(weight_shape) in (3, 5) and not transposed:
+        if groups != 1:
+            raise ValueError(f"groups={groups}: no form for grouped convolutions of 1 or 3 axes, leave the layer out")
+        return (r, *weight_shape[1:]), (weight_shape[0], r)
     if len(weight_shape) != 4:
-        raise ValueError(f"weight: expected 2 or 4 dimensions, got shape {tuple(weight_shape)}")
+        raise ValueError(f"weight: expected 2 to 5 dimensions, got shape {tuple(weight_shape)}")
     a, b, kh, kw = weight_shape
     in_, out = (a, b * groups) if transposed else (b * groups, a)
     if form == "peft":
@@ -72,16 +77,16 @@ def factor_shapes(
 def delta(down: Tensor, up: Tensor, weight_shape: Sequence[int], *, transposed: bool = False) -> Tensor:
     """The weight update dW of these factors, without the scale: (*weight_shape), or (K, *weight_shape) if stacked.
 
-    The form is read off the factors: a ``peft`` convolution's ``down`` has four dimensions (five stacked), a
-    ``loralib`` one's has two (three stacked).
+    The form is read off the factors: a ``peft`` convolution's ``down`` has as many dimensions as the weight (one more
+    stacked), a ``loralib`` one's has two (three stacked).
     """
     stacked = up.ndim == 3
     lead = (up.shape[0],) if stacked else ()
-    if down.ndim - len(lead) == 4:
+    if down.ndim - len(lead) > 2:
         if transposed:  # down (in, r, kh, kw), up (out, r) -> (in, out, kh, kw)
             product = up.unsqueeze(-3) @ down.flatten(-2)
         else:  # down (r, in, kh, kw), up (out, r) -> (out, in, kh, kw)
-            product = up @ down.flatten(-3)
+            product = up @ down.flatten(len(lead) + 1)
     else:
         product = up @ down
     return product.reshape(*lead, *weight_shape)
@@ -98,7 +103,7 @@ def delta_backward(grad: Tensor, down: Tensor, up: Tensor, *, transposed: bool =
         grad = grad.flatten(-2)
         grad_down = up.mT.unsqueeze(-3) @ grad
         return grad_down.reshape(down.shape), (grad @ taps.mT).sum(-3)
-    rows = down.flatten(-3) if down.ndim - lead == 4 else down
+    rows = down.flatten(lead + 1)
     grad = grad.reshape(*up.shape[:-1], rows.shape[-1])
     return (up.mT @ grad).reshape(down.shape), grad @ rows.mT
 

@@ -6,9 +6,9 @@ otherwise, apply what follows a convolution on the way. :func:`depthwise` is for
 
 On a CPU :class:`WinogradConv2d`: minimal filtering (ops/winograd_conv2d.py), :class:`ThinConv2d`, from or to few
 channels (ops/fused_conv2d.py), and :class:`DepthwiseConv2d` (ops/depthwise_conv2d.py); with AMX in bf16
-:class:`PackedConv2d`: matrix tiles (ops/packed_conv2d.py). On a GPU :class:`FusedConv2d`, where that takes less time
-than cuDNN's and what follows: a kernel for Hopper (ops/fused_conv2d.py), or that of LoRA convolutions, without an
-adapter (kernels/lora_conv2d.py).
+:class:`PackedConv2d` and :class:`PackedConvTranspose2d`: matrix tiles (ops/packed_conv2d.py). On a GPU
+:class:`FusedConv2d`, where that takes less time than cuDNN's and what follows: a kernel for Hopper
+(ops/fused_conv2d.py), or that of LoRA convolutions, without an adapter (kernels/lora_conv2d.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lorun_fast.layers import LoRAConv2d
+from lorun_fast.layers import LoRAConv2d, take_attributes
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
 from lorun_fast.ops.lora import per_sample
@@ -31,10 +31,12 @@ def _form_again(module: StandIn, *_) -> None:
     module.form_weight()
 
 
-class StandIn(nn.Module):
+class StandIn:
     """A convolution whose state is that of the layer it stands for, and whose weight is kept in another form as well.
 
-    forward(input, activation=None, residual=None) is act(conv(input) + bias) + residual; activation: None or "relu".
+    Mixed in before that layer's class, with its attributes: a denoiser may ask a layer for its kind, for its stride, or
+    for what its author has put there. forward(input, activation=None, residual=None) is act(conv(input) + bias) +
+    residual; activation: None or "relu".
     """
 
     method: str
@@ -43,13 +45,14 @@ class StandIn(nn.Module):
     device = "cpu"
 
     def __init__(self, conv: nn.Module):
-        super().__init__()
+        nn.Module.__init__(self)  # that of the layer's class would draw a weight
         reason = self.unfit(conv)
         if reason is not None:
             raise ValueError(f"conv: expected {self.expected}, got {reason}")
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+        bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+        take_attributes(conv, self, ())
         self.register_load_state_dict_post_hook(_form_again)
 
     @staticmethod
@@ -92,7 +95,7 @@ def _unfit_dtype(conv: nn.Module) -> str | None:
     return None if conv.weight.dtype in _DTYPES else f"its weight is {conv.weight.dtype}"
 
 
-class WinogradConv2d(StandIn):
+class WinogradConv2d(StandIn, nn.Conv2d):
     """An nn.Conv2d of 3 x 3 with stride and padding 1, for inference: a quarter of its multiplications.
 
     ``points``, (36, in, out): its weight transformed, 4 times as large, and ``offset``, its bias, both in fp32 also
@@ -125,7 +128,7 @@ class WinogradConv2d(StandIn):
         return winograd_conv2d(input, self.points, self.offset, activation=activation, residual=residual)
 
 
-class ThinConv2d(StandIn):
+class ThinConv2d(StandIn, nn.Conv2d):
     """An nn.Conv2d of 3 x 3 with stride and padding 1 from or to at most four channels, for inference.
 
     A network's first layer and its last: torch's takes up to ten times as long on channels_last images. Raises
@@ -162,7 +165,7 @@ def _unfit_depthwise(conv: nn.Module) -> str | None:
     return None if conv.groups >= _LEAST_CHANNELS else f"it has fewer than {_LEAST_CHANNELS} channels"
 
 
-class DepthwiseConv2d(StandIn):
+class DepthwiseConv2d(StandIn, nn.Conv2d):
     """A depthwise nn.Conv2d of 3 x 3 with stride and padding 1, for inference.
 
     Raises ValueError for a layer that this does not fit.
@@ -188,56 +191,85 @@ def _padding(conv: nn.Conv2d) -> int | None:
     return above if above == left else None
 
 
-class PackedConv2d(StandIn):
-    """An nn.Conv2d, or an nn.ConvTranspose2d whose stride is its kernel's size, for inference in bf16.
-
-    ``tiles``: its weight as matrix tiles take it. Raises ValueError for a layer that this does not fit.
-    """
+class _Packed(StandIn):
+    """What the two convolutions by matrix tiles share. ``tiles``: the weight as these take it."""
 
     method = "matrix tiles"
     expected = "a bf16 convolution of square kernels"
+    geometry: dict[str, int]
 
-    def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d):
+    def __init__(self, conv: nn.Module):
         super().__init__(conv)
-        size = conv.kernel_size[0]
-        self.transposed = isinstance(conv, nn.ConvTranspose2d)
-        if self.transposed:
-            self.geometry = {"out": size * size * conv.out_channels, "kernel": 1, "shuffle": size}
-        else:
-            self.geometry = {
-                "out": conv.out_channels, "kernel": size, "stride": conv.stride[0], "padding": _padding(conv)
-            }  # fmt: skip
         self.register_buffer("tiles", None, persistent=False)
         self.register_buffer("offset", None, persistent=False)
         self.form_weight()
 
-    @staticmethod
-    def unfit(conv: nn.Module) -> str | None:
+    @classmethod
+    def unfit(cls, conv: nn.Module) -> str | None:
         """Why this cannot stand for a module; None if it can."""
-        if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
+        if type(conv) not in cls.__bases__:
             return f"a {type(conv).__name__}"
         (size, width), (stride, other) = conv.kernel_size, conv.stride
         if size != width or stride != other or size > MAX_KERNEL:
             return f"its kernel is not square and at most {MAX_KERNEL} x {MAX_KERNEL}, or its strides differ"
         if conv.dilation != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
             return "it is dilated, grouped or does not pad with zeros"
-        if type(conv) is nn.Conv2d:
-            if _padding(conv) is None:
-                return "its padding is not the same on all sides"
-        elif stride != size or conv.padding != (0, 0) or conv.output_padding != (0, 0):
-            return "it is a transposed convolution whose stride is not its kernel's size, or with padding"
-        elif size * conv.out_channels % PACKED_CHANNELS:
-            return f"it is transposed and its stride times its channels no multiple of {PACKED_CHANNELS}"
+        reason = cls._unfit_padding(conv)
+        if reason is not None:
+            return reason
         return None if conv.weight.dtype == torch.bfloat16 else f"its weight is {conv.weight.dtype}"
 
     def form_weight(self) -> None:
-        weight, bias = self.weight, self.bias
-        if self.transposed:
-            # One channel for each pixel of a cell and channel.
-            weight = weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]
-            bias = None if bias is None else bias.repeat(self.geometry["shuffle"] ** 2)
-        self.tiles = packed_weight(weight)
-        self.offset = None if bias is None else bias.float()
+        self.tiles = packed_weight(self.weight)
+        self.offset = None if self.bias is None else self.bias.float()
+
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        input = input.to(self.tiles.dtype)  # as autocast would
+        return packed_conv2d(input, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """An nn.Conv2d for inference in bf16. Raises ValueError for a layer that this does not fit."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
+        self.geometry = {
+            "out": conv.out_channels, "kernel": conv.kernel_size[0], "stride": conv.stride[0], "padding": _padding(conv)
+        }  # fmt: skip
+
+    @staticmethod
+    def _unfit_padding(conv: nn.Conv2d) -> str | None:
+        return "its padding is not the same on all sides" if _padding(conv) is None else None
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether it is 3 x 3 with stride and padding 1."""
+        return self.geometry == {"out": self.out_channels, "kernel": 3, "stride": 1, "padding": 1}
+
+
+class PackedConvTranspose2d(_Packed, nn.ConvTranspose2d):
+    """An nn.ConvTranspose2d whose stride is its kernel's size, for inference in bf16: a 1 x 1 convolution whose
+    channels are spread over pixels. Raises ValueError for a layer that this does not fit.
+    """
+
+    def __init__(self, conv: nn.ConvTranspose2d):
+        super().__init__(conv)
+        size = conv.kernel_size[0]
+        self.geometry = {"out": size * size * conv.out_channels, "kernel": 1, "shuffle": size}
+
+    @staticmethod
+    def _unfit_padding(conv: nn.ConvTranspose2d) -> str | None:
+        size, stride = conv.kernel_size[0], conv.stride[0]
+        if stride != size or conv.padding != (0, 0) or conv.output_padding != (0, 0):
+            return "it is a transposed convolution whose stride is not its kernel's size, or with padding"
+        if size * conv.out_channels % PACKED_CHANNELS:
+            return f"it is transposed and its stride times its channels no multiple of {PACKED_CHANNELS}"
+        return None
+
+    def form_weight(self) -> None:
+        # One channel for each pixel of a cell and channel.
+        self.tiles = packed_weight(self.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None])
+        self.offset = None if self.bias is None else self.bias.repeat(self.kernel_size[0] ** 2).float()
 
     def forward(
         self, input: Tensor, activation: str | None = None, residual: Tensor | None = None, output_size=None
@@ -250,21 +282,13 @@ class PackedConv2d(StandIn):
             padding = [size - cell * length for size, length in zip(output_size[-2:], input.shape[-2:], strict=True)]
             if padding != [0, 0]:
                 return F.conv_transpose2d(input, self.weight, self.bias, cell, output_padding=padding)
-        input = input.to(self.tiles.dtype)  # as autocast would
-        return packed_conv2d(input, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether it is 3 x 3 with stride and padding 1."""
-        return not self.transposed and self.geometry == {
-            "out": self.out_channels, "kernel": 3, "stride": 1, "padding": 1,
-        }  # fmt: skip
+        return super().forward(input, activation, residual)
 
 
 _MOST_CHANNELS = 128
 
 
-class FusedConv2d(StandIn):
+class FusedConv2d(StandIn, nn.Conv2d):
     """An nn.Conv2d for inference in bf16 or fp16 on a GPU: bias, ReLU and residual in one pass with the convolution.
 
     By one of two kernels where that was measured to take less time, else, and where a gradient is wanted or the call is
@@ -385,6 +409,12 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
+def _is_more(conv: nn.Module) -> bool:
+    """Whether a layer has a forward, parameters, buffers or modules of its own, which what stands for it has not."""
+    own = conv._parameters.keys() - {"weight", "bias"}
+    return bool("forward" in vars(conv) or own or conv._buffers or conv._modules)
+
+
 def _is_watched(layer: nn.Module) -> bool:
     """Whether somebody could tell an op from a call of the layer."""
     return _has_hooks(layer) or "forward" in vars(layer) or _has_any_global_hook()
@@ -400,7 +430,7 @@ def _are_a_lora_block(*layers: nn.Module) -> bool:
 
 KINDS: dict[str, tuple[type[StandIn], ...]] = {
     "winograd": (WinogradConv2d, ThinConv2d, DepthwiseConv2d),
-    "packed": (PackedConv2d,),
+    "packed": (PackedConv2d, PackedConvTranspose2d),
     "fused": (FusedConv2d,),
 }
 """Of each method: what stands for a layer, the first that fits it; the first that does for any names the method."""
@@ -411,11 +441,12 @@ def _stand_in_for(conv: nn.Module, kind: str) -> type[StandIn] | None:
 
 
 def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int]:
-    """In place, every convolution that fits, one for all that share a weight; (replaced, all convolutions) of one.
+    """In place, every convolution that fits, one for all copies of it that share a weight; (replaced, all convolutions)
+    of one.
 
     kind: one of KINDS.
     """
-    made: dict[tuple[int, int | None], StandIn] = {}
+    made: dict[tuple[str, int, int | None], StandIn] = {}
     counts = (0, 0)
     for network in dict.fromkeys(networks):
         slots = [
@@ -424,12 +455,13 @@ def replace_convolutions(networks: list[nn.Module], kind: str) -> tuple[int, int
             for name, child in parent._modules.items()
             if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))
         ]
-        kinds = [None if _has_hooks(conv) else _stand_in_for(conv, kind) for _, _, conv in slots]
+        paths = {id(module): path for path, module in network.named_modules()}
+        kinds = [None if _has_hooks(conv) or _is_more(conv) else _stand_in_for(conv, kind) for _, _, conv in slots]
         counts = (len(slots) - kinds.count(None), len(slots))
         for (parent, name, conv), stand_in in zip(slots, kinds, strict=True):
             if stand_in is None:
                 continue
-            key = (id(conv.weight), None if conv.bias is None else id(conv.bias))
+            key = (paths[id(conv)], id(conv.weight), None if conv.bias is None else id(conv.bias))
             if key not in made:
                 made[key] = stand_in(conv)
             setattr(parent, name, made[key])

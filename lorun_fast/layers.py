@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from lorun_fast import _scope, adapters
 from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
-from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
+from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, shape_of, whole
 from lorun_fast.ops.lora import at_stage, check_floating, check_given_stages, check_stage, per_sample
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
@@ -34,13 +34,16 @@ def _take_hooks(source: nn.Module, target: nn.Module) -> None:
 
 # What an adapted layer has by these names is its own.
 TAKEN = {"stages", "rank", "form", "scale", "down", "up", "merged"}
-_STAYS = TAKEN | {"_merged", "_merged_stages", "_merged_from", "forward", "_compiled_call_impl"}
+_STAYS = {"_merged", "_merged_stages", "_merged_from", "forward", "_compiled_call_impl"}
 
 
-def _take_attributes(source: nn.Module, target: nn.Module) -> None:
-    """What somebody's code keeps on a layer goes to the one that takes its place, where that code looks for it."""
+def take_attributes(source: nn.Module, target: nn.Module, taken: Collection[str] = TAKEN) -> None:
+    """What somebody's code keeps on a layer goes to the one that takes its place, where that code looks for it.
+
+    taken: names that have a meaning of their own in one of the two.
+    """
     for name, value in vars(source).items():
-        if name not in _STAYS:
+        if name not in _STAYS and name not in taken:
             vars(target).setdefault(name, value)
 
 
@@ -176,8 +179,12 @@ class AdaptedLayer:
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         _take_hooks(self, layer)
-        _take_attributes(self, layer)
+        take_attributes(self, layer)
         return layer.train(self.training)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, down, up) as lora_merge takes them, whose result is then viewed as the weight."""
+        return self.weight, self.down, self.up
 
     def merged_now(self, stage: int | Tensor | None = None) -> Tensor | None:
         """The weight of the stage that a call takes, where a staged denoiser has merged all layers for the call."""
@@ -261,7 +268,7 @@ class AdaptedLayer:
         layer.weight, layer.bias = base.weight, base.bias
         layer._add_adapter(stages, rank, form, scale)
         _take_hooks(base, layer)
-        _take_attributes(base, layer)
+        take_attributes(base, layer)
         return layer.train(base.training)
 
 
@@ -396,6 +403,78 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
         return self._call_merged(conv, conv_ops.check_channels, input, weight, bias, *geometry)
 
 
+class _LoRAConvNd(AdaptedLayer):
+    """What convolutions of one and of three axes share: a weight merged once a call, and torch's convolution of it."""
+
+    _conv: Callable
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
+        padding_mode="zeros", device=None, dtype=None, *, stages=9, rank=7, form="peft", scale=1.0,
+    ):  # fmt: skip
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            _storage(dtype),
+        )  # fmt: skip
+        self._add_adapter(stages, rank, form, scale)
+
+    def merges_first(self) -> bool:
+        return True
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.flatten(1), self.down.flatten(2), self.up
+
+    def _apply(self, fn, recurse=True):
+        self.unmerge()
+        return nn.Module._apply(self, fn, recurse)
+
+    def _weight_at(self, stage: int | Tensor, merged: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight of a call that is not merged before, one per sample for a tensor of stages, and the bias."""
+        check_floating("x", x)
+        check_given_stages(stage, self.stages)
+        if merged is None:
+            if per_sample(stage) and not x.shape[0]:
+                stage = 0  # any will do
+            down, up = (
+                t[stage.to(t.device)] if per_sample(stage) else at_stage(t, stage) for t in (self.down, self.up)
+            )
+            merged = adapters.merged_weight(self.weight, down, up, self.scale)
+        return merged.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
+    def _check(self, x: Tensor, layer: AdaptedLayer) -> None:
+        axes = len(self.kernel_size)
+        if x.ndim not in (axes + 1, axes + 2) or x.shape[-axes - 1] != self.in_channels:
+            raise ValueError(f"x: expected (N, {self.in_channels}, ...) with {axes} axes of space, got {shape_of(x)}")
+
+    def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
+        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", input), stage)
+        weight, bias = self._merged_at(stage, input) if self.merged else self._weight_at(stage, merged, input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        conv = type(self)._conv
+        if weight.ndim > self.weight.ndim:
+            conv = partial(reference.conv_per_sample, conv)
+        return self._call_merged(conv, self._check, input, weight, bias, self.stride, padding, self.dilation)
+
+
+class LoRAConv1d(_LoRAConvNd, nn.Conv1d):
+    """nn.Conv1d with K low-rank adapters, by torch's convolution. Adapter arguments and stage as for
+    :class:`LoRAConv2d`; both forms are that of peft, and there are none for groups.
+    """
+
+    _conv = staticmethod(F.conv1d)
+    _base_arguments = staticmethod(LoRAConv2d._base_arguments)
+
+
+class LoRAConv3d(_LoRAConvNd, nn.Conv3d):
+    """nn.Conv3d with K low-rank adapters; as :class:`LoRAConv1d`."""
+
+    _conv = staticmethod(F.conv3d)
+    _base_arguments = staticmethod(LoRAConv2d._base_arguments)
+
+
 class LoRALinear(AdaptedLayer, nn.Linear):
     """nn.Linear with K low-rank adapters; both forms are the same here. Stage as for :class:`LoRAConv2d`.
 
@@ -454,14 +533,16 @@ def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer
         by_device.setdefault(layer.weight.device, []).append(layer)
     found: dict[AdaptedLayer, Tensor] = {}
     for group in by_device.values():
+        weights, downs, ups = zip(*(layer.matrices() for layer in group), strict=True)
         merged = merge(
-            [layer.weight for layer in group],
-            [layer.down for layer in group],
-            [layer.up for layer in group],
+            list(weights),
+            list(downs),
+            list(ups),
             scales=[layer.scale for layer in group],
             transposed=[layer._transposed for layer in group],
         )
-        found.update(zip(group, merged, strict=True))
+        for layer, weight, t in zip(group, weights, merged, strict=True):
+            found[layer] = t if weight is layer.weight else t.unflatten(-1, layer.weight.shape[1:])
     return found
 
 
@@ -507,7 +588,9 @@ def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
 
 
 LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Conv1d: LoRAConv1d,
     nn.Conv2d: LoRAConv2d,
+    nn.Conv3d: LoRAConv3d,
     nn.ConvTranspose2d: LoRAConvTranspose2d,
     nn.Linear: LoRALinear,
 }

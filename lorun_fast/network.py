@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from lorun_fast.stages import (
     UntiedDenoiser,
     adapt,
     check_order,
+    copy_of,
     image_of,
 )
 
@@ -204,8 +204,8 @@ class LoRun(nn.Module):
 
     def denoise(self, k: int, z: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         """The second half, z_k -> x_{k+1}, in the denoiser's own dtype."""
-        parameter = next(self.denoiser.parameters(), None)
-        dtype = z.dtype if parameter is None else parameter.dtype
+        real = (p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # spectra's weights are complex
+        dtype = next(real, z.dtype)
         if self.noise_map == "stage":
             sigma = self._variance(self._rho(k), _noise(sigma, z)).sqrt()
         elif sigma is not None and not self._tells_noise:
@@ -242,7 +242,7 @@ class LoRun(nn.Module):
         )
         memo = {id(self.denoiser): denoiser}
         memo[id(self.step_size)] = nn.Parameter(steps.detach(), requires_grad=self.step_size.requires_grad)
-        net = copy.deepcopy(self, memo)
+        net = copy_of(self, memo)
         if not isinstance(net.checkpoint, bool):
             net.checkpoint = min(net.checkpoint, net.stages)
         return net

@@ -19,7 +19,7 @@ from lorun_fast.kernels import unavailable
 from lorun_fast.layers import merged_weights
 from lorun_fast.network import LoRun
 from lorun_fast.ops._checks import check_flag, check_image, finite
-from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser, sigma_by_name
+from lorun_fast.stages import StagedDenoiser, Stages, UntiedDenoiser, copy_of, sigma_by_name
 
 MOST_LOST = 0.02
 """How far bf16 may move the score, in dB, before it is not chosen."""
@@ -173,11 +173,11 @@ def plain_stages(staged: Stages, dtype: torch.dtype | None = None, channels_last
             memo = dict(rest)
             for layer, weights, bias in zip(layers, merged, biases, strict=True):
                 memo[id(layer)] = layer.plain(weights[k], bias)
-            copies.append(copy.deepcopy(staged.base, memo))
+            copies.append(copy_of(staged.base, memo))
     elif isinstance(staged, UntiedDenoiser):
-        copies = [copy.deepcopy(c, shared(c, {})) for c in staged.copies]
+        copies = [copy_of(c, shared(c, {})) for c in staged.copies]
     else:
-        copies = [copy.deepcopy(staged.base, shared(staged.base, {}))] * staged.stages
+        copies = [copy_of(staged.base, shared(staged.base, {}))] * staged.stages
     return MergedStages(copies).eval()
 
 
@@ -282,7 +282,8 @@ def optimize(
     def built(to: torch.dtype | None) -> OptimizedLoRun:
         return OptimizedLoRun(net, plain_stages(net.denoiser, to, last))
 
-    own = next((p.dtype for p in net.denoiser.parameters()), net.step_size.dtype)  # a denoiser may have none
+    real = (p.dtype for p in net.denoiser.parameters() if p.is_floating_point())
+    own = next(real, net.step_size.dtype)  # a denoiser may have none
     best, chosen, why = _narrowed(net, built, own, dtype, convolutions, device, images, sigma)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
     graph = device.type == "cuda" if cuda_graph is None else cuda_graph
@@ -410,7 +411,6 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
     net.eval()
     try:
         own = score(net, images, sigma)
-        change = score(other, images, sigma) - own
     except torch.OutOfMemoryError:
         raise
     except _MISFITS as error:
@@ -421,6 +421,12 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
         net.train(training)
     if given and math.isnan(own):
         raise ValueError("images, sigma: expected a score of the network in fp32, got NaN")
+    try:
+        change = score(other, images, sigma) - own
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS as error:  # an FFT inside, for one, knows no bf16
+        return math.inf, f"the denoiser does not run in it ({error})"
     return change, f"score moves by {change:+.4f} dB on {len(images)} images"
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lorun_fast import _scope, adapters
 from lorun_fast._weight_reads import weight_reads
@@ -76,6 +78,14 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def _changes_in_training(module: nn.Module) -> bool:
+    """Whether a call in training changes what a module computes: running statistics, a spectral norm's estimate."""
+    if isinstance(module, _NormBase):
+        return module.track_running_stats
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
+
+
 class Stages(nn.Module):
     """What the three kinds of sharing have in common: a call with a stage, and views of single stages."""
 
@@ -123,7 +133,7 @@ class Stages(nn.Module):
         order = check_order(order, self.stages)
         memo = {}
         self._put_stages(order, memo)
-        found = copy.deepcopy(self, memo)
+        found = copy_of(self, memo)
         found.stages = len(order)
         if self.merged:
             found.merge()
@@ -160,7 +170,8 @@ class Stages(nn.Module):
     def freeze_base(self, frozen: bool = True) -> None:
         """Excludes the base (weights, biases, norms and their running statistics) from training, or includes it again.
 
-        The norms of a frozen base normalise by their running statistics also in training, as at inference.
+        The norms of a frozen base normalise by their running statistics also in training, as at inference, and
+        spectral norms stay what they are.
         """
         for p in self.base_parameters():
             p.requires_grad_(not frozen)
@@ -171,7 +182,7 @@ class Stages(nn.Module):
         super().train(mode)
         if self._frozen:
             for module in self.modules():
-                if isinstance(module, _NormBase) and module.track_running_stats:
+                if _changes_in_training(module):
                     module.eval()
         return self
 
@@ -193,6 +204,29 @@ class Stages(nn.Module):
     def parameter_report(self) -> ParameterReport:
         """Counts: base, per stage, total, ratio to untied."""
         raise NotImplementedError
+
+
+def _kept_results(module: nn.Module) -> Iterator[Tensor]:
+    """What some computation left in a module's attributes, or in lists, tuples and dicts of them."""
+    todo, seen = [vars(part) for part in module.modules()], set()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor) and not value.is_leaf:
+            yield value
+        elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            todo.extend(value.values() if isinstance(value, dict) else value)
+
+
+@torch.no_grad()  # else the parameters of a scripted module's copy would be results of a computation
+def copy_of(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """copy.deepcopy, which refuses results that are part of a graph: a feature that a module keeps of its last call,
+    the weight that torch.nn.utils.weight_norm computes. These are copied without it.
+    """
+    memo = {} if memo is None else memo
+    for t in _kept_results(module):
+        memo.setdefault(id(t), t.detach().clone())
+    return copy.deepcopy(module, memo)
 
 
 def check_order(order: Iterable[int | None], stages: int) -> list[int | None]:
@@ -250,26 +284,14 @@ def _call(
     return denoiser(z, sigma=sigma, **inputs) if by_name else denoiser(z, sigma, **inputs)
 
 
-def copied(denoiser: nn.Module) -> nn.Module:
-    """A deep copy; ValueError where a module keeps what was computed of its parameters, which torch does not copy."""
-    for name, module in denoiser.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                raise ValueError(
-                    f"denoiser: expected modules that can be copied, got a computed {attribute} in "
-                    f"{name or type(module).__name__}, as pruning and the older weight_norm leave it: remove it first "
-                    "(torch.nn.utils.prune.remove, remove_weight_norm)"
-                )
-    return copy.deepcopy(denoiser)
-
-
 class StagedDenoiser(Stages):
     """One shared base and K adapter sets; made by :func:`adapt`.
 
     staged(z, stage=3, sigma=None, **inputs): stage an int, or an int64 tensor: (N,), one stage per sample; 0-d, one of
     all, by which a compiled or exported denoiser has one graph for all stages. sigma is the denoiser's second argument,
     inputs are what else it takes, by name. Returns what the denoiser returns.
-    adapted: {name: layer} of the adapted layers. skipped: {name: reason} of the layers left alone.
+    adapted: {name: layer} of the adapted layers. skipped: {name: reason} of the layers left alone, and of what else
+    holds weights: layers of other kinds, and matrices and kernels that are parameters by themselves.
     """
 
     def __init__(self, base: nn.Module, stages: int, adapted: dict[str, AdaptedLayer], skipped: dict[str, str]):
@@ -333,7 +355,7 @@ class TiedDenoiser(Stages):
 
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
-        self.base, self.stages = copied(base), stages
+        self.base, self.stages = copy_of(base), stages
         self._by_name = sigma_by_name(base)
 
     def forward(
@@ -352,7 +374,7 @@ class UntiedDenoiser(Stages):
     def __init__(self, base: nn.Module, stages: int):
         super().__init__()
         self.stages = stages
-        self.copies = nn.ModuleList(copied(base) for _ in range(stages))
+        self.copies = nn.ModuleList(copy_of(base) for _ in range(stages))
         self._by_name = sigma_by_name(base)
 
     def one(self) -> nn.Module:
@@ -361,7 +383,7 @@ class UntiedDenoiser(Stages):
     def _put_stages(self, order: list[int | None], memo: dict[int, object]) -> None:
         if None in order:
             raise ValueError("order: expected stages of untied copies, got None: they have no base to start from")
-        memo[id(self.copies)] = nn.ModuleList(copy.deepcopy(self.copies[k]) for k in order)
+        memo[id(self.copies)] = nn.ModuleList(copy_of(self.copies[k]) for k in order)
 
     def forward(
         self, z: Tensor, stage: int | Tensor | None = None, sigma: float | Tensor | None = None, **inputs: object
@@ -424,6 +446,32 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
     return None
 
 
+def _without_adapters(denoiser: nn.Module) -> dict[str, str]:
+    """What holds weights beside the layers that can have adapters, by name, and why it has none."""
+    found: dict[str, str] = {}
+    inside: list[str] = []  # of what is said already
+    for path, module in denoiser.named_modules():
+        if path.startswith(tuple(inside)):
+            continue
+        wide = {name: p.shape for name, p in module._parameters.items() if p is not None and p.ndim > 1}
+        kind = type(module)
+        if isinstance(module, tuple(LAYERS)):
+            inside.append(f"{path}.")
+        elif isinstance(module, torch.jit.ScriptModule):
+            inside.append(f"{path}." if path else "")
+            if next(module.parameters(), None) is not None:
+                found[path or "denoiser"] = "scripted or traced (torch.jit): adapt the module that it was made from"
+        elif wide and kind.__module__.startswith("torch.nn.") and kind not in _HOLDERS:
+            found[path] = f"there are no adapters for {kind.__name__}"
+        else:
+            for name in (name for name, shape in wide.items() if sum(size > 1 for size in shape) > 1):
+                found[f"{path}.{name}" if path else name] = "a parameter by itself: adapters are for layers' weights"
+    return found
+
+
+_HOLDERS = (nn.Module, nn.ParameterList, nn.ParameterDict)
+
+
 def _check_no_adapter_inside(denoiser: nn.Module, names: Iterable[str]) -> None:
     """Raises ValueError where a layer to adapt is part of another library's adapted one.
 
@@ -455,8 +503,8 @@ def adapt(
     """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
 
     denoiser: any module with forward(z) or forward(z, sigma); further arguments are passed on by name, and what it
-        returns comes back as it is. Its nn.Conv2d, nn.ConvTranspose2d and nn.Linear layers get adapters; its own code
-        does not change.
+        returns comes back as it is. Its nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d and nn.Linear layers get
+        adapters; its own code does not change.
     stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
         depthwise layers are left alone unless ``include`` names them.
@@ -491,10 +539,11 @@ def adapt(
             continue
         plan[name] = {"rank": adapters.rank(*_features(layer), gamma), "form": form, "scale": scale}
     _check_no_adapter_inside(denoiser, plan)
+    skipped |= _without_adapters(denoiser)
     if not plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            f"denoiser: expected a Conv2d, ConvTranspose2d or Linear layer to adapt in {type(denoiser).__name__}, "
+            f"denoiser: expected a convolution or Linear layer to adapt in {type(denoiser).__name__}, "
             f"got none ({reasons or 'it has no such layer'})"
         )
     grouped = [name for name, reason in skipped.items() if reason.startswith("grouped")]
@@ -529,7 +578,7 @@ def adapt_layers(
 
     plan: {layer name: {"rank": r, "form": form, "scale": scale}}, as a saved network records it.
     """
-    base = copied(denoiser)
+    base = copy_of(denoiser)
     adapted: dict[str, AdaptedLayer] = {}
     replacement: dict[int, AdaptedLayer] = {}
     modules = dict(base.named_modules())
@@ -537,7 +586,7 @@ def adapt_layers(
         layer = modules.get(name)
         if layer is None or type(layer) not in LAYERS:
             got = "nothing" if layer is None else type(layer).__name__
-            raise ValueError(f"{name}: expected a Conv2d, ConvTranspose2d or Linear layer there, got {got}")
+            raise ValueError(f"{name}: expected a convolution or Linear layer there, got {got}")
         try:
             adapted[name] = LAYERS[type(layer)].from_base(layer, stages=stages, **settings)
         except ValueError as error:
@@ -546,15 +595,32 @@ def adapt_layers(
     if id(base) in replacement:
         base = replacement[id(base)]
     else:
-        for parent in list(base.modules()):
-            # _modules, not named_children(): a layer registered under two names is replaced under both.
-            for child, module in parent._modules.items():
-                if id(module) in replacement:
-                    parent._modules[child] = replacement[id(module)]
+        seen: set[int] = set()
+        for parent in [*base.modules(), *adapted.values()]:
+            _with_adapted(vars(parent), replacement, seen)
     _keep_to_modules(base)
     staged = StagedDenoiser(base, stages, adapted, skipped or {})
     staged.freeze_base()
     return staged
+
+
+def _with_adapted(value: object, replacement: dict[int, AdaptedLayer], seen: set[int]) -> object:
+    """A module's attributes with adapted layers in place of plain ones, also in lists, tuples and dicts beside the
+    registered modules, and a layer with several names under all of them.
+    """
+    if isinstance(value, nn.Module):
+        return replacement.get(id(value), value)
+    if id(value) in seen or not isinstance(value, (list, tuple, dict)):
+        return value
+    seen.add(id(value))
+    if isinstance(value, list):
+        value[:] = [_with_adapted(part, replacement, seen) for part in value]
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            value[key] = _with_adapted(part, replacement, seen)
+    elif type(value) is tuple:
+        return tuple(_with_adapted(part, replacement, seen) for part in value)
+    return value
 
 
 def _keep_to_modules(base: nn.Module) -> None:

@@ -255,3 +255,14 @@ def test_exports():
     y = module.op(x)
     program = torch.export.export(module, (x, y))
     assert torch.equal(program.module()(x, y), module(x, y))
+
+
+def test_a_mask_that_a_network_makes_under_vmap():
+    masks, y = torch.rand(3, 6, 5), torch.rand(3, 1, 6, 8)
+
+    def restored(mask, y):
+        return lf.CASSI(mask, bands=4, step=1).adjoint(y)
+
+    together = torch.vmap(restored)(masks, y)
+    for i in range(3):
+        torch.testing.assert_close(together[i], restored(masks[i], y[i]))

@@ -184,3 +184,8 @@ def test_adapt_does_not_take_what_loralib_never_calls():
     with pytest.raises(ValueError, match=r"got 1.conv inside loralib's 1: lorun_fast.interop.loralib converts"):
         lf.adapt(net, stages=2)
     assert set(lf.adapt(net, stages=2, exclude="1.*").adapted) == {"0"}
+
+
+def test_convolutions_of_other_axes_are_not_carried_over():
+    with pytest.raises(ValueError, match="of one and of three axes do not work"):
+        interop.to_loralib(lf.LoRAConv1d(2, 3, 3, stages=2))

@@ -298,3 +298,8 @@ def test_adapt_does_not_take_pefts_factors_for_layers():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="inside peft's model"):
         lf.adapt(model, stages=2)
+
+
+def test_convolutions_of_other_axes_are_not_carried_over():
+    with pytest.raises(ValueError, match="exclude convolutions of other axes"):
+        interop.to_peft(lf.LoRAConv3d(2, 3, 3, stages=2))

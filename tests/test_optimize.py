@@ -19,6 +19,7 @@ from lorun_fast import optimize
 from lorun_fast.convolutions import (
     FusedConv2d,
     PackedConv2d,
+    PackedConvTranspose2d,
     ThinConv2d,
     WinogradConv2d,
     convolve,
@@ -222,7 +223,8 @@ def wide(**settings):
 
 def stand_ins(net: nn.Module, kind: type[nn.Module]) -> int:
     """How many layers of a kind the network runs on."""
-    return sum(type(module) is kind for module in net.modules())
+    kinds = (kind, PackedConvTranspose2d) if kind is PackedConv2d else (kind,)
+    return sum(type(module) in kinds for module in net.modules())
 
 
 @pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
@@ -369,9 +371,10 @@ def test_what_matrix_tiles_stand_for():
     }
     x = torch.randn(2, 3, 10, 12, **bf16)
     for name, layer in layers.items():
-        assert PackedConv2d.unfit(layer) is None, name
+        kind = PackedConvTranspose2d if name.startswith("up") else PackedConv2d
+        assert kind.unfit(layer) is None, name
         expected = layer.double()(x.double())
-        y = PackedConv2d(layer.bfloat16())(x)
+        y = kind(layer.bfloat16())(x)
         limit = 0.008 * expected.abs().max().item()
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=limit, msg=lambda t, n=name: f"{n}: {t}")
     unfit = {
@@ -389,7 +392,7 @@ def test_what_matrix_tiles_stand_for():
     }
     for reason, layer in unfit.items():
         with pytest.raises(ValueError, match=f"conv: expected a bf16 convolution of square kernels, got .*({reason})"):
-            PackedConv2d(layer)
+            (PackedConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else PackedConv2d)(layer)
     shared = nn.Conv2d(3, 3, 3, padding=1, **bf16)
     module = nn.Sequential(shared, shared, nn.Conv2d(3, 3, 3))
     assert replace_convolutions([module], "packed") == (2, 3) and module[0] is module[1]
@@ -454,10 +457,60 @@ def test_layers_that_somebody_watches_are_left_alone():
         assert type(module[0]) is nn.Conv2d and type(module[1]) is WinogradConv2d
 
 
+class Asking(nn.Module):
+    """Asks its layers for their kind and their stride, and for what it has put there."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.depth, self.up = nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ConvTranspose2d(8, 8, 2, 2)
+        self.tail = nn.Conv2d(8, 1, 3, 1, 1)
+        self.body.gain = self.depth.gain = 0.7
+
+    def forward(self, z):
+        for layer in self.children():
+            if isinstance(layer, nn.Conv2d):
+                z = layer(z) * getattr(layer, "gain", 1) / layer.stride[0] + layer.kernel_size[0]
+            elif isinstance(layer, nn.ConvTranspose2d):
+                z = layer(z) / layer.stride[0]
+        return z
+
+
+@pytest.mark.filterwarnings("ignore:adapt")
+@pytest.mark.parametrize("kind", ["winograd", "packed"])
+def test_a_stand_in_is_of_the_layer_s_kind_and_has_its_attributes(kind):
+    dtype = torch.bfloat16 if kind == "packed" else torch.float32
+    net = network(denoiser=Asking())
+    fast, direct = (net.optimize(dtype=dtype, convolutions=c) for c in (kind, "direct"))
+    assert fast.report["convolutions"][0] != "direct"
+    y = torch.rand_like(net.op(torch.rand(1, 1, 12, 16)))
+    limit = 0.02 if kind == "packed" else 1e-5
+    torch.testing.assert_close(fast(y), direct(y), rtol=limit, atol=limit)
+    layer = fast.denoiser.copies[0].body
+    assert type(layer) is not nn.Conv2d and layer.gain == 0.7 and layer.padding == (1, 1)
+    assert torch.equal(copy.deepcopy(fast)(y), fast(y))
+
+
+def _own_forward(layer):
+    call = layer.forward
+    layer.forward = lambda z: 3 * call(z)
+
+
+@pytest.mark.parametrize("change", [_own_forward, lambda layer: layer.register_buffer("gain", torch.tensor(3.0))])
+def test_layers_that_are_more_than_a_plain_one_are_not_replaced(change):
+    module = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    change(module[1])
+    x = torch.rand(1, 8, 6, 7)
+    expected = module(x)
+    assert replace_convolutions([module], "winograd") == (1, 2)
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+    assert type(module[1]) is nn.Conv2d
+
+
 def test_a_stand_in_is_called_as_the_layer_is():
     """With images of another dtype, and with the size of a transposed convolution's result by name or in its place."""
     up = nn.ConvTranspose2d(3, 8, 2, stride=2, dtype=torch.bfloat16)
-    x, stand_in = torch.rand(1, 3, 4, 5), PackedConv2d(up)
+    x, stand_in = torch.rand(1, 3, 4, 5), PackedConvTranspose2d(up)
     close = dict(rtol=0.02, atol=0.02)
     torch.testing.assert_close(stand_in(x), up(x.bfloat16()), **close)
     for size in ((8, 10), (9, 11), (1, 8, 9, 10)):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import lorun_fast as lf
@@ -123,7 +124,7 @@ def test_include_and_exclude_patterns():
     [
         ({"include": "encoder.*"}, r"pattern 'encoder.\*' matches no layer; the layers are: head"),
         ({"include": "depthwise", "form": "peft"}, "depthwise: form 'peft' cannot express groups=8"),
-        ({"exclude": "*"}, "expected a Conv2d, ConvTranspose2d or Linear layer to adapt in Foreign, got none"),
+        ({"exclude": "*"}, "expected a convolution or Linear layer to adapt in Foreign, got none"),
         ({"stages": 0}, "^stages: expected at least 1"),
         ({"form": "lokr"}, "form: expected one of loralib, peft"),
         ({"scale": float("nan")}, "^scale: expected a finite number, got nan"),
@@ -745,6 +746,132 @@ def test_a_layer_without_a_weight_yet():
         lf.adapt(denoiser, stages=2)
     denoiser(x)
     assert torch.equal(lf.adapt(denoiser, stages=2)(x, stage=1), denoiser(x))
+
+
+class Kept(nn.Module):
+    """Keeps its layers once more, outside its registered modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)
+        self.order, self._by_name = [self.first, (self.second,)], {"last": self.third}
+        self.order.append(self.order)
+
+    def forward(self, z):
+        return self._by_name["last"](self.order[1][0](self.order[0](z)))
+
+
+def test_layers_kept_in_lists_tuples_and_dicts_are_the_adapted_ones():
+    denoiser, z = Kept(), torch.rand(2, 1, 4, 4)
+    staged = lf.adapt(denoiser, stages=2)
+    assert type(denoiser.order[0]) is nn.Conv2d
+    staged(z, stage=1).sum().backward()
+    for name, layer in staged.adapted.items():
+        assert layer.up.grad is not None, name
+    with torch.no_grad():
+        for p in staged.adapter_parameters():
+            nn.init.normal_(p)
+        expected = staged(z, stage=1)
+        for other in (copy.deepcopy(staged), staged.with_stages([0, 1])):
+            assert torch.equal(other(z, stage=1), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_what_holds_weights_and_has_no_adapters_is_named():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.cube = nn.Conv2d(1, 1, 3, padding=1), nn.ConvTranspose3d(1, 2, 1)
+            self.attention, self.script = nn.MultiheadAttention(4, 1), torch.jit.script(nn.PReLU(1))
+            self.kernel, self.more = nn.Parameter(torch.rand(2, 2, 3, 3)), nn.ParameterList([torch.rand(2, 2)])
+            self.gain, self.norm = nn.Parameter(torch.rand(1, 4, 1, 1)), nn.LayerNorm(4)
+            self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+
+        def forward(self, z):
+            return self.script(self.conv(z))
+
+    denoiser, z = Mixed(), torch.rand(2, 1, 8, 8)
+    staged = lf.adapt(denoiser, stages=2)
+    assert torch.equal(staged(z, stage=1), denoiser(z))
+    wanted = {
+        "cube": "there are no adapters for ConvTranspose3d",
+        "attention": "there are no adapters for MultiheadAttention",
+        "attention.out_proj": "a subclass of its own",
+        "script": "scripted or traced",
+        "kernel": "a parameter by itself",
+        "more.0": "a parameter by itself",
+        "spectral": "a subclass of its own",
+    }
+    assert staged.skipped.keys() == wanted.keys()
+    for name, reason in wanted.items():
+        assert reason in staged.skipped[name], name
+    with pytest.raises(ValueError, match=r"got none .*weight: a parameter by itself"):
+        lf.adapt(torch.export.export(nn.Conv2d(1, 1, 3), (z,)).module(), stages=2)
+    with pytest.raises(ValueError, match=r"got none .denoiser: scripted or traced"):
+        lf.adapt(torch.jit.script(nn.Conv2d(1, 1, 3)), stages=2)
+
+
+class KeepsFeatures(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.second = norm(nn.Conv2d(1, 4, 3, padding=1)), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, z):
+        self.last = {"features": [self.first(z)]}
+        return self.second(self.last["features"][0])
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("norm", [nn.Identity, nn.utils.weight_norm, nn.utils.spectral_norm, pruned])
+def test_what_a_module_keeps_of_its_last_call_does_not_stop_a_copy(norm):
+    denoiser, z = KeepsFeatures((lambda layer: layer) if norm is nn.Identity else norm), torch.rand(2, 1, 8, 8)
+    denoiser.train()(z)
+    expected = denoiser.eval()(z)
+    staged = lf.adapt(denoiser, stages=2)
+    assert torch.equal(staged(z, stage=1), expected)
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), staged)
+    y = net.op(z)
+    net(y)
+    expected = net.eval()(y)
+    torch.testing.assert_close(net.optimize(dtype=torch.float32)(y), expected)
+    torch.testing.assert_close(net.with_stages([0, 1])(y), expected)
+    for sharing in ("tied", "untied"):
+        torch.testing.assert_close(lf.LoRun(net.op, denoiser, 2, sharing=sharing).eval()(y), expected)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_norms_of_a_frozen_base_stand_still(norm):
+    denoiser = nn.Sequential(norm(nn.Conv2d(1, 4, 3, padding=1)), nn.Conv2d(4, 1, 3, padding=1))
+    staged, x = lf.adapt(denoiser, stages=2).train(), torch.rand(2, 1, 6, 6)
+    first = staged(x, stage=0)
+    assert torch.equal(staged(x, stage=0), first)
+    staged.freeze_base(False)
+    staged(x, stage=0)
+    assert not torch.equal(staged(x, stage=0), first)
+
+
+def test_a_network_whose_denoiser_starts_with_complex_weights():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.conv = nn.Parameter(torch.randn(8, 5, dtype=torch.complex64)), nn.Conv2d(1, 1, 3, 1, 1)
+
+        def forward(self, z):
+            assert not z.is_complex()
+            return self.conv(z) + torch.fft.irfft2(torch.fft.rfft2(z) * self.weight, s=z.shape[-2:])
+
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), Spectrum(), 2).eval()
+    images = torch.rand(1, 1, 8, 8)
+    y = net.op(images)
+    assert net(y).dtype == torch.float32
+    for settings in ({}, {"images": images}):  # bf16 has no Fourier transform
+        fast = net.optimize(**settings)
+        assert fast.report["dtype"][0] == "float32"
+        torch.testing.assert_close(fast(y), net(y))
 
 
 def test_weights_of_other_kinds_are_left_alone():

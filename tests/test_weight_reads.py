@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
 
 import lorun_fast as lf
 from lorun_fast.layers import current_weight
@@ -174,16 +173,3 @@ def test_compiled_and_optimized_networks_share_the_weight_too():
     for k in range(3):
         torch.testing.assert_close(compiled(Z, stage=k), staged(Z, stage=k))
     assert len(graphs) <= 2
-
-
-@pytest.mark.parametrize("sharing", ["lora", "tied", "untied"])
-@pytest.mark.parametrize("how", ["pruned", "weight_norm"])
-def test_modules_that_torch_does_not_copy_are_named(sharing, how):
-    denoiser = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
-    if how == "pruned":
-        prune.random_unstructured(denoiser[0], "weight", amount=0.5)
-    else:
-        with pytest.warns(FutureWarning):
-            nn.utils.weight_norm(denoiser[0])
-    with pytest.raises(ValueError, match="modules that can be copied, got a computed weight in 0, as pruning"):
-        lf.LoRun(lf.BlockCS.gaussian(0.5, 4), denoiser, stages=2, sharing=sharing)

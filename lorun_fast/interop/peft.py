@@ -10,7 +10,6 @@ since every adapter becomes a stage.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 from lorun_fast.interop._layers import Adapter, copied, stacked, stage_of
 from lorun_fast.interop._packages import require
 from lorun_fast.layers import AdaptedLayer
-from lorun_fast.stages import StagedDenoiser, adapt_layers
+from lorun_fast.stages import StagedDenoiser, adapt_layers, copy_of
 
 peft = require("peft")
 
@@ -138,7 +137,7 @@ def _model_from_peft(model: nn.Module, names: Sequence[str] | None) -> StagedDen
             converted[name] = _layer_from_peft(layer, names)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    base = copy.deepcopy(model)
+    base = copy_of(model)
     for name, module in list(base.named_modules(remove_duplicate=False)):
         if isinstance(module, LoraLayer):
             base.set_submodule(name, module.get_base_layer())
@@ -159,7 +158,8 @@ def to_peft(source: AdaptedLayer | StagedDenoiser, stage: int | None = None) -> 
 
     The PeftModel's save_pretrained writes PEFT's own files; PeftModel.from_pretrained on the base reads them.
     Raises ValueError for what PEFT cannot express: form "loralib" on kernels larger than 1 x 1, transposed
-    convolutions, and convolutions with a dilation or a padding mode of their own.
+    convolutions, and convolutions with a dilation or a padding mode of their own. Those of one and of three axes are
+    not carried over either.
     """
     if isinstance(source, StagedDenoiser):
         return _model_to_peft(source, stage)
@@ -193,6 +193,8 @@ def _stage_names(source: AdaptedLayer | StagedDenoiser, stage: int | None) -> li
 def _check_expressible(layer: AdaptedLayer) -> None:
     if isinstance(layer, nn.ConvTranspose2d):
         raise ValueError("PEFT has no adapters for transposed convolutions: exclude them in adapt()")
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        raise ValueError("expected a layer on an nn.Conv2d or nn.Linear: exclude convolutions of other axes in adapt()")
     _check_base(copied(layer))
     if layer.form != "peft" and layer.weight[0, 0].numel() != 1:
         raise ValueError(
@@ -219,7 +221,7 @@ def _model_to_peft(staged: StagedDenoiser, stage: int | None) -> PeftModel:
             _check_expressible(layer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    model = copy.deepcopy(staged.base)
+    model = copy_of(staged.base)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):
             if name not in staged.adapted:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorun_fast.operators import conjugate_gradients
 from lorun_fast.ops._checks import WIDE, check_image, check_same_device, check_tensor, finite, number, step_size, whole
+from lorun_fast.ops._direct import transforms_active
 
 
 class SensingOperator(nn.Module):
@@ -153,7 +154,8 @@ def as_matrix(name: str, value: object, ndims: tuple[int, ...]) -> Tensor:
     if t.ndim not in ndims or t.numel() == 0:
         want = " or ".join(f"{n}-D" for n in ndims)
         raise ValueError(f"{name}: expected a non-empty {want} array, got shape {tuple(t.shape)}")
-    # Traced, as where a network's input is a kernel, there are no values to read.
-    if not t.is_meta and not torch.compiler.is_compiling() and not torch.isfinite(t).all():
+    # Traced, as where a network's input is a kernel, or under vmap there are no values to read.
+    readable = not (t.is_meta or torch.compiler.is_compiling() or transforms_active())
+    if readable and not torch.isfinite(t).all():
         raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(t)).sum())} NaN or infinite ones")
     return t

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast import _native
+from lorun_fast.ops._checks import in_16_bits
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Row:
     usual: bool = True
 
 
-def in_16_bits(x: Tensor, *_) -> bool:
+def narrow_by_fast_loops(x: Tensor, *_) -> bool:
     """Where rows hold that were measured in 16 bits, with the loops for AVX2 and AVX-512."""
-    return x.dtype in (torch.bfloat16, torch.float16) and _native.has_fast_loops()
+    return in_16_bits(x) and _native.has_fast_loops()
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {}

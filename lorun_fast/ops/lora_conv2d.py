@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, _lora_autograd
-from lorun_fast.ops._backends import Backend, Row, in_16_bits
+from lorun_fast.ops._backends import Backend, Row, narrow_by_fast_loops
 from lorun_fast.ops._checks import finite, shape_of, whole
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
@@ -199,7 +199,7 @@ _backends.TABLE["lora_conv2d", "cpu"] = (
         "winograd",
         "16 bits, 3 x 3, channels_last: 0.78 (peft) and 0.66 (loralib) of aten's time in forward and backward, Zen 4; "
         "in fp32 when asked for, since a fresh network would equal the tied one to rounding only",
-        in_16_bits,
+        narrow_by_fast_loops,
         usual=False,
     ),
     Row("aten", "at least as fast as the definition on every size"),

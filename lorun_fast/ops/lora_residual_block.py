@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.ops import _backends, _flops, _lora_aten, lora_conv2d
-from lorun_fast.ops._backends import Backend, Row, in_16_bits
+from lorun_fast.ops._backends import Backend, Row, narrow_by_fast_loops
 from lorun_fast.ops._checks import batch_of, check_tensor, finite, shape_of
 from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import (
@@ -248,7 +248,7 @@ for _device in ("cpu", "cuda"):
         Row(
             "winograd",
             "16 bits: as its convolutions, in one pass",
-            in_16_bits,
+            narrow_by_fast_loops,
             usual=False,
         ),
         Row("layers", "each convolution by its own backend"),

@@ -121,6 +121,14 @@ def conv_transpose2d_per_sample(
     return y if bias is None else y + bias[:, None, None].to(y.dtype)
 
 
+def conv_per_sample(conv, x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
+    """conv, F.conv1d or F.conv3d, with one weight per sample: x (N, C, ...), weight (N, out, C, ...)."""
+    n, out = weight.shape[:2]
+    y = conv(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), None, stride, padding, dilation, n)
+    y = y.reshape(n, out, *y.shape[2:])
+    return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 2)).to(y.dtype)
+
+
 def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer whose weight differs per sample: x (N, ..., in), weight (N, out, in)."""
     n = x.shape[0]
