@@ -595,31 +595,38 @@ def adapt_layers(
     if id(base) in replacement:
         base = replacement[id(base)]
     else:
-        seen: set[int] = set()
+        done: dict[int, tuple[object, object]] = {}
         for parent in [*base.modules(), *adapted.values()]:
-            _with_adapted(vars(parent), replacement, seen)
+            _with_adapted(vars(parent), replacement, done)
     _keep_to_modules(base)
     staged = StagedDenoiser(base, stages, adapted, skipped or {})
     staged.freeze_base()
     return staged
 
 
-def _with_adapted(value: object, replacement: dict[int, AdaptedLayer], seen: set[int]) -> object:
+def _with_adapted(
+    value: object, replacement: dict[int, AdaptedLayer], done: dict[int, tuple[object, object]]
+) -> object:
     """A module's attributes with adapted layers in place of plain ones, also in lists, tuples and dicts beside the
     registered modules, and a layer with several names under all of them.
+
+    done: by id, what was met and what it became.
     """
     if isinstance(value, nn.Module):
         return replacement.get(id(value), value)
-    if id(value) in seen or not isinstance(value, (list, tuple, dict)):
-        return value
-    seen.add(id(value))
+    if id(value) in done:
+        return done[id(value)][1]
     if isinstance(value, list):
-        value[:] = [_with_adapted(part, replacement, seen) for part in value]
+        done[id(value)] = value, value
+        value[:] = [_with_adapted(part, replacement, done) for part in value]
     elif isinstance(value, dict):
+        done[id(value)] = value, value
         for key, part in value.items():
-            value[key] = _with_adapted(part, replacement, seen)
+            value[key] = _with_adapted(part, replacement, done)
     elif type(value) is tuple:
-        return tuple(_with_adapted(part, replacement, seen) for part in value)
+        made = tuple(_with_adapted(part, replacement, done) for part in value)
+        done[id(value)] = value, made
+        return made
     return value
 
 

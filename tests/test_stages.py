@@ -754,7 +754,8 @@ class Kept(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)
-        self.order, self._by_name = [self.first, (self.second,)], {"last": self.third}
+        pair = (self.second,)
+        self.order, self._by_name = [self.first, pair], {"last": self.third, "pair": pair}
         self.order.append(self.order)
 
     def forward(self, z):
@@ -768,6 +769,7 @@ def test_layers_kept_in_lists_tuples_and_dicts_are_the_adapted_ones():
     staged(z, stage=1).sum().backward()
     for name, layer in staged.adapted.items():
         assert layer.up.grad is not None, name
+    assert staged.base.order[1] is staged.base._by_name["pair"]
     with torch.no_grad():
         for p in staged.adapter_parameters():
             nn.init.normal_(p)
