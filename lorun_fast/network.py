@@ -212,6 +212,8 @@ class LoRun(nn.Module):
             if self.data_step != "prox":
                 raise ValueError(f"sigma: expected None, for {type(self.denoiser.one()).__name__} takes no sigma")
             sigma = None  # it was for the data step
+        if isinstance(sigma, Tensor) and sigma.is_floating_point():
+            sigma = sigma.to(dtype)  # a map of it goes beside the image
         return _like(image_of(self.denoiser(z.to(dtype), stage=k, sigma=sigma), self.denoiser.one()), z)
 
     def _rho(self, k: int) -> Tensor:

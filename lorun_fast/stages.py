@@ -421,11 +421,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
+_AS_ASKED = _EXCLUDED, _NOT_INCLUDED = "excluded by pattern", "not in the include patterns"
+
+
 def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
     if _matches(name, exclude):
-        return "excluded by pattern"
+        return _EXCLUDED
     if include and not _matches(name, include):
-        return "not in the include patterns"
+        return _NOT_INCLUDED
     if type(layer) not in LAYERS:
         return f"{type(layer).__name__} is a subclass of its own: adapt only plain layers"
     if layer._parameters.get("weight") is None or "bias" not in layer._parameters:
@@ -546,13 +549,27 @@ def adapt(
             f"denoiser: expected a convolution or Linear layer to adapt in {type(denoiser).__name__}, "
             f"got none ({reasons or 'it has no such layer'})"
         )
+    _warn_of_base_weights(denoiser, plan, {name: skipped[name] for name in candidates.keys() & skipped.keys()})
+    return adapt_layers(denoiser, stages, plan, skipped)
+
+
+def _warn_of_base_weights(denoiser: nn.Module, plan: dict[str, dict], skipped: dict[str, str]) -> None:
+    """Says where the adapted denoiser computes with base weights, unless that was asked for.
+
+    skipped: of the layers that could have had adapters.
+    """
+
+    def stay(names: list[str], what: str) -> str:
+        named = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
+        return f"adapt: {len(names)} {what} keep their base weights at every stage ({named})"
+
     grouped = [name for name, reason in skipped.items() if reason.startswith("grouped")]
     if grouped:
-        warnings.warn(
-            f"adapt: {len(grouped)} grouped layers keep their base weights at every stage ({', '.join(grouped[:4])}"
-            f"{', ...' if len(grouped) > 4 else ''}); name them in include to adapt them",
-            stacklevel=2,
-        )
+        warnings.warn(f"{stay(grouped, 'grouped layers')}; name them in include to adapt them", stacklevel=3)
+    more = [name for name, reason in skipped.items() if name not in grouped and reason not in _AS_ASKED]
+    if more:
+        said = stay(more, "layers that are more than plain ones")
+        warnings.warn(f"{said}: staged.skipped says why, exclude says that it is meant", stacklevel=3)
     past = {name: place for name, place in weight_reads(denoiser) if name in plan}
     if past:
         warnings.warn(
@@ -560,9 +577,8 @@ def adapt(
             f"{', '.join(f'{name} ({place})' for name, place in past.items())} itself instead of calling the layer: "
             "adapters have no part in that; call the layer there, take lorun_fast.layers.current_weight(layer), or "
             "exclude the layer",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return adapt_layers(denoiser, stages, plan, skipped)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

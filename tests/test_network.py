@@ -423,3 +423,21 @@ def test_a_sigma_for_other_samples():
         assert net(y, sigma=fits).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"sigma: expected a number, 0-d or \(2,\), got shape \(3,\)"):
         net(y, sigma=torch.rand(3))
+
+
+def test_a_noise_map_beside_an_image_of_another_dtype():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+        def forward(self, z, sigma):
+            sigma = sigma if isinstance(sigma, torch.Tensor) else z.new_tensor(sigma)
+            return self.conv(torch.cat([z, sigma.reshape(-1, 1, 1, 1).expand_as(z)], 1))
+
+    net = lf.LoRun(lf.BlockCS.gaussian(0.5, 4), Mapped(), stages=2)
+    y = net.op(torch.rand(2, 1, 8, 8))
+    fast = net.optimize(images=torch.rand(1, 1, 8, 8), sigma=0.1, dtype=torch.bfloat16, convolutions="direct")
+    with torch.no_grad():
+        for sigma in (torch.tensor([0.1, 0.2]), torch.tensor(0.1).double()):
+            torch.testing.assert_close(fast(y, sigma=sigma), net(y, sigma=sigma), rtol=0, atol=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -176,7 +177,12 @@ def test_subclasses_of_layers_are_left_alone():
             return 2 * super().forward(x)
 
     denoiser = nn.Sequential(Doubled(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
-    staged = lf.adapt(denoiser, stages=2)
+    with pytest.warns(UserWarning, match=r"1 layers that are more than plain ones keep their base weights .*\(0\): "):
+        staged = lf.adapt(denoiser, stages=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for asked in ({"exclude": "0"}, {"include": "1"}):
+            lf.adapt(denoiser, stages=2, **asked)
     assert set(staged.adapted) == {"1"} and "Doubled is a subclass" in staged.skipped["0"]
     assert torch.equal(staged(Z, stage=1), denoiser(Z))
 
