@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lorun_fast import denoisers
 from lorun_fast._files import complete_file
@@ -30,6 +31,7 @@ _FIELDS = {
     "denoiser": {"type", "config"},
 }
 
+_BASE = "denoiser.base."
 _SETTINGS = ("prox_iterations", "prox_tolerance")
 
 
@@ -77,11 +79,36 @@ def _operator_config(op: SensingOperator) -> dict | None:
     return config
 
 
-def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = None, notes: dict | None = None) -> None:
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _of_base(net: LoRun) -> dict[str, Tensor]:
+    """What a network of LoRA stages takes over from its base, by its names in the network's state."""
+    factors = {id(p) for p in net.denoiser.adapter_parameters()}
+    state = net.state_dict(keep_vars=True)
+    return {name: t for name, t in state.items() if name.startswith(_BASE) and id(t) not in factors}
+
+
+def save(
+    net: LoRun,
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    notes: dict | None = None,
+    base: bool = True,
+) -> None:
     """Writes one safetensors file from which :func:`load` rebuilds the network.
 
     dtype: storage type of floating-point tensors (torch.float16 halves the file); None keeps each one's own.
     notes: JSON-serialisable facts to keep in the header, such as the data and the budget of a training run.
+    base: False leaves the base's tensors out of a network of LoRA stages. ``load(path, denoiser=...)`` takes them from
+        the denoiser that it is given, and refuses one with others.
     The file appears under its name only when it is complete. It does not say how to train: a loaded network checkpoints
     no stage, and the base of its LoRA stages is frozen (``net.denoiser.freeze_base(False)``).
     """
@@ -94,7 +121,12 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         raise IsADirectoryError(f"{path}: expected a file to write, found a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: expected a folder to write into, found no {path.parent}")
-    config = _config(net)
+    config, left_out = _config(net), {}
+    if not base:
+        if not isinstance(net.denoiser, StagedDenoiser):
+            raise ValueError(f"base: expected True for sharing={net.sharing!r}, got False: it has no adapters to keep")
+        left_out = _of_base(net)
+        config["denoiser"]["base"] = _fingerprint({name.removeprefix(_BASE): t for name, t in left_out.items()})
     if notes is not None:
         config["notes"] = notes
     try:
@@ -103,6 +135,8 @@ def save(net: LoRun, path: str | os.PathLike, *, dtype: torch.dtype | None = Non
         raise type(error)(f"notes: expected what JSON can hold, got {notes!r} ({error})") from None
     tensors = {}
     for name, t in net.state_dict().items():
+        if name in left_out:
+            continue
         t = t.detach().cpu()
         # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
         tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
@@ -191,7 +225,8 @@ def load(
     """Rebuilds a saved network, in fp32 and eval mode (merged).
 
     denoiser: the base module, needed only if its class was not registered with
-        :func:`lorun_fast.denoisers.register_denoiser`; its weights are overwritten.
+        :func:`lorun_fast.denoisers.register_denoiser`, whose weights are overwritten; or for a file without the base's
+        tensors (``save(base=False)``), in the dtype that it had when the network was saved.
     op: likewise, of :func:`lorun_fast.operators.register_operator`; its tensors are overwritten.
     Raises FileNotFoundError, or ValueError for a damaged or foreign file and for a device that torch does not reach.
     """
@@ -202,6 +237,8 @@ def load(
         raise ValueError(f"device: expected one that this torch reaches, got {device!r} ({reason})") from None
     config, state = _read(path)
     spec = config["denoiser"]
+    if denoiser is None and "base" in spec:
+        raise ValueError(f"{path}: its base, a {spec['type']}, is not in the file: pass load(path, denoiser=...)")
     if denoiser is None:
         cls = denoisers.registered(spec["type"])
         if cls is None or spec["config"] is None:
@@ -213,6 +250,11 @@ def load(
     elif not isinstance(denoiser, nn.Module) or isinstance(denoiser, Stages):
         got = type(denoiser).__name__ if isinstance(denoiser, Stages) else repr(denoiser)
         raise TypeError(f"denoiser: expected the base module, as it was before adapt(), got {got}")
+    elif "base" in spec and _fingerprint(denoiser.state_dict()) != spec["base"]:
+        raise ValueError(
+            f"{path}: expected the base that its adapters were saved with, to the bit, got a {type(denoiser).__name__} "
+            "with other tensors or dtypes"
+        )
     if op is None:
         operator = OPERATORS.get(config["operator"]["type"])
         if operator is None or config["operator"]["config"] is None:
@@ -246,6 +288,8 @@ def load(
     net.gamma, net.form = network["gamma"], network["form"]
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
+        if "base" in spec:
+            missing = [name for name in missing if name not in _of_base(net)]
     except RuntimeError as error:
         first = "".join(str(error).splitlines()[1:2]).strip()
         raise ValueError(f"{path}: expected the tensors of this {spec['type']}, got others: {first}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorun_fast as lf
@@ -385,3 +385,70 @@ def test_a_path_that_is_no_utf8(tmp_path):
     assert not list(tmp_path.iterdir())
     lf.save(net, tmp_path / "über-网络.safetensors")
     assert lf.load(tmp_path / "über-网络.safetensors").stages == 2
+
+
+class Bases(nn.Module):
+    """A base with all that a state may hold: a norm's statistics, a layer of two names, a complex parameter, a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.alias, self.norm, self.last = self.first, nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+        self.gain = nn.Parameter(torch.rand(1, 4, 1, 1, dtype=torch.complex64))
+        self.register_buffer("flag", torch.tensor(True))
+        self.register_buffer("nothing", torch.empty(0))
+
+    def forward(self, z):
+        return self.last(torch.relu(self.norm(self.first(z) * self.gain.real)))
+
+
+@pytest.mark.parametrize("make", [Bases, lambda: nn.Conv2d(1, 1, 3, padding=1)], ids=["module", "layer"])
+def test_a_file_without_its_base(tmp_path, make):
+    base = make()
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), base, stages=3, step_size=0.7)
+    for p in net.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+    net.eval()
+    path = tmp_path / "adapters.safetensors"
+    lf.save(net, path, base=False)
+    kept = {name for name in load_file(path) if name.startswith("denoiser.")}
+    assert kept == {f"denoiser.{name}" for name in net.denoiser.state_dict() if name.endswith((".down", ".up"))}
+    again = lf.load(path, denoiser=base)
+    assert torch.equal(again(Y), net(Y)) and again.step_size[0].item() == pytest.approx(0.7)
+    with pytest.raises(ValueError, match=r"its base, a \w+, is not in the file: pass load\(path"):
+        lf.load(path)
+    with torch.no_grad():
+        next(base.parameters()).view(-1)[0] += 1e-6
+    with pytest.raises(ValueError, match="expected the base that its adapters were saved with, to the bit, got a"):
+        lf.load(path, denoiser=base)
+    with pytest.raises(ValueError, match="to the bit, got a ResCNN with other tensors"):
+        lf.load(path, denoiser=lf.ResCNN(channels=4, blocks=1))
+
+
+def test_statistics_belong_to_the_base(tmp_path):
+    base = Bases()
+    path = tmp_path / "adapters.safetensors"
+    lf.save(lf.LoRun(lf.BlockCS.gaussian(0.25, 8), base, stages=2), path, base=False, dtype=torch.float16)
+    lf.load(path, denoiser=base)
+    base.norm.running_mean += 1
+    with pytest.raises(ValueError, match="to the bit"):
+        lf.load(path, denoiser=base)
+    with pytest.raises(ValueError, match="to the bit"):
+        lf.load(path, denoiser=Bases().half())
+
+
+@pytest.mark.parametrize("sharing", ["tied", "untied"])
+def test_networks_without_adapters_keep_their_base(tmp_path, sharing):
+    with pytest.raises(ValueError, match=f"base: expected True for sharing='{sharing}', got False"):
+        lf.save(network(sharing), tmp_path / "net.safetensors", base=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_registered_base_that_is_not_in_the_file(tmp_path):
+    base = lf.ResUNet(channels=(4, 8), blocks=1)
+    path = tmp_path / "adapters.safetensors"
+    lf.save(network(denoiser=base), path, base=False)  # network() draws the base's weights anew
+    with pytest.raises(ValueError, match="its base, a ResUNet, is not in the file"):
+        lf.load(path)
+    with pytest.raises(ValueError, match="to the bit"):
+        lf.load(path, denoiser=base)
