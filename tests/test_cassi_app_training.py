@@ -52,7 +52,7 @@ def recipe(scenes, *more) -> Recipe:
 
 def test_a_sensor_counts_levels_of_the_brightest_measurement(scenes):
     made = recipe(scenes, "--sensor-noise")
-    x, op = torch.from_numpy(made.sampler(0)), made._window(*made.size)
+    x, op = torch.from_numpy(made.sampler(0)), made._operator(*made.size)
     y = made._measure(op, x, 0)
     levels = 2048 * y / (BANDS / STEP)
     assert (levels - levels.round()).abs().max() < 1e-2 and (levels.round() % 2 == 1).any()
@@ -81,12 +81,31 @@ def test_masks_are_windows_of_the_file_or_random(scenes):
     drawn = []
     for share in (0, 0.5, 1):
         own = recipe(scenes, "--random-masks", share)
-        ops = [own._window(8, 12, np.random.default_rng(i)) for i in range(40)]
+        ops = [own._operator(8, 12, np.random.default_rng(i)) for i in range(40)]
         assert all((op.bands, op.step) == (BANDS, STEP) for op in ops)
         drawn.append(sum(op.mask.numpy().tobytes() in windows for op in ops))
     assert drawn[0] == 40 and 10 <= drawn[1] <= 30 and drawn[2] == 0
     saved = recipe(scenes).base().op.mask
     assert saved.shape == (256, 256) and saved.unique().tolist() == [0, 1] and 0.49 < saved.mean() < 0.51
+
+
+@pytest.mark.parametrize("planes", [(), (BANDS,)], ids=["a mask", "a mask per band"])
+def test_each_crop_has_a_mask_of_its_own(scenes, tmp_path, planes):
+    path = tmp_path / "own.npy"
+    np.save(path, np.random.default_rng(0).random((*planes, 16, 18), dtype=np.float32))
+    own = recipe(scenes, "--mask", path, "--batch", 6)
+    batches = [own.draw(own.base(), step) for step in range(3)]
+    assert len({batch.kind()[0] for batch in batches}) == 1
+    random = []
+    for batch in batches:
+        masks = batch.op.mask
+        assert masks.shape == (6, *(planes or (1,)), 8, 12)
+        random += [mask.unique().tolist() == [0, 1] for mask in masks]
+        alone = [
+            lf.CASSI(mask if planes else mask[0], BANDS, STEP)(x[None]) for mask, x in zip(masks, batch.x, strict=True)
+        ]
+        torch.testing.assert_close(batch.others["y"], torch.cat(alone))
+    assert 0 < sum(random) < 18
 
 
 def test_loss_and_score(scenes):
@@ -97,7 +116,7 @@ def test_loss_and_score(scenes):
         net.denoiser.base.tail.weight.zero_()
     x = torch.from_numpy(own.sampler(5))
     rng = np.random.default_rng((0, 5, 1))
-    op = own._window(8, 12, rng)
+    op = own._operator(8, 12, rng)
     y = op(x)
     want = (op.gradient_step(op.initial(y), y, net.step_size[0]) - x).square().mean().sqrt()
     torch.testing.assert_close(own.loss(net, own.draw(net, 5)), want, rtol=1e-4, atol=0)

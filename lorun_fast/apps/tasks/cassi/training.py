@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.5,
         metavar="SHARE",
-        help="share of the batches measured through a new random mask, half of it open, instead of a window of --mask, "
+        help="share of the crops measured through a new random mask, half of it open, instead of a window of --mask, "
         "so that the network serves other masks as well (default 0.5; 1 without --mask)",
     )
     add("--bands", type=at_least_one, default=28, help="L (default 28)")
@@ -132,19 +132,26 @@ class Recipe:
         crop = scene.crop((scene.height - height) // 2, (scene.width - width) // 2, height, width)
         return torch.from_numpy(np.ascontiguousarray(crop))[None]
 
-    def _window(self, height: int, width: int, rng: np.random.Generator | None = None) -> CASSI:
-        """The operator of a batch: a window of the mask, or a random mask; without rng the window for validation."""
+    def _mask(self, height: int, width: int, rng: np.random.Generator | None) -> Tensor:
+        """Of a crop: a window of the mask, or a random one; without rng the window for validation."""
         if self.mask is None or (rng is not None and rng.random() < self.args.random_masks):
-            mask = random_mask(height, width, rng or np.random.default_rng(0))
-        else:
-            corner = [0, 0]
-            if rng is not None:
-                limits = zip(self.mask.shape[-2:], (height, width), strict=True)
-                corner = [int(rng.integers(full - own + 1)) for full, own in limits]
-            mask = self.mask[..., corner[0] : corner[0] + height, corner[1] : corner[1] + width]
-            if rng is not None:
-                mask = mask.flip([axis for axis in (-2, -1) if rng.integers(2)])
-        return CASSI(mask, self.args.bands, self.args.step)
+            return torch.as_tensor(random_mask(height, width, rng or np.random.default_rng(0)))
+        corner = [0, 0]
+        if rng is not None:
+            limits = zip(self.mask.shape[-2:], (height, width), strict=True)
+            corner = [int(rng.integers(full - own + 1)) for full, own in limits]
+        mask = self.mask[..., corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+        return mask if rng is None else mask.flip([axis for axis in (-2, -1) if rng.integers(2)])
+
+    def _operator(self, height: int, width: int, rng: np.random.Generator | None = None, crops: int = 1) -> CASSI:
+        """Of a batch: each crop has a mask of its own."""
+        masks = [self._mask(height, width, rng) for _ in range(crops)]
+        if crops == 1:
+            return CASSI(masks[0], self.args.bands, self.args.step)
+        # Of one kind, whatever was drawn: a GPU's recorded steps are for one each.
+        planes = self.args.bands if self.mask is not None and self.mask.ndim == 3 else 1
+        masks = [mask.expand(planes, height, width) for mask in masks]
+        return CASSI(torch.stack(masks), self.args.bands, self.args.step)
 
     def base(self) -> LoRun:
         """Phase 1: a single block. Gradient steps start at 1 / ||Phi||^2, where they still converge.
@@ -170,10 +177,10 @@ class Recipe:
         return y
 
     def draw(self, net: LoRun, step: int) -> Batch:
-        """Cubes, their mask and measurements; in phase 1 also 0 to ``--pretrain-unroll`` passes of the block's own."""
+        """Cubes, their masks and measurements; in phase 1 also 0 to ``--pretrain-unroll`` passes of the block's own."""
         x = torch.from_numpy(self.sampler(step))
         rng = np.random.default_rng((self.args.seed, step, 1))
-        op = self._window(*self.size, rng)
+        op = self._operator(*self.size, rng, len(x))
         passes = 0 if net.stages > 1 else int(rng.integers(self.args.pretrain_unroll + 1))
         return Batch(x, {"y": self._measure(op, x, step)}, op, passes)
 
@@ -189,7 +196,7 @@ class Recipe:
         total = 0.0
         for x in self.validation:
             x = x.to(device)
-            op = self._window(*x.shape[-2:]).to(device)
+            op = self._operator(*x.shape[-2:]).to(device)
             y = op(x)
             restored = unrolling.more_passes(net, net(y, op=op), y, self.args.pretrain_unroll, op)
             error = (restored.clamp(0, 1) - x).square().mean((-2, -1))
