@@ -132,7 +132,8 @@ class AdaptedLayer:
         """Computes W0 + scale * dW of every stage once, for inference; ``weight`` itself stays as it is.
 
         Gradients do not reach the factors through merged weights, and later changes to ``weight``, ``down`` or
-        ``up`` do not reach the merged ones. train(), loading a state dict and moving the module drop them.
+        ``up`` do not reach the merged ones. train(), loading a state dict and moving the module drop them. A layer
+        whose parameters are sharded (FSDP) stays unmerged: it merges at each call, where they are whole.
         """
         merge_layers([self])
 

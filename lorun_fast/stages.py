@@ -149,7 +149,7 @@ class Stages(nn.Module):
         return {}
 
     def merge(self) -> None:
-        """Computes the merged weights of every stage, for inference."""
+        """Computes the merged weights of every stage, for inference; sharded layers (FSDP) stay unmerged."""
 
     def unmerge(self) -> None:
         """Drops the merged weights."""
