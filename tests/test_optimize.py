@@ -679,10 +679,17 @@ def test_errors(arguments, error, message):
 
 def test_images_and_a_level_that_are_given_have_to_tell_a_score(monkeypatch, x):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    exact = network(denoiser=lf.ResUNet(channels=(4,), blocks=1), data_step="prox")
-    with pytest.raises(ValueError, match=r"images, sigma: expected what the network takes, got .* whole 8x8 blocks"):
-        exact.train().optimize(images=x)
-    assert exact.training
+
+    class Large(lf.ResUNet):
+        def forward(self, z):
+            if z.shape[-1] < 64:
+                raise ValueError("expected 64 columns or more")
+            return super().forward(z)
+
+    large = network(denoiser=Large(channels=(4,), blocks=1))
+    with pytest.raises(ValueError, match=r"images, sigma: expected what the network takes, got .* 64 columns or more"):
+        large.train().optimize(images=x)
+    assert large.training
     with pytest.raises(ValueError, match=r"images, sigma: expected what the network takes, got .* takes no sigma"):
         network().optimize(sigma=0.1, images=x)
     broken = network()
