@@ -92,7 +92,11 @@ def build_info() -> dict:
     return {} if _module is None else _module.build_info()
 
 
+MEASURED_LOOPS = ("avx2", "avx512")
+"""Of a CPU, those that the tables of what is faster than torch go by."""
+
+
 @functools.cache
 def has_fast_loops() -> bool:
-    """Whether this CPU's loops are those that were measured against torch's: for AVX2 and AVX-512."""
-    return build_info().get("cpu_active") in ("avx2", "avx512")
+    """Whether this CPU's loops are among them."""
+    return build_info().get("cpu_active") in MEASURED_LOOPS

@@ -289,7 +289,8 @@ def load(
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
         if "base" in spec:
-            missing = [name for name in missing if name not in _of_base(net)]
+            given = _of_base(net)
+            missing = [name for name in missing if name not in given]
     except RuntimeError as error:
         first = "".join(str(error).splitlines()[1:2]).strip()
         raise ValueError(f"{path}: expected the tensors of this {spec['type']}, got others: {first}") from None

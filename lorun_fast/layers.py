@@ -427,7 +427,7 @@ class _LoRAConvNd(AdaptedLayer):
 
     def _apply(self, fn, recurse=True):
         self.unmerge()
-        return nn.Module._apply(self, fn, recurse)
+        return nn.Module._apply(self, fn, recurse)  # five axes are a weight's here, not stacked factors
 
     def _weight_at(self, stage: int | Tensor, merged: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight of a call that is not merged before, one per sample for a tensor of stages, and the bias."""

@@ -380,7 +380,7 @@ def fastest_convolutions(dtype: torch.dtype, device: torch.device, launched: boo
         return "packed", "AMX"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "direct", f"other methods are for float32, bfloat16 and float16, this is {dtype}".replace("torch.", "")
-    if loops in ("avx2", "avx512"):
+    if loops in _native.MEASURED_LOOPS:
         return "winograd", f"{loops.upper()}; a quarter of the multiplications"
     return "direct", f"minimal filtering was measured with AVX2 and AVX-512, this CPU's loops are {loops}"
 
