@@ -14,7 +14,8 @@ from lorun_fast.reference import packed_weight_gradient as reference
 op = torch.ops.lorun_fast.packed_weight_gradient.default
 
 # N, out, in, H, W, kernel, padding: one tile and several, odd numbers of blocks, lines of a block from two columns of
-# the kernel, rows of several steps, results larger and smaller than the image, more rows than are laid out at a time
+# the kernel, and columns as shifts of either side, up to more than a step has pixels, rows of several steps and steps
+# of several rows, results larger and smaller than the image, more rows than are laid out at a time
 CASES = [
     (1, 7, 64, 8, 70, 3, 1),
     (2, 16, 16, 5, 32, 3, 1),
@@ -26,6 +27,13 @@ CASES = [
     (2, 16, 48, 7, 90, 3, 2),
     (1, 3, 3, 6, 6, 2, 0),
     (1, 40, 64, 9, 500, 3, 1),
+    (1, 64, 64, 40, 130, 3, 1),
+    (1, 32, 20, 9, 37, 5, 2),
+    (1, 5, 17, 9, 37, 7, 3),
+    (2, 16, 17, 6, 40, 2, 0),
+    (1, 16, 16, 5, 40, 3, 3),
+    (1, 16, 33, 9, 3, 3, 1),
+    (1, 1, 2, 3, 70, 33, 16),
     (0, 3, 3, 6, 6, 3, 1),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

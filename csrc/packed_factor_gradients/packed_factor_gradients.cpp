@@ -28,9 +28,9 @@ struct Factors {
 
 using packed_weight_gradient::add_parts;
 using packed_weight_gradient::end_right;
-using packed_weight_gradient::GradientLines;
 using packed_weight_gradient::kTileValues;
 using packed_weight_gradient::lay_out_right;
+using packed_weight_gradient::LeftSide;
 using packed_weight_gradient::multiply_all;
 using packed_weight_gradient::Sums;
 
@@ -60,29 +60,29 @@ struct Filters {
 // Work space of a thread.
 struct Space {
   int64_t together;
-  BFloat16 *down_left, *up_left, *down_lines, *up_lines, *down_right, *up_right, *edge;
+  BFloat16 *zeros, *down_left, *up_left, *down_right, *up_right, *s, *t, *edge;
   float* narrow;  // sums of a row of s or t
 
   Space(const Shape& down, const Shape& up, const Filters& f) : together(std::min(down.rows(), up.rows())) {
     const int64_t edge_values = std::max(4 * f.down.kernel * tile_room(f.down), 4 * tile_room(f.up));
-    const int64_t sizes[] = {down.left_blocks() * down.left_block(),
-                             up.left_blocks() * up.left_block(),
-                             kLanes * down.line(),
-                             kLanes * up.line(),
-                             down.right_blocks() * down.right_block(),
-                             up.right_blocks() * up.right_block(),
-                             (edge_values + kDepth - 1) / kDepth * kDepth};
     const int64_t narrow_room = (up.width + kDepth) / kDepth * kDepth * kLanes;
+    const int64_t sizes[] = {kDepth,
+                             down.left_values(),
+                             up.left_values(),
+                             down.right_values(),
+                             up.right_values(),
+                             LeftSide::room(down) * narrow_room,
+                             LeftSide::room(up) * narrow_room,
+                             (edge_values + kDepth - 1) / kDepth * kDepth};
     const int64_t values = std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0});
     BFloat16* at = static_cast<BFloat16*>(scratch<Slot>(values * sizeof(BFloat16) + narrow_room * sizeof(float)));
-    BFloat16** const pieces[] = {&down_left, &up_left, &down_lines, &up_lines, &down_right, &up_right, &edge};
-    for (int i = 0; i < 7; ++i) {
+    BFloat16** const pieces[] = {&zeros, &down_left, &up_left, &down_right, &up_right, &s, &t, &edge};
+    for (size_t i = 0; i < std::size(pieces); ++i) {
       *pieces[i] = at;
       at += sizes[i];
     }
     narrow = reinterpret_cast<float*>(at);
-    // The lines of a block that no channel fills.
-    std::fill(down_left, down_lines, BFloat16{});
+    std::fill_n(zeros, kDepth, BFloat16{});
   }
 };
 
@@ -91,11 +91,11 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
               int64_t begin, int64_t end, float* sums) {
   const Shape down = p.down(), up = p.up();
   const int64_t height = down.grad_height(), width = down.grad_width(), steps = narrow_steps(f.down, width);
-  std::fill_n(sums, down.sums() + up.sums(), 0.0f);
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({space.together, height - top, end - i});
     const BFloat16 *g = grad + n * height * width * p.out, *image = x + n * p.height * p.width * p.in;
-    GradientLines t(up, space.up_lines, 0, p.rank), s(down, space.down_lines, 0, p.rank);
+    LeftSide s(down, space.s, LeftSide::room(down), kLanes, space.zeros, space.down_left);
+    LeftSide t(up, space.t, LeftSide::room(up), kLanes, space.zeros, space.up_left);
     for (int64_t j = 0, ready = 0; j < count; ++j) {
       // Laid out first: reading a row from end to end brings it to the caches sooner than tiles would.
       for (; ready < j + p.kernel; ++ready) {
@@ -106,18 +106,23 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
         fetch.x = Ahead(image + next * p.width * p.in, p.width * p.in * sizeof(BFloat16), steps);
       }
       narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow, fetch);
-      add_sums(space.narrow, width, t, space.up_left);
+      round_row(space.narrow, width, space.t + j % LeftSide::room(up) * width * kLanes);
+      t.add(j + 1);
       lay_out_right(up, g, top + j, 1, space.up_right + j * up.pitch() * kLanes);
       narrow_row(f.up, g, height, width, top + j, space.edge, space.narrow);
-      add_sums(space.narrow, width, s, space.down_left);
+      round_row(space.narrow, width, space.s + j % LeftSide::room(down) * width * kLanes);
+      s.add(j + 1);
     }
-    s.end(space.down_left);
+    s.end(count);
     end_right(down, count + p.kernel - 1, space.down_right);
-    multiply_all(down, space.down_left, space.down_right, count, sums);
-    t.end(space.up_left);
+    multiply_all(down, space.down_left, space.down_right, count, sums, i > begin);
+    t.end(count);
     end_right(up, count, space.up_right);
-    multiply_all(up, space.up_left, space.up_right, count, sums + down.sums());
+    multiply_all(up, space.up_left, space.up_right, count, sums + down.sums(), i > begin);
     i += count;
+  }
+  if (begin == end) {
+    std::fill_n(sums, down.sums() + up.sums(), 0.0f);
   }
 }
 
@@ -128,12 +133,10 @@ void by_tiles(const Problem& p, const Factors<BFloat16>& factors, const BFloat16
   const int64_t rows = p.n * down.grad_height(), parts = std::min(down.parts(), up.parts());
   const int64_t apart = down.sums() + up.sums();
   const Sums sums(parts * apart);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_turns(parts, [&](int64_t part) {
     const Tiles tiles;
     const Space space(down, up, f);
-    for (int64_t part = begin; part < end; ++part) {
-      sum_rows(p, f, space, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.memory.get() + part * apart);
-    }
+    sum_rows(p, f, space, grad, x, part * rows / parts, (part + 1) * rows / parts, sums.memory.get() + part * apart);
   });
   add_parts(down, sums.memory.get(), parts, apart, g_down);
   add_parts(up, sums.memory.get() + down.sums(), parts, apart, g_up);

@@ -18,6 +18,7 @@
 namespace lorun::packed_factor_gradients {
 
 using packed_conv2d::Filter;
+using packed_weight_gradient::kLaidOut;
 using packed_weight_gradient::Shape;
 
 struct Problem {
@@ -25,12 +26,12 @@ struct Problem {
 
   // The weight gradient whose result is grad_down.
   Shape down() const {
-    return {n, rank, in, height, width, kernel, padding};
+    return {n, rank, in, height, width, kernel, padding, kLaidOut / 2};
   }
 
   // The weight gradient whose result is grad_up, transposed.
   Shape up() const {
-    return {n, rank, out, down().grad_height(), down().grad_width(), 1, 0};
+    return {n, rank, out, down().grad_height(), down().grad_width(), 1, 0, kLaidOut / 2};
   }
 };
 

@@ -95,19 +95,12 @@ inline void narrow_row(const Filter<BFloat16>& f, const BFloat16* image, int64_t
   }
 }
 
-// Pixels w and w + 1 of a row of sums (width, 16), rounded and interleaved; zeros after the row.
-LORUN_TARGET_AMX LORUN_INLINE inline __m512i rounded_pair(const float* sums, int64_t w, int64_t width) {
-  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512 one = w < width ? _mm512_load_ps(sums + w * kLanes) : _mm512_setzero_ps();
-  const __m512 two = w + 1 < width ? _mm512_load_ps(sums + (w + 1) * kLanes) : _mm512_setzero_ps();
-  return _mm512_permutexvar_epi16(interleaved, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(two, one)));
-}
-
-// A row of sums as the next row of the gradient's lines. left: where the first block begins.
-LORUN_TARGET_AMX inline void add_sums(const float* sums, int64_t width, packed_weight_gradient::GradientLines& lines,
-                                      BFloat16* left) {
-  lines.add([&](int64_t w) LORUN_TARGET_AMX LORUN_INLINE { return rounded_pair(sums, w, width); }, left);
+// A row of sums (width, 16), rounded to bf16, and a pixel more where the width is odd.
+LORUN_TARGET_AMX inline void round_row(const float* sums, int64_t width, BFloat16* to) {
+  for (int64_t w = 0; w < width; w += 2, sums += 2 * kLanes, to += 2 * kLanes) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(sums + kLanes), _mm512_load_ps(sums));
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(rounded));
+  }
 }
 
 }  // namespace lorun::packed_factor_gradients

@@ -21,17 +21,14 @@ struct Slot;
 
 // Work space of a thread.
 struct Space {
-  BFloat16 *left, *right, *lines;
+  BFloat16 *zeros, *left, *right;
 
   explicit Space(const Shape& s) {
-    const int64_t left_values = s.left_blocks() * s.left_block(), right_values = s.right_blocks() * s.right_block();
-    const int64_t line_values = kLanes * s.line();
-    left = static_cast<BFloat16*>(scratch<Slot>((left_values + line_values + right_values) * sizeof(BFloat16)));
-    lines = left + left_values;
-    right = lines + line_values;
-    if (!s.fills_blocks()) {  // the lines of the last block that no channel fills
-      std::fill(lines - s.left_block(), lines, BFloat16{});
-    }
+    const int64_t pixel = (s.out + kDepth - 1) / kDepth * kDepth;
+    zeros = static_cast<BFloat16*>(scratch<Slot>((pixel + s.left_values() + s.right_values()) * sizeof(BFloat16)));
+    left = zeros + pixel;
+    right = left + s.left_values();
+    std::fill_n(zeros, pixel, BFloat16{});
   }
 };
 
@@ -39,27 +36,27 @@ struct Space {
 void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end,
               float* sums) {
   const int64_t height = s.grad_height();
-  std::fill_n(sums, s.sums(), 0.0f);
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
-    lay_out_left(s, grad + i * s.grad_width() * s.out, count, space.left, space.lines);
+    LeftSide(s, grad + i * s.grad_width() * s.out, count, s.out, space.zeros, space.left).end(count);
     lay_out_right(s, x + n * s.height * s.width * s.in, top - s.padding, count + s.kernel - 1, space.right);
     end_right(s, count + s.kernel - 1, space.right);
-    multiply_all(s, space.left, space.right, count, sums);
+    multiply_all(s, space.left, space.right, count, sums, i > begin);
     i += count;
+  }
+  if (begin == end) {
+    std::fill_n(sums, s.sums(), 0.0f);
   }
 }
 
 void by_tiles(const Shape& s, const BFloat16* grad, const BFloat16* x, float* g) {
   const int64_t rows = s.n * s.grad_height(), parts = s.parts();
   const Sums sums(parts * s.sums());
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_turns(parts, [&](int64_t part) {
     const Tiles tiles;
     const Space space(s);
-    for (int64_t part = begin; part < end; ++part) {
-      float* to = sums.memory.get() + part * s.sums();
-      sum_rows(s, space, grad, x, part * rows / parts, (part + 1) * rows / parts, to);
-    }
+    float* to = sums.memory.get() + part * s.sums();
+    sum_rows(s, space, grad, x, part * rows / parts, (part + 1) * rows / parts, to);
   });
   add_parts(s, sums.memory.get(), parts, s.sums(), g);
 }

@@ -14,189 +14,247 @@
 
 namespace lorun::packed_weight_gradient {
 
-// Pixels w and w + 1 of a row (width, channels), `lanes` of their channels, interleaved; zeros after the row.
-LORUN_TARGET_AMX LORUN_INLINE inline __m512i pair_of(const BFloat16* row, int64_t w, int64_t width, int64_t channels,
-                                                     __mmask16 lanes) {
-  const BFloat16* at = row + w * channels;
-  const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(w < width ? lanes : __mmask16{0}, at));
-  const __mmask16 last = w + 1 < width ? lanes : __mmask16{0};
-  const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(last, at + channels));
-  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-}
+constexpr int64_t kGroup = 8;  // channels that are turned into lines together
 
-// Lines of 16 words, rows for columns.
-LORUN_TARGET_AMX LORUN_INLINE inline void transpose(__m512i (&a)[16]) {
-  __m512i b[16];
+// 32 pixels, of each of which pixel(i) reads 8 channels, as a line of pixels for each channel: store(channel, line).
+template <class Pixel, class Store>
+LORUN_TARGET_AMX LORUN_INLINE inline void turn(const Pixel& pixel, const Store& store) {
+  // Pixels 8 apart in the quarters of a vector, so that turning each quarter by itself leaves whole lines.
+  __m512i a[kGroup], b[kGroup];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    a[i] = _mm512_castsi128_si512(pixel(i));
+    a[i] = _mm512_inserti32x4(a[i], pixel(8 + i), 1);
+    a[i] = _mm512_inserti32x4(a[i], pixel(16 + i), 2);
+    a[i] = _mm512_inserti32x4(a[i], pixel(24 + i), 3);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    b[i] = _mm512_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
+    b[4 + i] = _mm512_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
   }
-  // a[4 * i + j]: words of rows 4 i ... 4 i + 3, of columns j, j + 4, j + 8, j + 12.
+  // b[i], b[4 + i]: pixels 2 i and 2 i + 1 of channels 0 to 3, 4 to 7.
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-    b[4 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    b[8 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2 * 2;
+    a[from] = _mm512_unpacklo_epi32(b[from], b[from + 1]);
+    a[from + 1] = _mm512_unpackhi_epi32(b[from], b[from + 1]);
   }
+  // a[0], a[2]: pixels 0 to 3, 4 to 7 of channels 0 and 1; a[1], a[3]: of 2 and 3; a[4 ...]: of 4 to 7 likewise.
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    a[j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88);
-    a[8 + j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd);
-    a[4 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0x88);
-    a[12 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0xdd);
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2;
+    store(2 * i, _mm512_unpacklo_epi64(a[from], a[from + 2]));
+    store(2 * i + 1, _mm512_unpackhi_epi64(a[from], a[from + 2]));
   }
 }
 
-// `rows` rows of x from `first` on, of an image (height, width, channels); rows outside it are zeros. right: where the
-// first block begins.
-LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
-                                           BFloat16* right) {
-  const int64_t apart = s.right_block(), blocks = s.right_blocks(), pitch = s.pitch();
-  // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: a
-  // row is read once, from end to end.
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t row = first; row < first + rows; ++row) {
-    const int64_t width = row >= 0 && row < s.height ? s.width : 0;
-    const BFloat16* x = image + row * s.width * s.in;
-    for (int64_t w = 0; w < pitch; w += 2, x += 2 * s.in, right += 2 * kLanes) {
-      for (int64_t block = 0; block < blocks; block += 2) {
-        const __mmask32 lanes = (uint64_t{1} << std::min<int64_t>(s.in - block * kLanes, 32)) - 1;
-        const __m512i a = _mm512_maskz_loadu_epi16(w < width ? lanes : __mmask32{0}, x + block * kLanes);
-        const __m512i b = _mm512_maskz_loadu_epi16(w + 1 < width ? lanes : __mmask32{0}, x + block * kLanes + s.in);
-        _mm512_store_si512(right + block * apart, _mm512_permutex2var_epi16(a, low, b));
-        if (block + 1 < blocks) {
-          _mm512_store_si512(right + (block + 1) * apart, _mm512_permutex2var_epi16(a, high, b));
-        }
-      }
+// Where 32 pixels of the lines `line` and following go, of which `count` are wanted.
+struct Lines {
+  BFloat16* left;  // of the step
+  int64_t block, line, count;
+
+  LORUN_TARGET_AMX LORUN_INLINE void operator()(int64_t i, __m512i pixels) const {
+    if (i < count) {
+      _mm512_store_si512(at(line + i), pixels);
+    }
+  }
+
+  LORUN_INLINE BFloat16* at(int64_t number) const {
+    return left + number / kLanes * block + number % kLanes * kDepth;
+  }
+};
+
+// The lines of the kernel's further columns: those of the first, shifted, with what the step before has of them.
+LORUN_TARGET_AMX inline void shift_lines(const Lines& lines, int64_t out, int64_t columns, bool first) {
+  const __m512i even = _mm512_set_epi32(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32);
+  __m512i shifted = _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(1)), 16));
+  for (int64_t column = 1, to = out; column < columns; ++column) {
+    shifted = _mm512_sub_epi16(shifted, _mm512_set1_epi16(1));
+    for (int64_t c = 0; c < out; ++c, ++to) {
+      const BFloat16* from = lines.at(c);
+      const __m512i before = first ? _mm512_setzero_si512() : _mm512_load_si512(from - kTileValues);
+      _mm512_store_si512(lines.at(to), _mm512_permutex2var_epi16(before, shifted, _mm512_load_si512(from)));
     }
   }
 }
 
-// What the last step of a line reaches after `rows` rows.
-inline void end_right(const Shape& s, int64_t rows, BFloat16* right) {
-  for (int64_t block = 0; block < s.right_blocks(); ++block) {
-    std::fill_n(right + block * s.right_block() + rows * s.pitch() * kLanes, kDepth * kLanes, BFloat16{});
-  }
-}
-
-// Up to 16 channels of the gradient, `channel` and following, a line of pixels each, of which the part at hand lies in
-// `memory`, Shape::line() values for each line. Rows come one by one and leave in whole steps.
-class GradientLines {
+// The left side from rows of the gradient, (room, width, channels) in memory, of which the first Shape::out channels
+// count: row i lies in place i % room, and rows may come one by one.
+class LeftSide {
  public:
-  GradientLines(const Shape& s, BFloat16* memory, int64_t channel, int64_t count)
-      : s_(s), memory_(memory), channel_(channel), count_(count) {
-    for (int64_t c = 0; c < count; ++c) {
-      std::fill_n(memory + c * s.line(), s.front(), BFloat16{});
-    }
+  // Places for rows that come one by one.
+  static int64_t room(const Shape& s) {
+    return kDepth / s.pitch() + 2;
   }
 
-  // The next row. pairs(w): pixels w and w + 1, 16 channels interleaved, zeros from the row's end on. left: where the
-  // first block begins.
-  template <class Pairs>
-  LORUN_TARGET_AMX LORUN_INLINE inline void add(const Pairs& pairs, BFloat16* left) {
-    const int64_t line = s_.line();
-    BFloat16* to = next();
-    int64_t first = 0;
-    for (; first < s_.grad_width(); first += kDepth) {
-      __m512i a[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        a[i] = pairs(first + 2 * i);
-      }
-      transpose(a);
-      for (int64_t c = 0; c < count_; ++c) {
-        _mm512_storeu_si512(to + c * line + first, a[c]);
-      }
-    }
-    // Zeros up to the next row; what lies beyond is written over by it.
-    for (; first < s_.pitch(); first += kDepth) {
-      for (int64_t c = 0; c < count_; ++c) {
-        _mm512_storeu_si512(to + c * line + first, _mm512_setzero_si512());
-      }
-    }
-    ++rows_;
-    if (next() + s_.pitch() + kDepth > memory_ + line) {
-      leave((rows_ * s_.pitch() - s_.padding) / kDepth, left);
-    }
+  // zeros: a pixel's.
+  LeftSide(const Shape& s, const BFloat16* rows, int64_t room, int64_t channels, const BFloat16* zeros, BFloat16* left)
+      : s_(s),
+        rows_(rows),
+        zeros_(zeros),
+        room_(room),
+        channels_(channels),
+        columns_(s.columns()),
+        last_(rows + room * s.grad_width() * channels - (s.out + kGroup - 1) / kGroup * kGroup),
+        at_(rows),
+        lines_{left, s.left_block(), 0, 0} {}
+
+  // The steps that the first `rows` rows fill.
+  LORUN_TARGET_AMX void add(int64_t rows) {
+    lay_out(rows * s_.pitch() / kDepth, rows);
   }
 
-  // That was the last row.
-  LORUN_TARGET_AMX void end(BFloat16* left) {
-    for (int64_t c = 0; c < count_; ++c) {
-      std::fill(next() + c * s_.line(), memory_ + (c + 1) * s_.line(), BFloat16{});
-    }
-    leave(s_.steps(rows_), left);
+  // Those left: there are no more rows.
+  LORUN_TARGET_AMX void end(int64_t rows) {
+    lay_out(s_.steps(rows), rows);
   }
 
  private:
-  // Where the next row's pixels go, those of line c at + c * Shape::line().
-  BFloat16* next() const {
-    return memory_ + s_.front() + rows_ * s_.pitch() - begin_;
+  LORUN_TARGET_AMX LORUN_INLINE void lay_out(int64_t end, int64_t rows) {
+    const int64_t width = s_.grad_width(), channels = channels_;
+    for (; step_ < end; ++step_, lines_.left += kTileValues) {
+      const BFloat16* first = at_ + w_ * channels;
+      if (row_ < rows && w_ + kDepth <= width && first + (kDepth - 1) * channels <= last_) {
+        turn_all([=](int i, int64_t c) LORUN_TARGET_AMX LORUN_INLINE {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + i * channels + c));
+        });
+        move(kDepth);
+        continue;
+      }
+      const BFloat16* pixels[kDepth];
+      for (const BFloat16*& pixel : pixels) {
+        pixel = row_ < rows && w_ < width ? at_ + w_ * channels : zeros_;
+        move(1);
+      }
+      turn_all([&](int i, int64_t c) LORUN_TARGET_AMX LORUN_INLINE {
+        const __mmask8 lanes = (1u << std::min(kGroup, s_.out - c)) - 1;
+        return _mm_maskz_loadu_epi16(lanes, pixels[i] + c);
+      });
+    }
   }
 
-  // Steps before `step` leave, shifted for each column of the kernel; what shifts of the others reach stays.
-  LORUN_TARGET_AMX void leave(int64_t step, BFloat16* left) {
-    const int64_t line = s_.line();
-    for (int64_t column = 0; column < s_.kernel; ++column) {
-      for (int64_t c = 0; c < count_; ++c) {
-        const int64_t at = column * s_.out + channel_ + c;
-        const BFloat16* from = memory_ + c * line + s_.front() + s_.padding - column - begin_;
-        BFloat16* to = left + at / kLanes * s_.left_block() + at % kLanes * kDepth;
-        for (int64_t i = left_; i < step; ++i) {
-          _mm512_store_si512(to + i * kTileValues, _mm512_loadu_si512(from + i * kDepth));
-        }
-      }
+  template <class Pixel>
+  LORUN_TARGET_AMX LORUN_INLINE void turn_all(const Pixel& pixel) {
+    for (int64_t c = 0; c < s_.out; c += kGroup) {
+      lines_.line = c;
+      lines_.count = s_.out - c;
+      turn([&](int i) LORUN_TARGET_AMX LORUN_INLINE { return pixel(i, c); }, lines_);
     }
-    left_ = step;
-    const int64_t gone = step * kDepth - begin_;
-    for (int64_t c = 0; c < count_; ++c) {
-      std::memmove(memory_ + c * line, memory_ + c * line + gone, (next() - memory_ - gone) * sizeof(BFloat16));
+    if (columns_ > 1) {
+      shift_lines(lines_, s_.out, columns_, step_ == 0);
     }
-    begin_ += gone;
+  }
+
+  LORUN_INLINE void move(int64_t pixels) {
+    w_ += pixels;
+    if (w_ == s_.pitch()) {
+      w_ = 0;
+      at_ = rows_ + ++row_ % room_ * s_.grad_width() * channels_;
+    }
   }
 
   const Shape& s_;
-  BFloat16* memory_;
-  int64_t channel_, count_;
-  int64_t rows_ = 0, left_ = 0, begin_ = 0;  // begin_: the pixel whose place is front()
+  const BFloat16 *rows_, *zeros_;
+  int64_t room_, channels_, columns_;
+  const BFloat16* last_;  // from where all channels of a pixel may be read
+  const BFloat16* at_;    // the next row
+  Lines lines_;
+  int64_t step_ = 0, row_ = 0, w_ = 0;  // of the next pixel
 };
 
-// `rows` rows of the gradient, (width, channels) each. left: where the first block begins. lines: work space for 16 of
-// Shape::line() values.
-LORUN_TARGET_AMX inline void lay_out_left(const Shape& s, const BFloat16* grad, int64_t rows, BFloat16* left,
-                                          BFloat16* memory) {
-  const int64_t width = s.grad_width();
-  for (int64_t channel = 0; channel < s.out; channel += kLanes) {
-    const int64_t count = std::min(kLanes, s.out - channel);
-    const __mmask16 lanes = (1u << count) - 1;
-    GradientLines lines(s, memory, channel, count);
-    for (int64_t row = 0; row < rows; ++row) {
-      const BFloat16* from = grad + row * width * s.out + channel;
-      lines.add([&](int64_t w) LORUN_TARGET_AMX LORUN_INLINE { return pair_of(from, w, width, s.out, lanes); }, left);
+// All channels of a vector, as a mask of them.
+struct All {};
+
+LORUN_TARGET_AMX LORUN_INLINE inline __m512i load(const BFloat16* at, All) {
+  return _mm512_loadu_si512(at);
+}
+
+LORUN_TARGET_AMX LORUN_INLINE inline __m512i load(const BFloat16* at, __mmask32 lanes) {
+  return _mm512_maskz_loadu_epi16(lanes, at);
+}
+
+// `rows` rows of x from `first` on, of an image (height, width, channels); rows outside it are zeros. right: where the
+// first of them lies in the first block. Twice: with the second kind of pairs.
+template <bool Twice>
+LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
+                                           BFloat16* right) {
+  const int64_t apart = s.right_block(), second = s.right_blocks() * apart, in = s.in, whole = in / kDepth * kDepth;
+  const __mmask32 rest = (__mmask32{1} << in % kDepth) - 1;
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const auto interleave = [&](__m512i a, __m512i b, bool both, BFloat16* to) LORUN_TARGET_AMX LORUN_INLINE {
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+    if (both) {
+      _mm512_store_si512(to + apart, _mm512_permutex2var_epi16(a, high, b));
     }
-    lines.end(left);
+  };
+  // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: a
+  // row is read once, from end to end. pixel(i, c, lanes): channels of the pair's first and following.
+  const auto pair = [&](const auto& pixel) LORUN_TARGET_AMX LORUN_INLINE {
+    BFloat16* to = right;
+    const auto blocks = [&](int64_t c, auto lanes, bool both) LORUN_TARGET_AMX LORUN_INLINE {
+      const __m512i b = pixel(1, c, lanes);
+      interleave(pixel(0, c, lanes), b, both, to);
+      if constexpr (Twice) {
+        interleave(b, pixel(2, c, lanes), both, to + second);
+      }
+    };
+    for (int64_t c = 0; c < whole; c += kDepth, to += 2 * apart) {
+      blocks(c, All{}, true);
+    }
+    if (whole < in) {
+      blocks(whole, rest, in - whole > kLanes);
+    }
+  };
+  const int64_t end = s.pitch() - s.padding;
+  for (int64_t row = first; row < first + rows; ++row) {
+    const int64_t width = row >= 0 && row < s.height ? s.width : 0;
+    const BFloat16* x = image + (row * s.width - s.padding) * in;
+    const auto next = [&] {
+      x += 2 * in;
+      right += 2 * kLanes;
+    };
+    for (int64_t w = -s.padding; w < end; w += 2, next()) {
+      for (; w >= 0 && w + 2 < width; w += 2, next()) {
+        pair([&](int64_t i, int64_t c, auto lanes)
+                 LORUN_TARGET_AMX LORUN_INLINE { return load(x + i * in + c, lanes); });
+      }
+      pair([&](int64_t i, int64_t c, auto lanes) LORUN_TARGET_AMX LORUN_INLINE {
+        const bool inside = w + i >= 0 && w + i < width;
+        return inside ? load(x + i * in + c, lanes) : _mm512_setzero_si512();
+      });
+    }
   }
 }
 
-// sums (A, B, 16, 16) += left . right over some steps, of A and B neighbouring blocks: 2 and 2, or up to 4 beside one.
-// Four sums at a time where there are as many: the tiles multiply four times as fast as one product is ready.
+LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
+                                           BFloat16* right) {
+  (s.phases() > 1 ? lay_out_pairs<true> : lay_out_pairs<false>)(s, image, first, rows, right);
+}
+
+// Zeros after `rows` rows.
+inline void end_right(const Shape& s, int64_t rows, BFloat16* right) {
+  for (int64_t block = 0; block < s.phases() * s.right_blocks(); ++block) {
+    std::fill_n(right + block * s.right_block() + rows * s.pitch() * kLanes, s.right_end() * kLanes, BFloat16{});
+  }
+}
+
+// sums (A, B, 16, 16), `next` from one A to the next, of left . right over some steps, of A and B neighbouring blocks:
+// 2 and 2, or up to 4 beside one. Four sums at a time where there are as many: the tiles multiply four times as fast as
+// one product is ready. more: added to what is there.
 template <int A, int B>
 LORUN_TARGET_AMX inline void multiply(const BFloat16* left, int64_t left_block, const BFloat16* right,
-                                      int64_t right_block, int64_t steps, float* sums, int64_t next) {
+                                      int64_t right_block, int64_t steps, float* sums, int64_t next, bool more) {
   static_assert(A * B <= 4);
   const auto sum = [&](int i) LORUN_INLINE { return sums + i / B * next + i % B * kSums; };
   tile_fence();
-  unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_load<I>(sum(I), 64); });
+  if (more) {
+    unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_load<I>(sum(I), 64); });
+  } else {
+    unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_zero<I>(); });
+  }
   for (int64_t i = 0; i < steps * kTileValues; i += kTileValues) {
     unrolled<A>([&]<int a>() LORUN_INLINE {
       tile_load<4 + a % 2>(left + a * left_block + i, 64);
@@ -218,22 +276,23 @@ inline auto product_of(int64_t a, int64_t b) {
   return a == 2 && b == 2 ? &multiply<2, 2> : b == 1 ? kOfLeft[a - 1] : kOfRight[b - 1];
 }
 
-// All taps of `rows` rows that are laid out, added to the sums.
+// The sums of all taps over `rows` rows that are laid out. more: added to what is there. (Parts of the line that the
+// first-level cache holds, one after the other, would save less than loading and storing the sums for each costs.)
 LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, const BFloat16* right, int64_t rows,
-                                          float* sums) {
-  const int64_t total = s.steps(rows), lefts = s.left_blocks(), rights = s.right_blocks();
+                                          float* sums, bool more) {
+  const int64_t steps = s.steps(rows), lefts = s.left_blocks(), rights = s.right_blocks();
   const int64_t by_left = rights == 1 ? 4 : lefts == 1 ? 1 : 2, by_right = lefts == 1 ? 4 : rights == 1 ? 1 : 2;
-  for (int64_t step = 0; step < total; step += kSteps) {
-    const int64_t steps = std::min(kSteps, total - step);
-    for (int64_t row = 0; row < s.kernel; ++row) {
+  const int64_t columns = s.kernel / s.columns();
+  for (int64_t i = 0; i < s.products(); ++i) {
+    const int64_t column = i % columns, odd = column % 2;
+    const BFloat16* r = right + odd * rights * s.right_block() + (i / columns * s.pitch() + column - odd) * kLanes;
+    for (int64_t a = 0; a < lefts; a += by_left) {
+      const BFloat16* l = left + a * s.left_block();
+      float* to = sums + (i * lefts + a) * rights * kSums;
       for (int64_t b = 0; b < rights; b += by_right) {
-        const BFloat16* r = right + b * s.right_block() + (row * s.pitch() + step * kDepth) * kLanes;
-        for (int64_t a = 0; a < lefts; a += by_left) {
-          const BFloat16* l = left + a * s.left_block() + step * kTileValues;
-          float* to = sums + ((row * lefts + a) * rights + b) * kSums;
-          const auto product = product_of(std::min(by_left, lefts - a), std::min(by_right, rights - b));
-          product(l, s.left_block(), r, s.right_block(), steps, to, rights * kSums);
-        }
+        const auto product = product_of(std::min(by_left, lefts - a), std::min(by_right, rights - b));
+        product(l, s.left_block(), r + b * s.right_block(), s.right_block(), steps, to + b * kSums, rights * kSums,
+                more);
       }
     }
   }
