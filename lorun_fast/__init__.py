@@ -4,7 +4,14 @@ from lorun_fast import adapters, denoisers, functional, interop, operators
 from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.io import load, load_pretrained, save
-from lorun_fast.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAConvTranspose2d, LoRALinear
+from lorun_fast.layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose2d,
+    LoRALinear,
+    LoRAMultiheadAttention,
+)
 from lorun_fast.network import LoRun
 from lorun_fast.operators import CASSI, BlockCS, BlurDownsample, SensingOperator
 from lorun_fast.ops._backends import use_backend
@@ -19,6 +26,7 @@ __all__ = [
     "LoRAConv3d",
     "LoRAConvTranspose2d",
     "LoRALinear",
+    "LoRAMultiheadAttention",
     "LoRun",
     "ResCNN",
     "ResUNet",

@@ -125,7 +125,7 @@ def test_include_and_exclude_patterns():
     [
         ({"include": "encoder.*"}, r"pattern 'encoder.\*' matches no layer; the layers are: head"),
         ({"include": "depthwise", "form": "peft"}, "depthwise: form 'peft' cannot express groups=8"),
-        ({"exclude": "*"}, "expected a convolution or Linear layer to adapt in Foreign, got none"),
+        ({"exclude": "*"}, "expected a convolution, Linear or attention layer to adapt in Foreign, got none"),
         ({"stages": 0}, "^stages: expected at least 1"),
         ({"form": "lokr"}, "form: expected one of loralib, peft"),
         ({"scale": float("nan")}, "^scale: expected a finite number, got nan"),
@@ -790,7 +790,7 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
         def __init__(self):
             super().__init__()
             self.conv, self.cube = nn.Conv2d(1, 1, 3, padding=1), nn.ConvTranspose3d(1, 2, 1)
-            self.attention, self.script = nn.MultiheadAttention(4, 1), torch.jit.script(nn.PReLU(1))
+            self.memory, self.script = nn.LSTMCell(4, 1), torch.jit.script(nn.PReLU(1))
             self.kernel, self.more = nn.Parameter(torch.rand(2, 2, 3, 3)), nn.ParameterList([torch.rand(2, 2)])
             self.gain, self.norm = nn.Parameter(torch.rand(1, 4, 1, 1)), nn.LayerNorm(4)
             self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
@@ -803,8 +803,7 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
     assert torch.equal(staged(z, stage=1), denoiser(z))
     wanted = {
         "cube": "there are no adapters for ConvTranspose3d",
-        "attention": "there are no adapters for MultiheadAttention",
-        "attention.out_proj": "a subclass of its own",
+        "memory": "there are no adapters for LSTMCell",
         "script": "scripted or traced",
         "kernel": "a parameter by itself",
         "more.0": "a parameter by itself",
