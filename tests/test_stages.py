@@ -209,9 +209,9 @@ def test_layers_called_by_keyword(convolutions):
 def test_a_staged_denoiser_within_another_keeps_its_own_stage():
     inner = lf.adapt(nn.Conv2d(2, 2, 3, padding=1), stages=3)
     outer = lf.adapt(nn.Sequential(inner[2], nn.Conv2d(2, 2, 3, padding=1)), stages=2)
-    for p in (*inner.adapter_parameters(), *outer.adapter_parameters()):
-        nn.init.normal_(p)
     within, last = outer.base
+    for p in (*within.staged.adapter_parameters(), *outer.adapter_parameters()):
+        nn.init.normal_(p)
     assert set(outer.adapted) == {"1"}
     got = outer(Z, stage=1)  # merges in another op than a layer by itself, which may round otherwise
     torch.testing.assert_close(got, last(within.staged(Z, stage=2), 1))
