@@ -443,7 +443,11 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
 
 
 class _LoRAConvNd(AdaptedLayer):
-    """What convolutions of one and of three axes share: a weight merged once a call, and torch's convolution of it."""
+    """What convolutions of one and of three axes share: a weight merged once a call, and torch's convolution of it.
+
+    Adapter arguments and stage as for :class:`LoRAConv2d`. ``_transposed`` is False in transposed ones too: their
+    update is the product of the factors as it stands.
+    """
 
     _conv: Callable
 
@@ -472,22 +476,29 @@ class _LoRAConvNd(AdaptedLayer):
         if x.ndim not in (axes + 1, axes + 2) or x.shape[-axes - 1] != self.in_channels:
             raise ValueError(f"x: expected (N, {self.in_channels}, ...) with {axes} axes of space, got {shape_of(x)}")
 
+    def _convolve(self, x: Tensor, stage: int | Tensor | None, **geometry) -> Tensor:
+        """torch's convolution of x with the weight of the stage. geometry: beside stride, dilation and groups."""
+        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", x), stage)
+        weight, bias = self._weight_at(stage, merged, x)
+        conv = partial(type(self)._conv, stride=self.stride, dilation=self.dilation, **geometry)
+        if weight.ndim > self.weight.ndim:
+            conv = partial(reference.conv_per_sample, conv, self.groups)
+        else:
+            conv = partial(conv, groups=self.groups)
+        return self._call_merged(conv, self._check, x, weight, bias)
+
     def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", input), stage)
-        weight, bias = self._weight_at(stage, merged, input)
         padding = self.padding
         if self.padding_mode != "zeros":
+            check_floating("x", input)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        conv = type(self)._conv
-        if weight.ndim > self.weight.ndim:
-            conv = partial(reference.conv_per_sample, conv)
-        return self._call_merged(conv, self._check, input, weight, bias, self.stride, padding, self.dilation)
+        return self._convolve(input, stage, padding=padding)
 
 
 class LoRAConv1d(_LoRAConvNd, nn.Conv1d):
     """nn.Conv1d with K low-rank adapters, by torch's convolution. Adapter arguments and stage as for
-    :class:`LoRAConv2d`; both forms are that of peft, and there are none for groups.
+    :class:`LoRAConv2d`; both forms are that of peft, with groups it is called loralib.
     """
 
     _conv = staticmethod(F.conv1d)
@@ -499,6 +510,47 @@ class LoRAConv3d(_LoRAConvNd, nn.Conv3d):
 
     _conv = staticmethod(F.conv3d)
     _base_arguments = staticmethod(LoRAConv2d._base_arguments)
+
+
+class _LoRAConvTransposeNd(_LoRAConvNd):
+    """The same of transposed ones."""
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, output_padding=0, groups=1, bias=True,
+        dilation=1, padding_mode="zeros", device=None, dtype=None, *, stages=9, rank=7, form="peft", scale=1.0,
+    ):  # fmt: skip
+        super(_LoRAConvNd, self).__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, _storage(dtype),
+        )  # fmt: skip
+        self._add_adapter(stages, rank, form, scale)
+
+    def forward(
+        self, input: Tensor, stage: int | Tensor | None = None, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """output_size: as for :class:`LoRAConvTranspose2d`."""
+        if isinstance(stage, (tuple, list)):
+            stage, output_size = None, stage
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                input, list(output_size), self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
+            )
+        return self._convolve(input, stage, padding=self.padding, output_padding=output_padding)
+
+
+class LoRAConvTranspose1d(_LoRAConvTransposeNd, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d with K low-rank adapters; as :class:`LoRAConv1d`."""
+
+    _conv = staticmethod(F.conv_transpose1d)
+    _base_arguments = staticmethod(LoRAConvTranspose2d._base_arguments)
+
+
+class LoRAConvTranspose3d(_LoRAConvTransposeNd, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d with K low-rank adapters; as :class:`LoRAConv1d`."""
+
+    _conv = staticmethod(F.conv_transpose3d)
+    _base_arguments = staticmethod(LoRAConvTranspose2d._base_arguments)
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -771,7 +823,9 @@ LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv1d: LoRAConv1d,
     nn.Conv2d: LoRAConv2d,
     nn.Conv3d: LoRAConv3d,
+    nn.ConvTranspose1d: LoRAConvTranspose1d,
     nn.ConvTranspose2d: LoRAConvTranspose2d,
+    nn.ConvTranspose3d: LoRAConvTranspose3d,
     nn.MultiheadAttention: LoRAMultiheadAttention,
     NonDynamicallyQuantizableLinear: _LoRAOutProjection,  # before nn.Linear, which it is as well
     nn.Linear: LoRALinear,

@@ -509,7 +509,7 @@ def adapt(
     """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
 
     denoiser: any module with forward(z) or forward(z, sigma); further arguments are passed on by name, and what it
-        returns comes back as it is. Its nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear and
+        returns comes back as it is. Its nn.Conv1d to nn.Conv3d, nn.ConvTranspose1d to nn.ConvTranspose3d, nn.Linear and
         nn.MultiheadAttention layers get adapters, the latter's out_proj one of its own; its own code does not change.
     stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and

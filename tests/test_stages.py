@@ -789,7 +789,7 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.cube = nn.Conv2d(1, 1, 3, padding=1), nn.ConvTranspose3d(1, 2, 1)
+            self.conv, self.pairs = nn.Conv2d(1, 1, 3, padding=1), nn.Bilinear(2, 2, 2)
             self.memory, self.script = nn.LSTMCell(4, 1), torch.jit.script(nn.PReLU(1))
             self.kernel, self.more = nn.Parameter(torch.rand(2, 2, 3, 3)), nn.ParameterList([torch.rand(2, 2)])
             self.gain, self.norm = nn.Parameter(torch.rand(1, 4, 1, 1)), nn.LayerNorm(4)
@@ -802,7 +802,7 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
     staged = lf.adapt(denoiser, stages=2)
     assert torch.equal(staged(z, stage=1), denoiser(z))
     wanted = {
-        "cube": "there are no adapters for ConvTranspose3d",
+        "pairs": "there are no adapters for Bilinear",
         "memory": "there are no adapters for LSTMCell",
         "script": "scripted or traced",
         "kernel": "a parameter by itself",
