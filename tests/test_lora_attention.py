@@ -212,6 +212,21 @@ def test_errors():
         lf.LoRAMultiheadAttention.from_base(nn.MultiheadAttention(8, 2).to(torch.float8_e5m2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_device_and_no_samples(kind):
+    layer = layer_of(kind, torch.float32)
+    empty = torch.zeros(0, dtype=torch.int64)
+    none = (at(layer, t, slice(0, 0)) for t in inputs_of(layer, torch.float32))
+    y, weights = layer(*none, stage=empty)
+    assert 0 in y.shape and weights.shape[0] == 0
+    meta, inputs = copy.deepcopy(layer).to("meta"), inputs_of(layer, torch.float32)
+    for stage in (1, torch.tensor([0, 1, 2])):
+        y, weights = layer(*inputs, stage=stage)
+        on_meta = stage.to("meta") if isinstance(stage, torch.Tensor) else stage
+        shapes = [t.shape for t in meta(*(t.to("meta") for t in inputs), stage=on_meta)]
+        assert shapes == [y.shape, weights.shape]
+
+
 def test_words_and_copies_of_a_layer():
     layer = layer_of("batch_first")
     assert "stages=3, rank=2" in repr(layer) and "(, " not in repr(layer)
