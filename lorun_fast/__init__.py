@@ -4,7 +4,16 @@ from lorun_fast import adapters, denoisers, functional, interop, operators
 from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.io import load, load_pretrained, save
-from lorun_fast.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAConvTranspose2d, LoRALinear
+from lorun_fast.layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAConvTranspose2d,
+    LoRAConvTranspose3d,
+    LoRALinear,
+    LoRAMultiheadAttention,
+)
 from lorun_fast.network import LoRun
 from lorun_fast.operators import CASSI, BlockCS, BlurDownsample, SensingOperator
 from lorun_fast.ops._backends import use_backend
@@ -17,8 +26,11 @@ __all__ = [
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
+    "LoRAConvTranspose1d",
     "LoRAConvTranspose2d",
+    "LoRAConvTranspose3d",
     "LoRALinear",
+    "LoRAMultiheadAttention",
     "LoRun",
     "ResCNN",
     "ResUNet",

@@ -14,6 +14,8 @@ from types import FunctionType
 
 from torch import nn
 
+from lorun_fast.layers import LAYERS
+
 # What is asked of a weight without computing with its values.
 _FACTS = {
     "device",
@@ -29,6 +31,7 @@ _FACTS = {
     "size",
 }
 _LIKE_ANOTHER = {"to", "type_as"}
+_WEIGHTS = {name for layer in LAYERS.values() for name in layer.WEIGHTS}
 
 
 def weight_reads(denoiser: nn.Module) -> Iterator[tuple[str, str]]:
@@ -64,7 +67,7 @@ def _of_class(kind: type) -> Iterator[tuple[str, str]]:
                 continue
             if len(path) == 1:
                 waiting += path
-            elif path[-1] == "weight" and not _facts_alone(node, parents):
+            elif path[-1] in _WEIGHTS and not _facts_alone(node, parents):
                 yield ".".join(path[:-1]), f"{file}:{method.__code__.co_firstlineno + node.lineno - 1}"
 
 

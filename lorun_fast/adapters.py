@@ -9,7 +9,8 @@ Two forms, named after the libraries that introduced them for convolutions:
              (in, r, kh, kw), the weight of the transposed convolution to r channels.
 
 For a linear layer both forms are down (r, in), up (out, r), dW = up @ down; for a convolution of one or three axes both
-are that of ``peft``, down (r, in, *kernel).
+are that of ``peft``, down (r, in//groups, *kernel), with groups called ``loralib``. A transposed one of these has
+down (r, out//groups, *kernel) and up (in, r): a 1 x 1 to r channels, then a transposed convolution.
 Factors may carry one more leading axis, the stages; the update then carries it too.
 """
 
@@ -47,8 +48,8 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of (down, up) for one stage of a layer with this weight.
 
-    weight_shape: (out, in) of a linear layer, (out, in//groups, kh, kw) of a convolution, (out, in, *kernel) of one
-        with one or three axes, or (in, out//groups, kh, kw) of a transposed one.
+    weight_shape: (out, in) of a linear layer, (out, in//groups, *kernel) of a convolution with one to three axes, or
+        (in, out//groups, *kernel) of a transposed one.
     Raises ValueError for what the form cannot express.
     """
     check_form(form)
@@ -57,17 +58,15 @@ def factor_shapes(
     if len(weight_shape) == 2:
         out, in_ = weight_shape
         return (r, in_), (out, r)
-    if len(weight_shape) in (3, 5) and not transposed:
-        if groups != 1:
-            raise ValueError(f"groups={groups}: no form for grouped convolutions of 1 or 3 axes, leave the layer out")
-        return (r, *weight_shape[1:]), (weight_shape[0], r)
-    if len(weight_shape) != 4:
+    if len(weight_shape) not in (3, 4, 5):
         raise ValueError(f"weight: expected 2 to 5 dimensions, got shape {tuple(weight_shape)}")
+    if form == "peft" and groups != 1:
+        raise ValueError(f"form 'peft' cannot express groups={groups}: use form='loralib' or leave the layer out")
+    if len(weight_shape) != 4:
+        return (r, *weight_shape[1:]), (weight_shape[0], r)
     a, b, kh, kw = weight_shape
     in_, out = (a, b * groups) if transposed else (b * groups, a)
     if form == "peft":
-        if groups != 1:
-            raise ValueError(f"form 'peft' cannot express groups={groups}: use form='loralib' or leave the layer out")
         return ((in_, r, kh, kw) if transposed else (r, in_, kh, kw)), (out, r)
     if kh != kw:
         raise ValueError(f"form 'loralib' needs a square kernel, got {kh}x{kw}: use form='peft' or leave the layer out")

@@ -1,4 +1,4 @@
-"""Convolution and linear layers with one base weight and one low-rank adapter per stage."""
+"""Convolution, linear and attention layers with one base weight and one low-rank adapter per stage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorun_fast import _scope, adapters
 from lorun_fast.ops import _lora_autograd
 from lorun_fast.ops import lora_conv2d as conv_ops
 from lorun_fast.ops import lora_linear as linear_ops
-from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, shape_of, whole
+from lorun_fast.ops._checks import STORAGE_DTYPES, as_dtype, batch_of, finite, shape_of, whole
 from lorun_fast.ops.lora import at_stage, check_floating, check_given_stages, check_stage, per_sample
 from lorun_fast.ops.lora_merge import lora_merge, lora_merge_stage
 from lorun_fast.reference import lora as reference
@@ -55,11 +56,16 @@ def _storage(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 class AdaptedLayer:
-    """What the three layers share: stacked factors, the stage, merging. Mixed in before an nn layer.
+    """What the layers share: stacked factors, the stage, merging. Mixed in before an nn layer.
 
     Parameters: ``weight`` and ``bias`` of the base, shared by all stages; ``down`` (K, ...) and ``up`` (K, ...).
     ``up`` starts at zero, so every stage starts as the base layer.
     """
+
+    # What a plain layer holds, by name: what the adapter updates (some of several may be None), its bias, all else.
+    WEIGHTS: tuple[str, ...] = ("weight",)
+    BIAS = "bias"
+    BESIDE: tuple[str, ...] = ()
 
     stages: int
     rank: int
@@ -96,6 +102,11 @@ class AdaptedLayer:
     def with_stages(self, order: Sequence[int | None], memo: dict[int, object] | None = None) -> AdaptedLayer:
         """A copy whose stages are those of these numbers, in this order; None: a fresh one. memo: as for deepcopy."""
         memo = {} if memo is None else memo
+        if id(self) in memo:  # a part of another layer, as an attention's out_proj
+            return memo[id(self)]
+        for part in self.children():
+            if isinstance(part, AdaptedLayer):
+                part.with_stages(order, memo)
         given = (self.down, self.up)
         down, up = (t.detach()[[0 if k is None else k for k in order]] for t in given)
         for i, k in enumerate(order):
@@ -111,7 +122,7 @@ class AdaptedLayer:
     @property
     def sharded(self) -> bool:
         """Whether this process holds parts of the parameters alone (FSDP's fully_shard, between calls)."""
-        return any(hasattr(p, "device_mesh") for p in (self.weight, self.down, self.up))
+        return any(hasattr(self._parameters.get(name), "device_mesh") for name in (*self.WEIGHTS, "down", "up"))
 
     @property
     def merged(self) -> bool:
@@ -125,7 +136,7 @@ class AdaptedLayer:
 
     def _take_merged(self, weights: Tensor) -> None:
         self._merged, self._merged_stages = weights, weights.unbind()
-        self._merged_from = tuple(self._parameters.get(name) for name in ("weight", "down", "up"))
+        self._merged_from = tuple(self._parameters.get(name) for name in (*self.WEIGHTS, "down", "up"))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -152,7 +163,7 @@ class AdaptedLayer:
     def _merged_at(self, stage: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The merged weight, one per sample for a tensor of stages, and the bias, in x's dtype as unmerged ones are."""
         check_given_stages(stage, self.stages)
-        if per_sample(stage) and not x.shape[0]:
+        if per_sample(stage) and not stage.shape[0]:
             stage = 0  # any will do
         if type(stage) is int and not torch.compiler.is_compiling():  # in a graph it is a symbol
             weight = self._merged_stages[stage]
@@ -164,6 +175,23 @@ class AdaptedLayer:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return weight, bias
 
+    def _weight_at(self, stage: int | Tensor, merged: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight of a call, one per sample for a tensor of stages, and the bias, in x's dtype; merged: the weight
+        where a staged denoiser has merged it for the call.
+        """
+        check_floating("x", x)
+        if self.merged:
+            return self._merged_at(stage, x)
+        check_given_stages(stage, self.stages)
+        if merged is None:
+            if per_sample(stage) and not stage.shape[0]:
+                stage = 0  # any will do
+            down, up = (
+                t[stage.to(t.device)] if per_sample(stage) else at_stage(t, stage) for t in (self.down, self.up)
+            )
+            merged = adapters.merged_weight(self.weight, down, up, self.scale)
+        return merged.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
     def _call_merged(self, function: Callable, check: Callable, x: Tensor, *args) -> Tensor:
         """function(x, *args), torch's own; where that fails, check(x, self) has the first word."""
         try:
@@ -172,13 +200,22 @@ class AdaptedLayer:
             check(x, self)
             raise
 
-    def plain(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-        """The nn layer that this one adapts, with its geometry and this weight and bias, neither of them training."""
+    def _parts(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """A weight and a bias by their names in the plain layer."""
+        return {"weight": weight, "bias": bias}
+
+    def plain(self, weight: Tensor, bias: Tensor | None = None, memo: dict[int, object] | None = None) -> nn.Module:
+        """The nn layer that this one adapts, with its geometry and this weight and bias, neither of them training.
+
+        memo: as for deepcopy, of what the layer has beside them; the out_proj of an attention is plain only from there.
+        """
         arguments = self._base_arguments(self) | {"bias": bias is not None, "device": "meta"}
         layer = next(base for base, ours in LAYERS.items() if isinstance(self, ours))(**arguments)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
+        for name, part in self._parts(weight, bias).items():
+            if part is not None:
+                setattr(layer, name, nn.Parameter(part, requires_grad=False))
+        for name in self.BESIDE:
+            setattr(layer, name, copy.deepcopy(getattr(self, name), memo))
         _take_hooks(self, layer)
         take_attributes(self, layer)
         return layer.train(self.training)
@@ -223,7 +260,7 @@ class AdaptedLayer:
     @staticmethod
     def _how_to_name_a_stage() -> str:
         if torch._C._current_graph_task_id() == -1:
-            return "pass layer(x, stage)"
+            return "pass layer(..., stage=k)"
         return (  # recomputed in the backward pass, after the staged call has ended
             "a denoiser that recomputes its activations (torch.utils.checkpoint) does so outside its stage; "
             "checkpoint the call of the staged denoiser instead, or LoRun(checkpoint=True)"
@@ -253,20 +290,21 @@ class AdaptedLayer:
         return replica
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, stages={self.stages}, rank={self.rank}, form={self.form!r}"
+        own = f"stages={self.stages}, rank={self.rank}, form={self.form!r}"
+        return ", ".join(filter(None, (super().extra_repr(), own)))
 
     @classmethod
     def from_base(cls, base: nn.Module, *, stages: int = 9, rank: int = 7, form: str = "loralib", scale: float = 1.0):
-        """A layer that takes over ``base``'s weight and bias (the same Parameter objects) and adds adapters."""
+        """A layer that takes over what ``base`` holds (the same Parameter objects) and adds adapters."""
         kind = next(plain for plain, ours in LAYERS.items() if issubclass(cls, ours))
         if not isinstance(base, kind):
             raise TypeError(f"base: expected an nn.{kind.__name__}, got {type(base).__name__}")
-        if base.weight.dtype not in STORAGE_DTYPES:
-            raise TypeError(
-                f"base: expected a weight of float32, float64, bfloat16 or float16, got {base.weight.dtype}"
-            )
+        for weight in filter(lambda t: t is not None, (getattr(base, name) for name in cls.WEIGHTS)):
+            if weight.dtype not in STORAGE_DTYPES:
+                raise TypeError(f"base: expected a weight of float32, float64, bfloat16 or float16, got {weight.dtype}")
         layer = cls(**cls._base_arguments(base), stages=stages, rank=rank, form=form, scale=scale, device="meta")
-        layer.weight, layer.bias = base.weight, base.bias
+        for name in (*cls.WEIGHTS, cls.BIAS, *cls.BESIDE):
+            setattr(layer, name, getattr(base, name))
         layer._add_adapter(stages, rank, form, scale)
         _take_hooks(base, layer)
         take_attributes(base, layer)
@@ -405,7 +443,11 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
 
 
 class _LoRAConvNd(AdaptedLayer):
-    """What convolutions of one and of three axes share: a weight merged once a call, and torch's convolution of it."""
+    """What convolutions of one and of three axes share: a weight merged once a call, and torch's convolution of it.
+
+    Adapter arguments and stage as for :class:`LoRAConv2d`. ``_transposed`` is False in transposed ones too: their
+    update is the product of the factors as it stands.
+    """
 
     _conv: Callable
 
@@ -429,40 +471,34 @@ class _LoRAConvNd(AdaptedLayer):
         self.unmerge()
         return nn.Module._apply(self, fn, recurse)  # five axes are a weight's here, not stacked factors
 
-    def _weight_at(self, stage: int | Tensor, merged: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The weight of a call that is not merged before, one per sample for a tensor of stages, and the bias."""
-        check_floating("x", x)
-        check_given_stages(stage, self.stages)
-        if merged is None:
-            if per_sample(stage) and not x.shape[0]:
-                stage = 0  # any will do
-            down, up = (
-                t[stage.to(t.device)] if per_sample(stage) else at_stage(t, stage) for t in (self.down, self.up)
-            )
-            merged = adapters.merged_weight(self.weight, down, up, self.scale)
-        return merged.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-
     def _check(self, x: Tensor, layer: AdaptedLayer) -> None:
         axes = len(self.kernel_size)
         if x.ndim not in (axes + 1, axes + 2) or x.shape[-axes - 1] != self.in_channels:
             raise ValueError(f"x: expected (N, {self.in_channels}, ...) with {axes} axes of space, got {shape_of(x)}")
 
+    def _convolve(self, x: Tensor, stage: int | Tensor | None, **geometry) -> Tensor:
+        """torch's convolution of x with the weight of the stage. geometry: beside stride, dilation and groups."""
+        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", x), stage)
+        weight, bias = self._weight_at(stage, merged, x)
+        conv = partial(type(self)._conv, stride=self.stride, dilation=self.dilation, **geometry)
+        if weight.ndim > self.weight.ndim:
+            conv = partial(reference.conv_per_sample, conv, self.groups)
+        else:
+            conv = partial(conv, groups=self.groups)
+        return self._call_merged(conv, self._check, x, weight, bias)
+
     def forward(self, input: Tensor, stage: int | Tensor | None = None) -> Tensor:
-        merged, stage = self.merged_now(stage), self.stage_now(batch_of("x", input), stage)
-        weight, bias = self._merged_at(stage, input) if self.merged else self._weight_at(stage, merged, input)
         padding = self.padding
         if self.padding_mode != "zeros":
+            check_floating("x", input)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        conv = type(self)._conv
-        if weight.ndim > self.weight.ndim:
-            conv = partial(reference.conv_per_sample, conv)
-        return self._call_merged(conv, self._check, input, weight, bias, self.stride, padding, self.dilation)
+        return self._convolve(input, stage, padding=padding)
 
 
 class LoRAConv1d(_LoRAConvNd, nn.Conv1d):
     """nn.Conv1d with K low-rank adapters, by torch's convolution. Adapter arguments and stage as for
-    :class:`LoRAConv2d`; both forms are that of peft, and there are none for groups.
+    :class:`LoRAConv2d`; both forms are that of peft, with groups it is called loralib.
     """
 
     _conv = staticmethod(F.conv1d)
@@ -474,6 +510,47 @@ class LoRAConv3d(_LoRAConvNd, nn.Conv3d):
 
     _conv = staticmethod(F.conv3d)
     _base_arguments = staticmethod(LoRAConv2d._base_arguments)
+
+
+class _LoRAConvTransposeNd(_LoRAConvNd):
+    """The same of transposed ones."""
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, output_padding=0, groups=1, bias=True,
+        dilation=1, padding_mode="zeros", device=None, dtype=None, *, stages=9, rank=7, form="peft", scale=1.0,
+    ):  # fmt: skip
+        super(_LoRAConvNd, self).__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, _storage(dtype),
+        )  # fmt: skip
+        self._add_adapter(stages, rank, form, scale)
+
+    def forward(
+        self, input: Tensor, stage: int | Tensor | None = None, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """output_size: as for :class:`LoRAConvTranspose2d`."""
+        if isinstance(stage, (tuple, list)):
+            stage, output_size = None, stage
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                input, list(output_size), self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
+            )
+        return self._convolve(input, stage, padding=self.padding, output_padding=output_padding)
+
+
+class LoRAConvTranspose1d(_LoRAConvTransposeNd, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d with K low-rank adapters; as :class:`LoRAConv1d`."""
+
+    _conv = staticmethod(F.conv_transpose1d)
+    _base_arguments = staticmethod(LoRAConvTranspose2d._base_arguments)
+
+
+class LoRAConvTranspose3d(_LoRAConvTransposeNd, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d with K low-rank adapters; as :class:`LoRAConv1d`."""
+
+    _conv = staticmethod(F.conv_transpose3d)
+    _base_arguments = staticmethod(LoRAConvTranspose2d._base_arguments)
 
 
 class LoRALinear(AdaptedLayer, nn.Linear):
@@ -511,15 +588,169 @@ class LoRALinear(AdaptedLayer, nn.Linear):
         return self._call_merged(linear, linear_ops.check_features, input, weight, bias)
 
 
+class _LoRAOutProjection(LoRALinear, NonDynamicallyQuantizableLinear):
+    """The out_proj of an attention, whose weight is computed with and which is never called."""
+
+    def merges_first(self) -> bool:
+        return True
+
+
+class _WithWeights:
+    """A layer as torch's code reads it, with other tensors in place. Other threads may be calling the layer itself."""
+
+    def __init__(self, layer: nn.Module, tensors: dict[str, object]):
+        self._layer = layer
+        vars(self).update(tensors)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._layer, name)
+
+
+def _in_projection(attention: nn.MultiheadAttention) -> Tensor:
+    """An attention's in-projection as one matrix, see :class:`LoRAMultiheadAttention`."""
+    if attention.in_proj_weight is not None:
+        return attention.in_proj_weight
+    return torch.cat([attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight], 1)
+
+
+class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention with K low-rank adapters of its in-projection, and K of its out-projection.
+
+    Arguments as for nn.MultiheadAttention, then those of :class:`LoRAConv2d`; both forms are the same here. ``weight``
+    is the in-projection as one matrix, with one adapter of ``rank``: in_proj_weight, (3E, E), or where kdim or vdim
+    differ from E = embed_dim the weights of q, k and v side by side, (E, E + kdim + vdim). ``out_proj`` is an adapted
+    layer by itself, which merges by itself; :meth:`from_base` takes over that of the base as it is.
+
+    layer(query, key, value, ..., stage=k): as nn.MultiheadAttention, computed by it, without and with its fast path.
+    Stage as for :class:`LoRAConv2d`, samples along the batch axis that ``batch_first`` names; with one per sample the
+    products of all queries and keys are formed, (N, heads, L, S). No nested tensors.
+    """
+
+    WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    BIAS = "in_proj_bias"
+    BESIDE = ("bias_k", "bias_v", "out_proj")
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        stages: int = 9,
+        rank: int = 7,
+        form: str = "loralib",
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
+            _storage(dtype),
+        )  # fmt: skip
+        self._add_adapter(stages, rank, form, scale)
+        self.out_proj = _LoRAOutProjection.from_base(self.out_proj, stages=stages, rank=rank, form=form, scale=scale)
+
+    @staticmethod
+    def _base_arguments(base: nn.MultiheadAttention) -> dict:
+        names = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
+        taken = {name: getattr(base, name) for name in names}
+        return taken | {"bias": base.in_proj_bias is not None, "add_bias_kv": base.bias_k is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        return _in_projection(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.in_proj_bias
+
+    def _parts(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        if self.in_proj_weight is not None:
+            return {"in_proj_weight": weight, "in_proj_bias": bias}
+        parts = weight.split([self.embed_dim, self.kdim, self.vdim], 1)
+        return dict(zip(self.WEIGHTS[1:], parts, strict=True)) | {"in_proj_bias": bias}
+
+    @property
+    def merged(self) -> bool:
+        if self._merged is None or torch.compiler.is_compiling():
+            return self._merged is not None
+        now = (self._parameters.get(name) for name in (*self.WEIGHTS, "down", "up"))
+        return all(p is q for p, q in zip(now, self._merged_from, strict=True))
+
+    def merges_first(self) -> bool:
+        return True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        stage: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        of_each = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
+        for name, t, width in of_each:
+            check_floating(name, t)
+            if t.ndim not in (2, 3) or t.shape[-1] != width:
+                raise ValueError(f"{name}: expected ({width},) as its last of two or three axes, got {shape_of(t)}")
+        given, batch = stage, 0 if self.batch_first else 1
+        stage = self.stage_now(query.shape[batch] if query.ndim == 3 else 1, given)
+        if per_sample(stage) and query.ndim == 2:
+            stage = stage.squeeze(0)
+        if per_sample(stage):  # autocast has no part in what vmap calls
+            tensors, dtype = (query, key, value, key_padding_mask, attn_mask), _lora_autograd.narrowed(query)
+            query, key, value, key_padding_mask, attn_mask = (
+                as_dtype(t, dtype) if t is not None and t.is_floating_point() else t for t in tensors
+            )
+        weight, bias = self._weight_at(stage, self.merged_now(given), query)
+        out = self.out_proj
+        if isinstance(out, AdaptedLayer):
+            out_weight, out_bias = out._weight_at(stage, out.merged_now(given), query)
+        else:
+            out_weight, out_bias = (None if t is None else t.to(query.dtype) for t in (out.weight, out.bias))
+        more = {name: t.to(query.dtype) for name in ("bias_k", "bias_v") if (t := getattr(self, name)) is not None}
+
+        def attend(weight, out_weight, query, key, value, key_padding_mask, attn_mask, need_weights=True):
+            now = self._parts(weight, bias) | more
+            now["out_proj"] = _WithWeights(out, {"weight": out_weight, "bias": out_bias})
+            return nn.MultiheadAttention.forward(
+                _WithWeights(self, now), query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+
+        args = (weight, out_weight, query, key, value, key_padding_mask, attn_mask)
+        if weight.ndim == 2:
+            return attend(*args, need_weights)
+        by_head = attn_mask is not None and attn_mask.ndim == 3
+        if by_head:
+            args = (*args[:-1], attn_mask.unflatten(0, (-1, self.num_heads)))
+        dims = (0, 0 if out_weight.ndim == 3 else None, batch, batch, batch, None if key_padding_mask is None else 0)
+        # A sample at a time, with need_weights: without, torch takes a fused attention, which vmap runs in a loop.
+        y, weights = torch.vmap(attend, (*dims, 0 if by_head else None), (batch, 0), randomness="different")(*args)
+        return y, weights if need_weights else None
+
+
 def current_weight(layer: nn.Module) -> Tensor:
     """The weight that a call of ``layer`` would compute with now: ``layer.weight``, of an adapted one with its stage's
     update, (N, *layer.weight.shape) where each sample has a stage of its own.
+
+    Of an nn.MultiheadAttention it is the in-projection, see :class:`LoRAMultiheadAttention`.
 
     For code that shares a weight, as a convolution and its transpose do, inside a denoiser that is adapted or not;
     gradients reach the factors of unmerged layers. Raises ValueError outside a staged call, unless stages == 1.
     """
     if not isinstance(layer, AdaptedLayer):
-        return layer.weight
+        return _in_projection(layer) if isinstance(layer, nn.MultiheadAttention) else layer.weight
     merged = layer.merged_now()
     if merged is not None:
         return merged
@@ -592,6 +823,10 @@ LAYERS: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv1d: LoRAConv1d,
     nn.Conv2d: LoRAConv2d,
     nn.Conv3d: LoRAConv3d,
+    nn.ConvTranspose1d: LoRAConvTranspose1d,
     nn.ConvTranspose2d: LoRAConvTranspose2d,
+    nn.ConvTranspose3d: LoRAConvTranspose3d,
+    nn.MultiheadAttention: LoRAMultiheadAttention,
+    NonDynamicallyQuantizableLinear: _LoRAOutProjection,  # before nn.Linear, which it is as well
     nn.Linear: LoRALinear,
 }

@@ -171,8 +171,9 @@ def plain_stages(staged: Stages, dtype: torch.dtype | None = None, channels_last
         copies = []
         for k in range(staged.stages):
             memo = dict(rest)
-            for layer, weights, bias in zip(layers, merged, biases, strict=True):
-                memo[id(layer)] = layer.plain(weights[k], bias)
+            # Backwards, for an attention takes its out_proj from the memo, which comes behind it.
+            for layer, weights, bias in reversed(list(zip(layers, merged, biases, strict=True))):
+                memo[id(layer)] = layer.plain(weights[k], bias, memo)
             copies.append(copy_of(staged.base, memo))
     elif isinstance(staged, UntiedDenoiser):
         copies = [copy_of(c, shared(c, {})) for c in staged.copies]

@@ -431,17 +431,20 @@ def _reason_to_skip(name: str, layer: nn.Module, include: tuple[str, ...], exclu
         return _NOT_INCLUDED
     if type(layer) not in LAYERS:
         return f"{type(layer).__name__} is a subclass of its own: adapt only plain layers"
-    if layer._parameters.get("weight") is None or "bias" not in layer._parameters:
+    ours = LAYERS[type(layer)]
+    weights = [layer._parameters.get(name) for name in ours.WEIGHTS]
+    weights = [weight for weight in weights if weight is not None]
+    if not weights or not layer._parameters.keys() >= {*ours.WEIGHTS, ours.BIAS}:
         return "its weight or bias is computed (a parametrization, weight norm or pruning)"
-    if layer.weight.dtype not in STORAGE_DTYPES:
-        kind = str(layer.weight.dtype).removeprefix("torch.")
+    if other := [weight.dtype for weight in weights if weight.dtype not in STORAGE_DTYPES]:
+        kind = str(other[0]).removeprefix("torch.")
         return f"its weight is {kind}: adapters are for float32, float64, bfloat16 or float16"
     if "forward" in vars(layer):
         return "its forward is one of its own: adapt only plain layers"
-    own = [*layer._parameters.keys() - {"weight", "bias"}, *layer._buffers, *layer._modules]
+    own = {*layer._parameters, *layer._buffers, *layer._modules} - {*ours.WEIGHTS, ours.BIAS, *ours.BESIDE}
     if own:
         return f"it holds {', '.join(sorted(own))} beside its weight and bias: adapt only plain layers"
-    taken = sorted(vars(layer).keys() & TAKEN)
+    taken = sorted(vars(layer).keys() & {*TAKEN, "weight", "bias"})
     if taken:
         return f"its attribute {taken[0]} has another meaning in an adapted layer"
     if getattr(layer, "groups", 1) > 1 and not include:
@@ -506,8 +509,8 @@ def adapt(
     """One shared, frozen base and K adapter sets, from any denoiser. The module passed in stays as it is.
 
     denoiser: any module with forward(z) or forward(z, sigma); further arguments are passed on by name, and what it
-        returns comes back as it is. Its nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d and nn.Linear layers get
-        adapters; its own code does not change.
+        returns comes back as it is. Its nn.Conv1d to nn.Conv3d, nn.ConvTranspose1d to nn.ConvTranspose3d, nn.Linear and
+        nn.MultiheadAttention layers get adapters, the latter's out_proj one of its own; its own code does not change.
     stages: K. gamma: rank per layer, r = ceil(min(in, out) * gamma / 100), at most 100. form: "loralib" or "peft".
     include, exclude: glob patterns on the layers' qualified names ("encoder.*", "*.conv1"). Grouped and
         depthwise layers are left alone unless ``include`` names them.
@@ -537,6 +540,11 @@ def adapt(
     skipped: dict[str, str] = {}
     for name, layer in candidates.items():
         reason = _reason_to_skip(name, layer, include, exclude)
+        around = name.rpartition(".")[0]
+        if reason is None and around in skipped and isinstance(candidates[around], nn.MultiheadAttention):
+            # Torch's attention reads the weights inside it and calls no layer.
+            because = "its attention, which computes with its weight, has no adapter"
+            reason = _EXCLUDED if skipped[around] == _EXCLUDED else because
         if reason is not None:
             skipped[name] = reason
             continue
@@ -546,7 +554,7 @@ def adapt(
     if not plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            f"denoiser: expected a convolution or Linear layer to adapt in {type(denoiser).__name__}, "
+            f"denoiser: expected a convolution, Linear or attention layer to adapt in {type(denoiser).__name__}, "
             f"got none ({reasons or 'it has no such layer'})"
         )
     _warn_of_base_weights(denoiser, plan, {name: skipped[name] for name in candidates.keys() & skipped.keys()})
@@ -584,6 +592,8 @@ def _warn_of_base_weights(denoiser: nn.Module, plan: dict[str, dict], skipped: d
 def _features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, layer.embed_dim
     return layer.in_channels, layer.out_channels
 
 
@@ -602,7 +612,7 @@ def adapt_layers(
         layer = modules.get(name)
         if layer is None or type(layer) not in LAYERS:
             got = "nothing" if layer is None else type(layer).__name__
-            raise ValueError(f"{name}: expected a convolution or Linear layer there, got {got}")
+            raise ValueError(f"{name}: expected a convolution, Linear or MultiheadAttention layer there, got {got}")
         try:
             adapted[name] = LAYERS[type(layer)].from_base(layer, stages=stages, **settings)
         except ValueError as error:

@@ -166,6 +166,7 @@ def test_what_our_forms_cannot_express_raises(source, error, message):
     [
         (lf.LoRAConv2d(4, 4, 3, form="peft"), ValueError, "form 'peft' has no counterpart in loralib"),
         (lf.LoRAConvTranspose2d(4, 4, 3), ValueError, "no layer for transposed convolutions"),
+        (lf.LoRAMultiheadAttention(4, 2), ValueError, "no layer for MultiheadAttention"),
         (nn.Conv2d(4, 4, 3), TypeError, "expected one of our adapted layers, got Conv2d"),
     ],
 )

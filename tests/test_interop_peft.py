@@ -303,3 +303,13 @@ def test_adapt_does_not_take_pefts_factors_for_layers():
 def test_convolutions_of_other_axes_are_not_carried_over():
     with pytest.raises(ValueError, match="exclude convolutions of other axes"):
         interop.to_peft(lf.LoRAConv3d(2, 3, 3, stages=2))
+
+
+def test_attention_is_not_carried_over():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    with pytest.raises(ValueError, match=r"^attention: .* exclude convolutions of other axes and MultiheadAttention"):
+        interop.to_peft(lf.adapt(Attention(), stages=2))

@@ -1,4 +1,4 @@
-"""LoRAConv1d and LoRAConv3d beside torch's convolutions with merged weights, by themselves and in a denoiser."""
+"""Convolutions of one and three axes, transposed too, beside torch's with merged weights, and in a denoiser."""
 
 from __future__ import annotations
 
@@ -8,43 +8,55 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 import lorun_fast as lf
 from lorun_fast import adapters
 
-KINDS = {1: (nn.Conv1d, lf.LoRAConv1d, F.conv1d), 3: (nn.Conv3d, lf.LoRAConv3d, F.conv3d)}
+KINDS = {
+    "1": (nn.Conv1d, lf.LoRAConv1d),
+    "3": (nn.Conv3d, lf.LoRAConv3d),
+    "transposed 1": (nn.ConvTranspose1d, lf.LoRAConvTranspose1d),
+    "transposed 3": (nn.ConvTranspose3d, lf.LoRAConvTranspose3d),
+}
 GEOMETRIES = [
     {},
     {"stride": 2, "padding": 1, "bias": False},
     {"dilation": 2, "padding": "same"},
     {"padding": 1, "padding_mode": "replicate"},
+    {"padding": 1, "groups": 2, "form": "loralib"},
 ]
+TRANSPOSED = [
+    {},
+    {"stride": 2, "padding": 1, "output_padding": 1, "bias": False},
+    {"dilation": 2, "stride": 3},
+    {"groups": 2, "stride": 2, "form": "loralib"},
+]
+CASES = [(kind, geometry) for kind in KINDS for geometry in (TRANSPOSED if "transposed" in kind else GEOMETRIES)]
 
 
-def layer_of(axes: int, dtype=torch.float64, **geometry):
-    layer = KINDS[axes][1](3, 5, 3, dtype=dtype, stages=3, rank=2, scale=0.5, **geometry)
+def layer_of(kind: str, dtype=torch.float64, **geometry):
+    layer = KINDS[kind][1](4, 6, 3, dtype=dtype, stages=3, rank=2, scale=0.5, **geometry)
     nn.init.normal_(layer.up)
     return layer
 
 
-def image(axes: int, n=4, dtype=torch.float64):
-    return torch.randn(n, 3, *(7, 6, 5)[:axes], dtype=dtype)
+def image(kind: str, n=4, dtype=torch.float64):
+    return torch.randn(n, 4, *(7, 6, 5)[: int(kind[-1])], dtype=dtype)
 
 
-def exact(axes: int, layer, x, k: int):
-    plain = layer.plain(layer.weight + 0.5 * adapters.delta(layer.down[k], layer.up[k], layer.weight.shape), layer.bias)
-    assert type(plain) is KINDS[axes][0]
+def exact(kind: str, layer, x, k: int):
+    update = torch.einsum("ar,rb...->ab...", layer.up[k], layer.down[k])  # in and out change places if transposed
+    plain = layer.plain(layer.weight + 0.5 * update, layer.bias)
+    assert type(plain) is KINDS[kind][0]
     return plain(x)
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("axes", KINDS)
+@pytest.mark.parametrize(("kind", "geometry"), CASES)
 @torch.no_grad()
-def test_equals_the_convolution_with_the_merged_weight(axes, geometry, merged):
-    layer, x, stages = layer_of(axes, **geometry), image(axes), torch.tensor([2, 0, 1, 2])
-    expected = [exact(axes, layer, x, k) for k in range(3)]
+def test_equals_the_convolution_with_the_merged_weight(kind, geometry, merged):
+    layer, x, stages = layer_of(kind, **geometry), image(kind), torch.tensor([2, 0, 1, 2])
+    expected = [exact(kind, layer, x, k) for k in range(3)]
     if merged:
         layer.merge()
     mixed = layer(x, stages)
@@ -56,9 +68,9 @@ def test_equals_the_convolution_with_the_merged_weight(axes, geometry, merged):
     assert layer(x[:0], stages[:0]).shape == (0, *expected[0].shape[1:])
 
 
-@pytest.mark.parametrize("axes", KINDS)
-def test_gradients(axes):
-    layer, x = layer_of(axes, padding=1), image(axes, 2).requires_grad_()
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind):
+    layer, x = layer_of(kind, padding=1), image(kind, 2).requires_grad_()
     for stage in (1, torch.tensor(1), torch.tensor([2, 0])):
         inputs = (x, *layer.parameters())
         assert torch.autograd.gradcheck(lambda *_, stage=stage: layer(x, stage), inputs, fast_mode=True)
@@ -66,9 +78,9 @@ def test_gradients(axes):
     assert layer.up.grad[1].any() and not layer.up.grad[[0, 2]].any()
 
 
-@pytest.mark.parametrize("axes", KINDS)
-def test_dtypes(axes):
-    layer, x = layer_of(axes, torch.float32, padding=1), image(axes, dtype=torch.float32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind):
+    layer, x = layer_of(kind, torch.float32, padding=1), image(kind, dtype=torch.float32)
     for merged in (False, True):
         if merged:
             layer.merge()
@@ -80,20 +92,20 @@ def test_dtypes(axes):
             assert layer(x, 1).dtype == layer(x, torch.tensor([0, 1, 2, 0])).dtype == torch.bfloat16
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert half(x.bfloat16(), 1).dtype == half.down.dtype == torch.bfloat16
-    if axes == 3:
+    if kind[-1] == "3":
         spread = copy.deepcopy(layer).to(memory_format=torch.channels_last_3d)
         torch.testing.assert_close(spread(x, 1), expected)
 
 
-@pytest.mark.parametrize("axes", KINDS)
-def test_errors(axes):
-    layer, x = layer_of(axes), image(axes)
-    with pytest.raises(ValueError, match="groups=3: no form for grouped convolutions"):
-        KINDS[axes][1](3, 3, 3, groups=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors(kind):
+    layer, x = layer_of(kind), image(kind)
+    with pytest.raises(ValueError, match="form 'peft' cannot express groups=2: use form='loralib'"):
+        KINDS[kind][1](4, 6, 3, groups=2)
     for merged in (False, True):
         if merged:
             layer.merge()
-        with pytest.raises(ValueError, match=rf"x: expected \(N, 3, ...\) with {axes} axes of space, got"):
+        with pytest.raises(ValueError, match=rf"x: expected \(N, 4, ...\) with {kind[-1]} axes of space, got"):
             layer(x[:, :2], 0)
         with pytest.raises(ValueError, match=r"x: expected .* axes of space"):
             layer(torch.randn(2, dtype=torch.float64), 0)
@@ -103,6 +115,22 @@ def test_errors(axes):
             layer(x, torch.tensor([0, 1, 3, 0]))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["transposed 1", "transposed 3"])
+@torch.no_grad()
+def test_sizes_of_transposed_convolutions(kind, merged):
+    layer, x = layer_of(kind, stride=2), image(kind)
+    if merged:
+        layer.merge()
+    size = [2 * side + 2 for side in x.shape[2:]]
+    plain = layer.plain(layer.weight + 0.5 * torch.einsum("ar,rb...->ab...", layer.up[1], layer.down[1]), layer.bias)
+    for stage in (1, torch.tensor([1] * 4)):
+        torch.testing.assert_close(layer(x, stage, size), plain(x, size))
+    one = layer.with_stages([1])
+    torch.testing.assert_close(one(x, size), plain(x, size))  # as a denoiser that knows no stages passes it
+    torch.testing.assert_close(one(x, output_size=size), plain(x, size))
+
+
 class Video(nn.Module):
     """Frames as an axis of their own, and attention over channels as ECA has it."""
 
@@ -110,16 +138,19 @@ class Video(nn.Module):
         super().__init__()
         self.head, self.tail = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, (3, 1, 1), padding=(1, 0, 0))
         self.attend, self.flat = nn.Conv1d(1, 2, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.small, self.large = nn.Conv3d(4, 4, 2, 2, groups=2), nn.ConvTranspose3d(4, 4, 2, 2)
+        self.wide = nn.ConvTranspose1d(2, 2, 3, padding=1)
 
     def forward(self, z):
         y = self.head(z[:, None]).relu()
-        weight = self.attend(y.mean((2, 3, 4))[:, None]).prod(1).sigmoid()
+        y = y + self.large(self.small(y), output_size=y.shape[2:])
+        weight = self.wide(self.attend(y.mean((2, 3, 4))[:, None])).prod(1).sigmoid()
         y = self.flat((y * weight[:, :, None, None, None]).flatten(2, 3)).unflatten(2, y.shape[2:4])
         return z + self.tail(y)[:, 0]
 
 
 def trained(**settings):
-    staged = lf.adapt(Video(), stages=3, gamma=60, **settings)
+    staged = lf.adapt(Video(), stages=3, gamma=60, include="*", **settings)
     for p in staged.adapter_parameters():
         nn.init.normal_(p, std=0.3)
     return staged
@@ -129,8 +160,10 @@ def trained(**settings):
 def test_in_a_denoiser(form, graph_counter, tmp_path):
     z, stages = torch.rand(3, 4, 6, 5), torch.tensor([2, 0, 1])
     denoiser = Video()
-    staged = lf.adapt(denoiser, stages=3, gamma=60, form=form)
-    assert set(staged.adapted) == {"head", "tail", "attend", "flat"} and not staged.skipped
+    grouped = {"small"} if form == "loralib" else set()
+    staged = lf.adapt(denoiser, stages=3, gamma=60, form=form, include="*" if grouped else None)
+    assert set(staged.adapted) == {"head", "tail", "attend", "flat", "large", "wide"} | grouped
+    assert set(staged.skipped) == {"small"} - grouped
     torch.testing.assert_close(staged(z, stage=2), denoiser(z))
     for p in staged.adapter_parameters():
         nn.init.normal_(p, std=0.3)
@@ -175,4 +208,5 @@ def test_in_a_network(tmp_path):
     assert torch.equal(lf.load(tmp_path / "net.safetensors", denoiser=Video())(y), expected)
     fast = net.optimize(dtype=torch.float32)
     assert type(fast.denoiser.copies[2].head) is nn.Conv3d
+    assert type(fast.denoiser.copies[2].large) is nn.ConvTranspose3d
     torch.testing.assert_close(fast(y), expected, rtol=1e-4, atol=1e-5)

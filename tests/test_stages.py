@@ -125,7 +125,7 @@ def test_include_and_exclude_patterns():
     [
         ({"include": "encoder.*"}, r"pattern 'encoder.\*' matches no layer; the layers are: head"),
         ({"include": "depthwise", "form": "peft"}, "depthwise: form 'peft' cannot express groups=8"),
-        ({"exclude": "*"}, "expected a convolution or Linear layer to adapt in Foreign, got none"),
+        ({"exclude": "*"}, "expected a convolution, Linear or attention layer to adapt in Foreign, got none"),
         ({"stages": 0}, "^stages: expected at least 1"),
         ({"form": "lokr"}, "form: expected one of loralib, peft"),
         ({"scale": float("nan")}, "^scale: expected a finite number, got nan"),
@@ -209,9 +209,9 @@ def test_layers_called_by_keyword(convolutions):
 def test_a_staged_denoiser_within_another_keeps_its_own_stage():
     inner = lf.adapt(nn.Conv2d(2, 2, 3, padding=1), stages=3)
     outer = lf.adapt(nn.Sequential(inner[2], nn.Conv2d(2, 2, 3, padding=1)), stages=2)
-    for p in (*inner.adapter_parameters(), *outer.adapter_parameters()):
-        nn.init.normal_(p)
     within, last = outer.base
+    for p in (*within.staged.adapter_parameters(), *outer.adapter_parameters()):
+        nn.init.normal_(p)
     assert set(outer.adapted) == {"1"}
     got = outer(Z, stage=1)  # merges in another op than a layer by itself, which may round otherwise
     torch.testing.assert_close(got, last(within.staged(Z, stage=2), 1))
@@ -789,8 +789,8 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.cube = nn.Conv2d(1, 1, 3, padding=1), nn.ConvTranspose3d(1, 2, 1)
-            self.attention, self.script = nn.MultiheadAttention(4, 1), torch.jit.script(nn.PReLU(1))
+            self.conv, self.pairs = nn.Conv2d(1, 1, 3, padding=1), nn.Bilinear(2, 2, 2)
+            self.memory, self.script = nn.LSTMCell(4, 1), torch.jit.script(nn.PReLU(1))
             self.kernel, self.more = nn.Parameter(torch.rand(2, 2, 3, 3)), nn.ParameterList([torch.rand(2, 2)])
             self.gain, self.norm = nn.Parameter(torch.rand(1, 4, 1, 1)), nn.LayerNorm(4)
             self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
@@ -802,9 +802,8 @@ def test_what_holds_weights_and_has_no_adapters_is_named():
     staged = lf.adapt(denoiser, stages=2)
     assert torch.equal(staged(z, stage=1), denoiser(z))
     wanted = {
-        "cube": "there are no adapters for ConvTranspose3d",
-        "attention": "there are no adapters for MultiheadAttention",
-        "attention.out_proj": "a subclass of its own",
+        "pairs": "there are no adapters for Bilinear",
+        "memory": "there are no adapters for LSTMCell",
         "script": "scripted or traced",
         "kernel": "a parameter by itself",
         "more.0": "a parameter by itself",

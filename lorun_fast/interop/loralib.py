@@ -79,12 +79,14 @@ def to_loralib(layer: AdaptedLayer, stage: int | None = None) -> nn.Module | lis
     stage: the one to take over; None for all (a layer with one stage gives its one layer, not a list).
     The result is in train mode, where loralib keeps its adapter unmerged; its eval() merges.
     Raises ValueError for what loralib cannot express: form "peft" on kernels larger than 1 x 1, transposed
-    convolutions, those of one and of three axes.
+    convolutions, those of one and of three axes, and attention.
     """
     if not isinstance(layer, AdaptedLayer):
         raise TypeError(f"layer: expected one of our adapted layers, got {type(layer).__name__}")
     if isinstance(layer, nn.ConvTranspose2d):
         raise ValueError("loralib has no layer for transposed convolutions")
+    if isinstance(layer, nn.MultiheadAttention):
+        raise ValueError("loralib has no layer for MultiheadAttention")
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         raise ValueError("loralib's layers for convolutions of one and of three axes do not work")
     if layer.form != "loralib" and layer.weight.ndim == 4 and layer.weight[0, 0].numel() != 1:

@@ -158,8 +158,8 @@ def to_peft(source: AdaptedLayer | StagedDenoiser, stage: int | None = None) -> 
 
     The PeftModel's save_pretrained writes PEFT's own files; PeftModel.from_pretrained on the base reads them.
     Raises ValueError for what PEFT cannot express: form "loralib" on kernels larger than 1 x 1, transposed
-    convolutions, and convolutions with a dilation or a padding mode of their own. Those of one and of three axes are
-    not carried over either.
+    convolutions, and convolutions with a dilation or a padding mode of their own. Those of one and of three axes, and
+    attention, are not carried over either.
     """
     if isinstance(source, StagedDenoiser):
         return _model_to_peft(source, stage)
@@ -194,7 +194,10 @@ def _check_expressible(layer: AdaptedLayer) -> None:
     if isinstance(layer, nn.ConvTranspose2d):
         raise ValueError("PEFT has no adapters for transposed convolutions: exclude them in adapt()")
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        raise ValueError("expected a layer on an nn.Conv2d or nn.Linear: exclude convolutions of other axes in adapt()")
+        raise ValueError(
+            "expected a layer on an nn.Conv2d or nn.Linear: exclude convolutions of other axes and MultiheadAttention "
+            "in adapt()"
+        )
     _check_base(copied(layer))
     if layer.form != "peft" and layer.weight[0, 0].numel() != 1:
         raise ValueError(

@@ -43,9 +43,9 @@ def serves(op: str, args: tuple) -> bool:
 
 
 def narrowed(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on."""
+    """The dtype to compute in: autocast's where it is on. The meta device has none."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 

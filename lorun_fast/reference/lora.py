@@ -121,11 +121,11 @@ def conv_transpose2d_per_sample(
     return y if bias is None else y + bias[:, None, None].to(y.dtype)
 
 
-def conv_per_sample(conv, x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
-    """conv, F.conv1d or F.conv3d, with one weight per sample: x (N, C, ...), weight (N, out, C, ...)."""
-    n, out = weight.shape[:2]
-    y = conv(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), None, stride, padding, dilation, n)
-    y = y.reshape(n, out, *y.shape[2:])
+def conv_per_sample(conv, groups: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv, of torch's with its geometry but for groups, with one weight per sample: x (N, C, ...), weight (N, ...)."""
+    n = weight.shape[0]
+    y = conv(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), groups=groups * n)
+    y = y.reshape(n, -1, *y.shape[2:])
     return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 2)).to(y.dtype)
 
 
