@@ -28,7 +28,7 @@ def block(dtype, device, *, n, channels, px) -> Problem:
 
 
 def _tiles() -> None:
-    if not _native.build_info().get("amx"):
+    if not _native.has_tiles():
         raise Unavailable("this CPU has no AMX: plain loops would serve")
 
 

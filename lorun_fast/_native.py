@@ -87,7 +87,7 @@ def build_info() -> dict:
     """How the extension was built; empty without it.
 
     Keys: compiler, flags, torch (built with), torch_target (oldest it runs on, a pair), cuda, cuda_archs,
-    cpu_variants, cpu_active.
+    cpu_variants, cpu_active, amx (whether this CPU's matrix tiles are in use).
     """
     return {} if _module is None else _module.build_info()
 
@@ -100,3 +100,9 @@ MEASURED_LOOPS = ("avx2", "avx512")
 def has_fast_loops() -> bool:
     """Whether this CPU's loops are among them."""
     return build_info().get("cpu_active") in MEASURED_LOOPS
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether matrix tiles (AMX) are in use."""
+    return bool(build_info().get("amx"))

@@ -104,7 +104,7 @@ def test_what_it_serves(change, reason):
 @pytest.mark.parametrize("amx", [False, True])
 def test_it_serves_where_there_are_tiles(monkeypatch, amx):
     monkeypatch.setattr(_native, "available", lambda: True)
-    monkeypatch.setattr(_native, "build_info", lambda: {"amx": amx})
+    monkeypatch.setattr(_native, "has_tiles", lambda: amx)
     p = problem()
     args = call_of(p)
     assert _backends.choose("lora_conv2d", "cpu", args).name == ("packed" if amx else "winograd")

@@ -104,7 +104,8 @@ def loops_are_asked_for_again():
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
 def test_it_serves_16_bits_where_matrix_tiles_do_not(monkeypatch, loops_are_asked_for_again, amx, loops):
-    monkeypatch.setattr(_native, "build_info", lambda: {"cpu_active": loops, "amx": amx})
+    monkeypatch.setattr(_native, "build_info", lambda: {"cpu_active": loops})
+    monkeypatch.setattr(_native, "has_tiles", lambda: amx)
     measured = "aten" if loops == "baseline" else "winograd"
     for dtype, expected in (
         (torch.bfloat16, "packed" if amx else measured),

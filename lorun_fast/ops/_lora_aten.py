@@ -228,7 +228,8 @@ def _conv2d_backward_one(
         grad_w = way.weight_gradient(grad, x, torch.empty_like(weight, dtype=x.dtype), geometry)
         if factors:
             found[3], found[4] = reference.to_factors(grad_w, weight, down, up, scale, transposed)
-        found[1] = grad_w.to(weight.dtype)
+        if mask[1]:
+            found[1] = grad_w.to(weight.dtype)
     if mask[0]:
         found[0] = way.image_gradient(grad, x, (weight, down, up, scale), geometry)
     return found

@@ -112,7 +112,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint:
 def missing() -> str | None:
     if not _native.available():
         return _native.reason()
-    return None if _native.build_info()["amx"] else "this CPU has no AMX, or LORUN_CPU turns it off"
+    return None if _native.has_tiles() else "this CPU has no AMX, or LORUN_CPU turns it off"
 
 
 _WAY = _lora_aten.Way(_convolution, _image_gradient, _weight_gradient, _factor_gradients)
