@@ -128,8 +128,11 @@ class LeftSide {
         move(1);
       }
       turn_all([&](int i, int64_t c) LORUN_TARGET_AMX LORUN_INLINE {
-        const __mmask8 lanes = (1u << std::min(kGroup, s_.out - c)) - 1;
-        return _mm_maskz_loadu_epi16(lanes, pixels[i] + c);
+        const BFloat16* at = pixels[i] + c;
+        if (s_.out - c >= kGroup) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        }
+        return _mm_maskz_loadu_epi16((1u << (s_.out - c)) - 1, at);
       });
     }
   }
