@@ -22,7 +22,7 @@ from lorun_fast.layers import LoRAConv2d, take_attributes
 from lorun_fast.ops import _backends, _lora_autograd, fused_conv2d, lora_residual_block
 from lorun_fast.ops.depthwise_conv2d import depthwise_conv2d
 from lorun_fast.ops.lora import per_sample
-from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, as_cells, packed_block, packed_conv2d, packed_weight
 from lorun_fast.ops.winograd_conv2d import LEAST_CHANNELS, has_enough, winograd_block, winograd_conv2d, winograd_weight
 from lorun_fast.reference.packed_conv2d import CHANNELS as PACKED_CHANNELS
 
@@ -267,8 +267,7 @@ class PackedConvTranspose2d(_Packed, nn.ConvTranspose2d):
         return None
 
     def form_weight(self) -> None:
-        # One channel for each pixel of a cell and channel.
-        self.tiles = packed_weight(self.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None])
+        self.tiles = packed_weight(as_cells(self.weight))
         self.offset = None if self.bias is None else self.bias.repeat(self.kernel_size[0] ** 2).float()
 
     def forward(

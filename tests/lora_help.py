@@ -13,13 +13,14 @@ from lorun_fast.ops._backends import Backend
 
 
 def problem(
-    form="peft", n=4, in_=8, out=16, kernel=3, size=(7, 6), rank=2, stages=None, dtype=torch.float64, groups=1
-) -> dict[str, Tensor]:
+    form="peft", n=4, in_=8, out=16, kernel=3, size=(7, 6), rank=2, stages=None, dtype=torch.float64, groups=1,
+    transposed=False,
+) -> dict[str, Tensor]:  # fmt: skip
     """x, weight, bias, down and up of that dtype; stacked factors with ``stages``."""
     generator = torch.Generator().manual_seed(0)
-    weight = (out, in_ // groups, kernel, kernel)
+    weight = (in_, out // groups, kernel, kernel) if transposed else (out, in_ // groups, kernel, kernel)
     lead = () if stages is None else (stages,)
-    down, up = adapters.factor_shapes(weight, rank, form, groups=groups)
+    down, up = adapters.factor_shapes(weight, rank, form, groups=groups, transposed=transposed)
     shapes = {"x": (n, in_, *size), "weight": weight, "bias": (out,), "down": (*lead, *down), "up": (*lead, *up)}
     return {
         name: torch.randn(shape, dtype=dtype, generator=generator) / (5 if name == "weight" else 1)

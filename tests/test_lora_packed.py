@@ -76,6 +76,44 @@ def test_other_kernels_and_strides(monkeypatch, anywhere, form, kernel, settings
         assert error < 0.02, f"{name}: {error} of the largest value"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", adapters.FORMS)
+@pytest.mark.parametrize("stage", [None, torch.tensor([2, 0, 0, 1])], ids=["one", "per sample"])
+@pytest.mark.parametrize(
+    ("size", "image", "by_tiles"), [(2, (8, 10), True), (3, (6, 9), True), (2, (7, 10), False), (2, (8, 11), False)]
+)
+def test_kernels_as_large_as_their_stride(monkeypatch, anywhere, transposed, form, stage, size, image, by_tiles):
+    """Convolutions and transposed ones in cells: both images' gradients and the weight's by the ops for tiles."""
+    calls = []
+    for name in ("packed_conv2d", "packed_weight_gradient"):
+        op = getattr(_lora_packed, name)
+        counted = lambda *a, _op=op, _name=name, **s: calls.append(_name) or _op(*a, **s)  # noqa: E731
+        monkeypatch.setattr(_lora_packed, name, counted)
+    p = channels_last(
+        lora_help.problem(
+            form, in_=16, out=16, kernel=size, size=image, dtype=torch.float32, transposed=transposed,
+            stages=None if stage is None else K,
+        ),
+        torch.bfloat16,
+    )  # fmt: skip
+    settings = (stage, None, 0.7, [size, size], [0, 0], [1, 1], 1, None, transposed, [0, 0])
+    found = {}
+    for wish in ("packed", "reference"):
+        monkeypatch.setattr(_native, "WISH", wish)
+        leaves = {name: (t.double() if wish == "reference" else t).clone().requires_grad_() for name, t in p.items()}
+        y = torch.ops.lorun_fast.lora_conv2d(*leaves.values(), *settings)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        found[wish] = [y, *torch.autograd.grad((y * weights).sum(), leaves.values())]
+        if wish == "packed":
+            each = 1 if stage is None else 3
+            assert calls.count("packed_conv2d") == each * (2 if by_tiles or transposed else 1)
+            assert calls.count("packed_weight_gradient") == each * size * (by_tiles or transposed)
+            assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == torch.bfloat16
+    for name, ours, exact in zip(("y", *p), found["packed"], found["reference"], strict=True):
+        error = (ours.double() - exact).abs().max() / exact.abs().max()
+        assert error < 0.02, f"{name}: {error} of the largest value"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -85,7 +123,10 @@ def test_other_kernels_and_strides(monkeypatch, anywhere, form, kernel, settings
         ({"weight": (16, 8, 3, 5)}, "its kernel is square"),
         ({"weight": (16, 8, 9, 9)}, "at most 7 x 7"),
         ({"groups": 2}, "of one group"),
-        ({"transposed": True}, "not transposed"),
+        ({"transposed": True}, "a transposed kernel is its stride"),
+        ({"transposed": True, "stride": [3, 3], "padding": [0, 0]}, "rows in multiples of 16 channels"),
+        ({"transposed": True, "weight": (8, 16, 2, 2), "stride": [2, 2], "padding": [0, 0]}, None),
+        ({"transposed": True, "weight": (8, 16, 2, 2), "stride": [2, 2], "padding": [1, 1]}, "without padding"),
         ({"stride": [2, 1]}, "its strides and paddings are the same"),
         ({"padding": [0, 1]}, "its strides and paddings are the same"),
         ({"dilation": [2, 2]}, "its dilation is 1"),

@@ -74,7 +74,7 @@ def test_the_definition_is_autograds():
     torch.testing.assert_close(reference.packed_weight_gradient(grad, x, 3, 1), expected)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded", "rows apart"])
 def test_any_layout(layout):
     grad, x, settings = problem((2, 5, 8, 10, 13, 3, 1))
     x, grad = (
@@ -83,6 +83,9 @@ def test_any_layout(layout):
             "channels_last": t.contiguous(memory_format=torch.channels_last),
             "strided": torch.cat([t, t], 3)[:, :, :, ::2],
             "expanded": t[:1].expand_as(t),
+            "rows apart": torch.stack([t, t.neg()], 3)
+            .flatten(2, 3)
+            .contiguous(memory_format=torch.channels_last)[:, :, ::2],
         }[layout]
         for t in (x, grad)
     )

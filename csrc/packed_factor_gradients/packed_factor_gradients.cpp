@@ -99,7 +99,8 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
     for (int64_t j = 0, ready = 0; j < count; ++j) {
       // Laid out first: reading a row from end to end brings it to the caches sooner than tiles would.
       for (; ready < j + p.kernel; ++ready) {
-        lay_out_right(down, image, top - p.padding + ready, 1, space.down_right + ready * down.pitch() * kLanes);
+        lay_out_right(down, image, p.width * p.in, top - p.padding + ready, 1,
+                      space.down_right + ready * down.pitch() * kLanes);
       }
       Fetch fetch{{}, Ahead(g + (top + j) * width * p.out, width * p.out * sizeof(BFloat16), steps)};
       if (const int64_t next = top - p.padding + ready; next >= 0 && next < p.height) {
@@ -108,7 +109,7 @@ void sum_rows(const Problem& p, const Filters& f, const Space& space, const BFlo
       narrow_row(f.down, image, p.height, p.width, top + j, space.edge, space.narrow, fetch);
       round_row(space.narrow, width, space.t + j % LeftSide::room(up) * width * kLanes);
       t.add(j + 1);
-      lay_out_right(up, g, top + j, 1, space.up_right + j * up.pitch() * kLanes);
+      lay_out_right(up, g, width * p.out, top + j, 1, space.up_right + j * up.pitch() * kLanes);
       narrow_row(f.up, g, height, width, top + j, space.edge, space.narrow);
       round_row(space.narrow, width, space.s + j % LeftSide::room(down) * width * kLanes);
       s.add(j + 1);

@@ -32,14 +32,20 @@ struct Space {
   }
 };
 
+// Images whose pixels lie side by side, channels innermost: values from one row to the next, and from one image.
+struct Images {
+  const BFloat16* at;
+  int64_t row, image;
+};
+
 // Rows [begin, end) of all images' gradients, into the sums of their part.
-void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const BFloat16* x, int64_t begin, int64_t end,
+void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const Images& x, int64_t begin, int64_t end,
               float* sums) {
   const int64_t height = s.grad_height();
   for (int64_t i = begin; i < end;) {
     const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
     LeftSide(s, grad + i * s.grad_width() * s.out, count, s.out, space.zeros, space.left).end(count);
-    lay_out_right(s, x + n * s.height * s.width * s.in, top - s.padding, count + s.kernel - 1, space.right);
+    lay_out_right(s, x.at + n * x.image, x.row, top - s.padding, count + s.kernel - 1, space.right);
     end_right(s, count + s.kernel - 1, space.right);
     multiply_all(s, space.left, space.right, count, sums, i > begin);
     i += count;
@@ -49,7 +55,7 @@ void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const BF
   }
 }
 
-void by_tiles(const Shape& s, const BFloat16* grad, const BFloat16* x, float* g) {
+void by_tiles(const Shape& s, const BFloat16* grad, const Images& x, float* g) {
   const int64_t rows = s.n * s.grad_height(), parts = s.parts();
   const Sums sums(parts * s.sums());
   parallel_turns(parts, [&](int64_t part) {
@@ -98,19 +104,23 @@ Tensor weight_gradient(Tensor grad, Tensor x, int64_t kernel, int64_t padding) {
   STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected x's dtype, got another one");
   return dispatch_storage(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor pixels = channels_inside(x), gradients = channels_inside(grad);
+    const Tensor gradients = channels_inside(grad);
     const Tensor g = empty_beside(x, {s.out, s.in, kernel, kernel}, wide_type(type));
-    const T *from = gradients.const_data_ptr<T>(), *at = pixels.const_data_ptr<T>();
+    const T* from = gradients.const_data_ptr<T>();
     Wide<T>* to = g.mutable_data_ptr<Wide<T>>();
 #ifdef LORUN_AMX
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (has_amx()) {
-        by_tiles(s, from, at, to);
+        // As it is where only rows lie apart: every second row of another image.
+        const bool rows = x.stride(1) == 1 && x.stride(3) == s.in;
+        const Tensor pixels = rows ? x : channels_inside(x);
+        const int64_t row = rows ? x.stride(2) : s.width * s.in, image = rows ? x.stride(0) : s.height * row;
+        by_tiles(s, from, {pixels.const_data_ptr<T>(), row, image}, to);
         return g;
       }
     }
 #endif
-    by_loops(s, from, at, to);
+    by_loops(s, from, channels_inside(x).const_data_ptr<T>(), to);
     return g;
   });
 }

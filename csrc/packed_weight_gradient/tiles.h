@@ -177,12 +177,12 @@ LORUN_TARGET_AMX LORUN_INLINE inline __m512i load(const BFloat16* at, __mmask32 
   return _mm512_maskz_loadu_epi16(lanes, at);
 }
 
-// `rows` rows of x from `first` on, of an image (height, width, channels); rows outside it are zeros. right: where the
-// first of them lies in the first block. Twice: with the second kind of pairs.
+// `rows` rows of x from `first` on, of an image (height, width, channels) whose rows are `apart` values apart; rows
+// outside it are zeros. right: where the first of them lies in the first block. Twice: with the second kind of pairs.
 template <bool Twice>
-LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
-                                           BFloat16* right) {
-  const int64_t apart = s.right_block(), second = s.right_blocks() * apart, in = s.in, whole = in / kDepth * kDepth;
+LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image, int64_t apart, int64_t first,
+                                           int64_t rows, BFloat16* right) {
+  const int64_t block = s.right_block(), second = s.right_blocks() * block, in = s.in, whole = in / kDepth * kDepth;
   const __mmask32 rest = (__mmask32{1} << in % kDepth) - 1;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -190,7 +190,7 @@ LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image
   const auto interleave = [&](__m512i a, __m512i b, bool both, BFloat16* to) LORUN_TARGET_AMX LORUN_INLINE {
     _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
     if (both) {
-      _mm512_store_si512(to + apart, _mm512_permutex2var_epi16(a, high, b));
+      _mm512_store_si512(to + block, _mm512_permutex2var_epi16(a, high, b));
     }
   };
   // Two blocks at a time from a whole vector of either pixel, all blocks of a pair of pixels before the next pair: a
@@ -204,7 +204,7 @@ LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image
         interleave(b, pixel(2, c, lanes), both, to + second);
       }
     };
-    for (int64_t c = 0; c < whole; c += kDepth, to += 2 * apart) {
+    for (int64_t c = 0; c < whole; c += kDepth, to += 2 * block) {
       blocks(c, All{}, true);
     }
     if (whole < in) {
@@ -214,7 +214,7 @@ LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image
   const int64_t end = s.pitch() - s.padding;
   for (int64_t row = first; row < first + rows; ++row) {
     const int64_t width = row >= 0 && row < s.height ? s.width : 0;
-    const BFloat16* x = image + (row * s.width - s.padding) * in;
+    const BFloat16* x = image + row * apart - s.padding * in;
     const auto next = [&] {
       x += 2 * in;
       right += 2 * kLanes;
@@ -232,9 +232,9 @@ LORUN_TARGET_AMX inline void lay_out_pairs(const Shape& s, const BFloat16* image
   }
 }
 
-LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* image, int64_t first, int64_t rows,
-                                           BFloat16* right) {
-  (s.phases() > 1 ? lay_out_pairs<true> : lay_out_pairs<false>)(s, image, first, rows, right);
+LORUN_TARGET_AMX inline void lay_out_right(const Shape& s, const BFloat16* image, int64_t apart, int64_t first,
+                                           int64_t rows, BFloat16* right) {
+  (s.phases() > 1 ? lay_out_pairs<true> : lay_out_pairs<false>)(s, image, apart, first, rows, right);
 }
 
 // Zeros after `rows` rows.

@@ -162,7 +162,7 @@ def image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> Te
     return aten.convolution_backward(grad, x, weight, None, *geometry, [True, False, False])[0]
 
 
-def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     return aten.convolution(x, weight, None, *geometry)
 
 
@@ -176,7 +176,7 @@ class Way:
     function or its result: from the other two.
     """
 
-    convolution: Callable[[Tensor, Tensor, tuple], Tensor] = _convolution
+    convolution: Callable[[Tensor, Tensor, tuple], Tensor] = convolution
     image_gradient: Callable[[Tensor, Tensor, tuple, tuple], Tensor] = image_gradient
     weight_gradient: Callable[[Tensor, Tensor, Tensor, tuple], Tensor] = weight_gradient
     factor_gradients: Callable[..., tuple[Tensor, Tensor] | None] | None = None

@@ -14,9 +14,10 @@ from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
-from lorun_fast.ops.packed_conv2d import MAX_KERNEL, packed_block, packed_conv2d, packed_weight, weight_op
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, as_cells, packed_block, packed_conv2d, packed_weight, weight_op
 from lorun_fast.ops.packed_factor_gradients import MAX_RANK, packed_factor_gradients
 from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
+from lorun_fast.reference.packed_conv2d import CHANNELS
 
 aten = torch.ops.aten
 
@@ -26,15 +27,46 @@ def supports(
     output_padding,
 ) -> str | None:  # fmt: skip
     height, width = weight.shape[2:]
-    if transposed or groups != 1 or height != width or height > MAX_KERNEL:
-        return f"its kernel is square, at most {MAX_KERNEL} x {MAX_KERNEL}, not transposed, of one group"
+    if groups != 1 or height != width or height > MAX_KERNEL:
+        return f"its kernel is square, at most {MAX_KERNEL} x {MAX_KERNEL}, of one group"
     if list(dilation) != [1, 1] or stride[0] != stride[1] or padding[0] != padding[1]:
         return "its dilation is 1, its strides and paddings are the same"
+    if transposed and (not _in_cells(weight, stride, padding, output_padding) or not _can_spread(weight)):
+        return f"a transposed kernel is its stride, without padding, with rows in multiples of {CHANNELS} channels"
     if x.dtype != torch.bfloat16 or not is_channels_last(x):
         return "x is bfloat16 in channels_last"
-    if min(x.shape[2:]) + 2 * padding[0] < height:
+    if not transposed and min(x.shape[2:]) + 2 * padding[0] < height:
         return "the kernel fits the image"
     return None
+
+
+def _in_cells(weight: Tensor, stride, padding, output_padding) -> bool:
+    """Whether a kernel is its stride: every pixel of the larger image then meets one of the smaller, once."""
+    return stride[0] == weight.shape[2] > 1 and padding[0] == 0 and list(output_padding) == [0, 0]
+
+
+def _whole(large: Tensor, size: int) -> bool:
+    return all(length % size == 0 for length in large.shape[2:])
+
+
+def _can_spread(weight: Tensor) -> bool:
+    _, large, size, _ = weight.shape
+    return size * large % CHANNELS == 0
+
+
+def _spread(small: Tensor, weight: Tensor, bias: Tensor | None = None, **finishing) -> Tensor:
+    """The transposed convolution in cells with weight (small channels, large channels, s, s)."""
+    size, cells = weight.shape[2], as_cells(weight)
+    bias = None if bias is None else bias.repeat(size * size)
+    return packed_conv2d(small, packed_weight(cells), bias, out=len(cells), kernel=1, shuffle=size, **finishing)
+
+
+def _cell_gradient(small: Tensor, large: Tensor, size: int) -> Tensor:
+    """Of a weight (small channels, large channels, s, s), from both images: a product for each row of a cell."""
+    n, channels, height, width = large.shape
+    rows = large.permute(0, 2, 3, 1).reshape(n, height // size, size, width // size, size * channels)
+    found = [packed_weight_gradient(small, rows[:, :, a].permute(0, 3, 1, 2), kernel=1) for a in range(size)]
+    return torch.stack(found, 1).view(-1, size, size, channels).permute(0, 3, 1, 2)
 
 
 def _tiles(weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float, adjoint: bool = False) -> Tensor:
@@ -51,35 +83,51 @@ def conv2d(
     geometry = {"out": weight.shape[0], "kernel": weight.shape[2], "stride": stride[0], "padding": padding[0]}
 
     def convolve(samples: Tensor, layer: tuple, **finishing) -> Tensor:
+        if transposed:
+            return _spread(samples, _lora_aten.merge(*layer, True, x.dtype), bias, **finishing)
         return packed_conv2d(samples, _tiles(*layer), bias, **geometry, **finishing)
 
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
 
 def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    (stride, _), (padding, _) = geometry[:2]
+    (stride, _), (padding, _), _, transposed, output_padding, _ = geometry
+    if transposed:
+        fits = _in_cells(weight, *geometry[:2], output_padding) and _can_spread(weight)
+        return _spread(x, weight) if fits else _lora_aten.convolution(x, weight, geometry)
     out, _, kernel, _ = weight.shape
     return packed_conv2d(x, packed_weight(weight), out=out, kernel=kernel, stride=stride, padding=padding)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
-    stride, padding = geometry[0][0], geometry[1][0]
-    if stride != 1:
+    (stride, _), (padding, _), _, transposed, output_padding, _ = geometry
+    size = weight.shape[2]
+    if _in_cells(weight, *geometry[:2], output_padding):
+        small, large = (x, grad) if transposed else (grad, x)
+        if _whole(large, size):
+            return _cell_gradient(small, large, size)
+    if stride != 1 or transposed:
         return _lora_aten.weight_gradient(grad, x, weight, geometry)
-    return packed_weight_gradient(grad, x, kernel=weight.shape[2], padding=padding)
+    return packed_weight_gradient(grad, x, kernel=size, padding=padding)
 
 
 def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometry: tuple):
-    stride, padding = geometry[0][0], geometry[1][0]
-    if stride != 1 or down.shape[0] > MAX_RANK:
+    (stride, _), (padding, _), _, transposed, *_ = geometry
+    if stride != 1 or transposed or down.shape[0] > MAX_RANK:
         return None
     return packed_factor_gradients(grad, x, down, up, padding=padding)
 
 
 def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> Tensor:
-    stride, padding = geometry[0][0], geometry[1][0]
-    _, channels, kernel, _ = layer[0].shape
+    (stride, _), (padding, _), _, transposed, output_padding, _ = geometry
+    weight = layer[0]
+    _, channels, kernel, _ = weight.shape
     around = kernel - 1 - padding
+    if transposed:  # only in cells, see supports()
+        tiles = packed_weight(_lora_aten.merge(*layer, True, x.dtype))
+        return packed_conv2d(grad, tiles, out=len(weight), kernel=kernel, stride=stride)
+    if _in_cells(weight, *geometry[:2], output_padding) and _can_spread(weight) and _whole(x, kernel):
+        return _spread(grad, _lora_aten.merge(*layer, False, x.dtype))
     if stride != 1 or around < 0:
         return _lora_aten.image_gradient(grad, x, layer, geometry)
     return packed_conv2d(grad, _tiles(*layer, adjoint=True), out=channels, kernel=kernel, padding=around)

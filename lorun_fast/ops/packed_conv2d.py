@@ -251,6 +251,13 @@ def packed_weight(
     return weight_op(weight, down, up, scale, dtype, adjoint)
 
 
+def as_cells(weight: Tensor) -> Tensor:
+    """The weight (in, out, s, s) of a transposed convolution of stride s as that of a 1 x 1 convolution to the
+    s * s * out channels, (row, column, channel), that packed_conv2d(shuffle=s) spreads over pixels.
+    """
+    return weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]
+
+
 def packed_conv2d(
     x: Tensor,
     weight: Tensor,
