@@ -8,7 +8,7 @@
 
 #include <immintrin.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "packed_weight_gradient/packed_weight_gradient.h"
 
@@ -83,7 +83,8 @@ LORUN_TARGET_AMX inline void shift_lines(const Lines& lines, int64_t out, int64_
 // count: row i lies in place i % room, and rows may come one by one.
 class LeftSide {
  public:
-  // Places for rows that come one by one.
+  // Places for rows that come one by one. No step that ends in the newest reads the first pixel of the oldest, over
+  // which the newest may reach.
   static int64_t room(const Shape& s) {
     return kDepth / s.pitch() + 2;
   }
