@@ -15,7 +15,8 @@ op = torch.ops.lorun_fast.packed_weight_gradient.default
 
 # N, out, in, H, W, kernel, padding: one tile and several, odd numbers of blocks, lines of a block from two columns of
 # the kernel, and columns as shifts of either side, up to more than a step has pixels, rows of several steps and steps
-# of several rows, results larger and smaller than the image, more rows than are laid out at a time
+# of several rows, results larger and smaller than the image, more rows than are laid out at a time, every number of
+# tiles that are multiplied together
 CASES = [
     (1, 7, 64, 8, 70, 3, 1),
     (2, 16, 16, 5, 32, 3, 1),
@@ -34,6 +35,10 @@ CASES = [
     (1, 16, 16, 5, 40, 3, 3),
     (1, 16, 33, 9, 3, 3, 1),
     (1, 1, 2, 3, 70, 33, 16),
+    (1, 20, 9, 3, 40, 1, 0),
+    (1, 70, 9, 3, 40, 1, 0),
+    (1, 5, 40, 5, 40, 3, 1),
+    (2, 4, 64, 5, 40, 3, 1),
     (0, 3, 3, 6, 6, 3, 1),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -42,13 +42,23 @@ struct Images {
 void sum_rows(const Shape& s, const Space& space, const BFloat16* grad, const Images& x, int64_t begin, int64_t end,
               float* sums) {
   const int64_t height = s.grad_height();
+  const auto count_from = [&](int64_t i) { return std::min({s.rows(), height - i % height, end - i}); };
+  const auto soon = [&](int64_t i) {
+    if (i == end || x.row != s.width * s.in) {
+      return Soon{};
+    }
+    const int64_t count = count_from(i), top = i % height - s.padding;
+    const int64_t first = std::max<int64_t>(top, 0), last = std::min(top + count + s.kernel - 1, s.height);
+    return Soon{grad + i * s.grad_width() * s.out, x.at + i / height * x.image + first * x.row,
+                count * s.grad_width() * s.out, std::max<int64_t>(last - first, 0) * x.row};
+  };
   for (int64_t i = begin; i < end;) {
-    const int64_t n = i / height, top = i % height, count = std::min({s.rows(), height - top, end - i});
+    const int64_t n = i / height, top = i % height, count = count_from(i);
     LeftSide(s, grad + i * s.grad_width() * s.out, count, s.out, space.zeros, space.left).end(count);
     lay_out_right(s, x.at + n * x.image, x.row, top - s.padding, count + s.kernel - 1, space.right);
     end_right(s, count + s.kernel - 1, space.right);
-    multiply_all(s, space.left, space.right, count, sums, i > begin);
     i += count;
+    multiply_all(s, space.left, space.right, count, sums, i - count > begin, soon(i));
   }
   if (begin == end) {
     std::fill_n(sums, s.sums(), 0.0f);

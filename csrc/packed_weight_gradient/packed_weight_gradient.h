@@ -140,8 +140,11 @@ inline void add_parts(const Shape& s, float* sums, int64_t parts, int64_t apart,
         const int64_t line = tap % columns * s.out + o;
         const int64_t tiles = (tap / columns * s.left_blocks() + line / kLanes) * s.right_blocks();
         const float* from = sums + tiles * kSums + line % kLanes * kLanes;
-        for (int64_t c = 0; c < s.in; ++c) {
-          g[(o * s.in + c) * taps + tap] = from[c / kLanes * kSums + c % kLanes];
+        for (int64_t c = 0; c < s.in; c += kLanes, from += kSums) {
+          float* to = g + (o * s.in + c) * taps + tap;
+          for (int64_t i = 0, lanes = std::min(kLanes, s.in - c); i < lanes; ++i) {
+            to[i * taps] = from[i];
+          }
         }
       }
     }

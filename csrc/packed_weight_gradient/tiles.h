@@ -1,6 +1,7 @@
 // The products by AMX, and the layouts that they want (packed_weight_gradient.h).
 #pragma once
 
+#include "common/ahead.h"
 #include "common/amx.h"
 #include "common/tensor.h"
 
@@ -9,6 +10,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "packed_weight_gradient/packed_weight_gradient.h"
 
@@ -245,58 +247,135 @@ inline void end_right(const Shape& s, int64_t rows, BFloat16* right) {
   }
 }
 
-// sums (A, B, 16, 16), `next` from one A to the next, of left . right over some steps, of A and B neighbouring blocks:
-// 2 and 2, or up to 4 beside one. Four sums at a time where there are as many: the tiles multiply four times as fast as
-// one product is ready. more: added to what is there.
-template <int A, int B>
-LORUN_TARGET_AMX inline void multiply(const BFloat16* left, int64_t left_block, const BFloat16* right,
-                                      int64_t right_block, int64_t steps, float* sums, int64_t next, bool more) {
-  static_assert(A * B <= 4);
-  const auto sum = [&](int i) LORUN_INLINE { return sums + i / B * next + i % B * kSums; };
+// Memory that is needed soon: rows of both images.
+struct Soon {
+  const BFloat16 *grad = nullptr, *x = nullptr;
+  int64_t grad_values = 0, x_values = 0;
+};
+
+struct Fetch {
+  Ahead grad, x;
+
+  // times: that advance() will be called.
+  Fetch(const Soon& soon, int64_t times)
+      : grad(soon.grad, soon.grad_values * sizeof(BFloat16), times),
+        x(soon.x, soon.x_values * sizeof(BFloat16), times) {}
+
+  LORUN_INLINE inline void advance() {
+    grad.advance();
+    x.advance();
+  }
+};
+
+// What a sum takes of the right side, and where that of the first left block lies.
+struct Right {
+  const BFloat16* at;
+  float* sum;
+};
+
+// Sums of `Lefts` neighbouring left blocks with `Rights` others over some steps; those of the next left block lie
+// `next` further. more: added to what is there. Six at most, beside one tile of either side: a right one meets all left
+// ones, the last of which stays for the next.
+template <int Lefts, int Rights>
+LORUN_TARGET_AMX inline void multiply(const BFloat16* left, int64_t left_block, const Right* rights, int64_t steps,
+                                      int64_t next, bool more, Fetch& fetch) {
+  static_assert(Lefts * Rights <= 6);
+  const auto sum = [&](int i) LORUN_INLINE { return rights[i / Lefts].sum + i % Lefts * next; };
   tile_fence();
   if (more) {
-    unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_load<I>(sum(I), 64); });
+    unrolled<Lefts * Rights>([&]<int I>() LORUN_INLINE { tile_load<I>(sum(I), 64); });
   } else {
-    unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_zero<I>(); });
+    unrolled<Lefts * Rights>([&]<int I>() LORUN_INLINE { tile_zero<I>(); });
   }
+  const BFloat16* at[Rights];
+  for (int i = 0; i < Rights; ++i) {
+    at[i] = rights[i].at;
+  }
+  Fetch soon = fetch;  // in registers
   for (int64_t i = 0; i < steps * kTileValues; i += kTileValues) {
-    unrolled<A>([&]<int a>() LORUN_INLINE {
-      tile_load<4 + a % 2>(left + a * left_block + i, 64);
-      unrolled<B>([&]<int b>() LORUN_INLINE {
-        if constexpr (a == 0) {
-          tile_load<6 + b % 2>(right + b * right_block + i, 64);
+    unrolled<Rights>([&]<int R>() LORUN_INLINE {
+      tile_load<7>(at[R] + i, 64);
+      unrolled<Lefts>([&]<int J>() LORUN_INLINE {
+        constexpr int kLeft = R % 2 == 0 ? J : Lefts - 1 - J;
+        if constexpr (R == 0 || J > 0) {
+          tile_load<6>(left + kLeft * left_block + i, 64);
         }
-        tile_multiply_add<a * B + b, 4 + a % 2, 6 + b % 2>();
+        tile_multiply_add<R * Lefts + kLeft, 6, 7>();
       });
     });
+    soon.advance();
   }
-  unrolled<A * B>([&]<int I>() LORUN_INLINE { tile_store<I>(sum(I), 64); });
+  fetch = soon;
+  unrolled<Lefts * Rights>([&]<int I>() LORUN_INLINE { tile_store<I>(sum(I), 64); });
 }
 
-// The product of `a` left and `b` right blocks.
-inline auto product_of(int64_t a, int64_t b) {
-  constexpr decltype(&multiply<1, 1>) kOfLeft[] = {&multiply<1, 1>, &multiply<2, 1>, &multiply<3, 1>, &multiply<4, 1>};
-  constexpr decltype(&multiply<1, 1>) kOfRight[] = {&multiply<1, 1>, &multiply<1, 2>, &multiply<1, 3>, &multiply<1, 4>};
-  return a == 2 && b == 2 ? &multiply<2, 2> : b == 1 ? kOfLeft[a - 1] : kOfRight[b - 1];
+// The product of so many left blocks and others.
+inline auto product_of(int64_t lefts, int64_t rights) {
+  using Product = decltype(&multiply<1, 1>);
+  constexpr Product kOfOne[] = {&multiply<1, 1>, &multiply<1, 2>, &multiply<1, 3>,
+                                &multiply<1, 4>, &multiply<1, 5>, &multiply<1, 6>};
+  constexpr Product kOfTwo[] = {&multiply<2, 1>, &multiply<2, 2>, &multiply<2, 3>};
+  return lefts == 1   ? kOfOne[rights - 1]
+         : lefts == 2 ? kOfTwo[rights - 1]
+         : lefts == 3 ? &multiply<3, 1>
+                      : &multiply<4, 1>;
 }
 
-// The sums of all taps over `rows` rows that are laid out. more: added to what is there. (Parts of the line that the
-// first-level cache holds, one after the other, would save less than loading and storing the sums for each costs.)
+// A number of things in as few groups of at most `most` as it takes, all about as large.
+struct Groups {
+  int64_t things, count;
+
+  Groups(int64_t number, int64_t most) : things(number), count((number + most - 1) / most) {}
+
+  int64_t begin(int64_t group) const {
+    return group * things / count;
+  }
+
+  int64_t size(int64_t group) const {
+    return begin(group + 1) - begin(group);
+  }
+};
+
+// The sums of all taps over `rows` rows that are laid out. more: added to what is there. soon: fetched meanwhile.
+//
+// A tile of the second-level cache, where both sides lie, takes about as long to load as to multiply. What stands side
+// by side are therefore rows of the kernel: the first of them loads a row of x from there, and the others, some steps
+// later, from the first-level cache. (Parts of the line that the first-level cache holds, one after the other, would
+// save less than loading and storing the sums for each costs.)
 LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, const BFloat16* right, int64_t rows,
-                                          float* sums, bool more) {
+                                          float* sums, bool more, const Soon& soon = {}) {
   const int64_t steps = s.steps(rows), lefts = s.left_blocks(), rights = s.right_blocks();
-  const int64_t by_left = rights == 1 ? 4 : lefts == 1 ? 1 : 2, by_right = lefts == 1 ? 4 : rights == 1 ? 1 : 2;
   const int64_t columns = s.kernel / s.columns();
-  for (int64_t i = 0; i < s.products(); ++i) {
-    const int64_t column = i % columns, odd = column % 2;
-    const BFloat16* r = right + odd * rights * s.right_block() + (i / columns * s.pitch() + column - odd) * kLanes;
-    for (int64_t a = 0; a < lefts; a += by_left) {
-      const BFloat16* l = left + a * s.left_block();
-      float* to = sums + (i * lefts + a) * rights * kSums;
-      for (int64_t b = 0; b < rights; b += by_right) {
-        const auto product = product_of(std::min(by_left, lefts - a), std::min(by_right, rights - b));
-        product(l, s.left_block(), r + b * s.right_block(), s.right_block(), steps, to + b * kSums, rights * kSums,
-                more);
+  // Of even or of odd columns, by block, column and row.
+  const auto of_block = [&](int64_t odd) { return (columns + 1 - odd) / 2 * s.kernel; };
+  const auto right_at = [&](int64_t odd, int64_t i) {
+    const int64_t block = i / of_block(odd), row = i % s.kernel, column = i % of_block(odd) / s.kernel * 2 + odd;
+    return Right{right + (odd * rights + block) * s.right_block() + (row * s.pitch() + column - odd) * kLanes,
+                 sums + ((row * columns + column) * lefts * rights + block) * kSums};
+  };
+  const auto groups = [&](int64_t odd) {
+    const int64_t count = rights * of_block(odd), by_left = count == 1 ? 4 : std::min<int64_t>(lefts, 2);
+    return std::pair(Groups(lefts, by_left), Groups(count, count == 1 ? 1 : 6 / by_left));
+  };
+  int64_t times = 0;
+  for (int64_t odd = 0; odd < s.phases(); ++odd) {
+    const auto [of_left, of_right] = groups(odd);
+    times += of_left.count * of_right.count * steps;
+  }
+  Fetch fetch(soon, times);
+  for (int64_t odd = 0; odd < s.phases(); ++odd) {
+    const auto [of_left, of_right] = groups(odd);
+    for (int64_t i = 0; i < of_right.count; ++i) {
+      Right side[6];
+      for (int64_t j = 0; j < of_right.size(i); ++j) {
+        side[j] = right_at(odd, of_right.begin(i) + j);
+      }
+      for (int64_t a = 0; a < of_left.count; ++a) {
+        const auto product = product_of(of_left.size(a), of_right.size(i));
+        product(left + of_left.begin(a) * s.left_block(), s.left_block(), side, steps, rights * kSums, more, fetch);
+        for (int64_t j = 0; j < of_right.size(i); ++j) {
+          side[j].sum += of_left.size(a) * rights * kSums;
+        }
       }
     }
   }
