@@ -1,6 +1,7 @@
 """Fast layers, sensing operators and networks for deep unfolding with low-rank stages (arXiv 2602.18697)."""
 
 from lorun_fast import adapters, denoisers, functional, interop, operators
+from lorun_fast._version import __version__
 from lorun_fast.config import show_config
 from lorun_fast.denoisers import ResCNN, ResUNet, SpectralTransformer
 from lorun_fast.io import load, load_pretrained, save
@@ -37,6 +38,7 @@ __all__ = [
     "SensingOperator",
     "SpectralTransformer",
     "StagedDenoiser",
+    "__version__",
     "adapt",
     "adapters",
     "denoisers",

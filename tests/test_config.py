@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
 
 import lorun_fast as lf
@@ -23,6 +25,10 @@ def test_show_config_returns_what_it_prints(capsys, monkeypatch):
     assert config["extension"]["reason"] == _native.reason()
     for op in ("block_cs", "block_cs_adjoint", "block_cs_step", "lora_conv2d"):
         assert op in text
+
+
+def test_the_version_is_the_installed_ones():
+    assert lf.__version__ == lf.show_config(quiet=True)["versions"]["lorun_fast"] == metadata.version("lorun_fast")
 
 
 def test_every_slower_backend_has_a_reason():
