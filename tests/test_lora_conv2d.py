@@ -146,6 +146,26 @@ def test_error_is_that_of_torch_with_the_merged_weight(backend, dtype, layout):
     assert (got - truth).abs().max() <= 2 * (own - truth).abs().max() + least * truth.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": 1, "stride": 2}, {}])
+def test_of_one_channel_the_result_is_channels_last_in_16_bits(backend, dtype, sliced, geometry):
+    """Such an image has both layouts, and what follows a network's first layer learns faster in that one."""
+    p = problem(in_=1, out=16, rank=1, dtype=torch.float32)
+    p["x"] = torch.randn(5, 1, 8, 14).to(dtype)[..., :: 2 if sliced else 1].requires_grad_()
+    got = lf.functional.lora_conv2d(**p, stage=1, **geometry)
+    last = dtype != torch.float32
+    assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    exact = {name: t.detach().double().requires_grad_(name == "x") for name, t in p.items()}
+    truth = dense(**exact, stage=torch.ones(5, dtype=torch.int64), **geometry)
+    weights = torch.randn(truth.shape)
+    (grad,) = torch.autograd.grad((got * weights).sum(), p["x"])
+    (expected,) = torch.autograd.grad((truth * weights).sum(), exact["x"])
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for found, right in ((got, truth), (grad, expected)):
+        assert (found - right).abs().max() <= tolerance * right.abs().max()
+
+
 @pytest.mark.parametrize("form", adapters.FORMS)
 @pytest.mark.parametrize("stage", [None, torch.tensor([1, 0, 1])], ids=["one", "per sample"])
 def test_opcheck(form, stage):

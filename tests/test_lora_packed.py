@@ -132,13 +132,16 @@ def test_kernels_as_large_as_their_stride(monkeypatch, anywhere, transposed, for
         ({"dilation": [2, 2]}, "its dilation is 1"),
         ({"weight": (16, 8, 7, 7), "padding": [0, 0]}, "the kernel fits the image"),
         ({"layout": torch.contiguous_format}, "channels_last"),
+        ({"layout": torch.contiguous_format, "weight": (16, 1, 3, 3)}, None),
         ({"dtype": torch.float32}, "bfloat16"),
     ],
 )
 def test_what_it_serves(change, reason):
     layout, dtype = change.pop("layout", torch.channels_last), change.pop("dtype", torch.bfloat16)
-    x = torch.zeros(1, 8, 5, 5, dtype=dtype).contiguous(memory_format=layout)
-    found = why_not(backend, x, torch.zeros(change.pop("weight", (16, 8, 3, 3))), **change)
+    weight = torch.zeros(change.pop("weight", (16, 8, 3, 3)))
+    channels = 8 if change.get("transposed") else weight.shape[1]
+    x = torch.zeros(1, channels, 5, 5, dtype=dtype).contiguous(memory_format=layout)
+    found = why_not(backend, x, weight, **change)
     assert found is None if reason is None else reason in found
 
 

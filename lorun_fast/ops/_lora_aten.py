@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.adapters import merged_weight
-from lorun_fast.ops.lora import is_channels_last
+from lorun_fast.ops.lora import innermost, is_channels_last, layout_of
 from lorun_fast.reference import lora as reference
 
 aten = torch.ops.aten
@@ -78,6 +78,8 @@ def conv2d(
             output_padding=output_padding,
         )  # fmt: skip
     bias = None if bias is None else bias.to(x.dtype)
+    if layout_of(x, weight) == torch.channels_last:
+        x = innermost(x)
 
     def one(samples: Tensor, k: int | None) -> Tensor:
         d, u = (down, up) if k is None else (down[k], up[k])

@@ -33,8 +33,8 @@ def supports(
         return "its dilation is 1, its strides and paddings are the same"
     if transposed and (not _in_cells(weight, stride, padding, output_padding) or not _can_spread(weight)):
         return f"a transposed kernel is its stride, without padding, with rows in multiples of {CHANNELS} channels"
-    if x.dtype != torch.bfloat16 or not is_channels_last(x):
-        return "x is bfloat16 in channels_last"
+    if x.dtype != torch.bfloat16 or not (is_channels_last(x) or x.shape[1] == 1):
+        return "x is bfloat16 in channels_last, or of one channel"
     if not transposed and min(x.shape[2:]) + 2 * padding[0] < height:
         return "the kernel fits the image"
     return None

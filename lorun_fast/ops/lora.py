@@ -155,9 +155,22 @@ def is_channels_last(t: Tensor) -> bool:
 
 
 def layout_of(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout that a convolution gives its result: channels_last if either argument has it."""
-    either = is_channels_last(x) or is_channels_last(weight)
-    return torch.channels_last if either else torch.contiguous_format
+    """The layout that a convolution gives its result: channels_last if either argument has it.
+
+    An image of one channel has both. On a CPU in 16 bits its result is channels_last, as what follows wants it there.
+    """
+    last = is_channels_last(x) or is_channels_last(weight)
+    if x.ndim == 4 and x.shape[1] == 1 and x.device.type == "cpu":
+        last = last or x.dtype in (torch.bfloat16, torch.float16)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def innermost(x: Tensor) -> Tensor:
+    """An image of one channel as one whose channels are innermost, by strides alone: for what asks these."""
+    if x.shape[1] != 1 or not x.is_contiguous():
+        return x
+    n, _, height, width = x.shape
+    return x.as_strided(x.shape, (height * width, 1, width, 1))
 
 
 def under_autocast(dtype: torch.dtype, x: Tensor, *rest):

@@ -301,8 +301,10 @@ def lora_conv2d(
     activation: None, "relu", "leaky_relu" (slope 0.01), "gelu" (exact) or "silu". residual: the output's shape.
 
     The update is formed in fp32 (fp64 for fp64 weights) and the merged weight rounded once, to x's dtype, which is
-    also the result's. Differentiable once, in every tensor; a frozen weight costs no gradient of its own. Backward
-    keeps x, and the result under "relu" or "leaky_relu" without residual; other activations repeat the convolution.
+    also the result's. The result is in channels_last where x or the weight is, and in 16 bits on a CPU where x has one
+    channel, which is in both layouts. Differentiable once, in every tensor; a frozen weight costs no gradient of its
+    own. Backward keeps x, and the result under "relu" or "leaky_relu" without residual; other activations repeat the
+    convolution.
     Raises ValueError, TypeError or IndexError naming the argument that does not fit.
     """
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.ndim == weight.ndim == 4):
