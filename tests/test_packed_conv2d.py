@@ -100,6 +100,29 @@ def test_equals_torchs_convolution(poisoned, dtype, case, epilogue):
     assert_close(y, expected_of(x, weight, bias, residual, settings, activation))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_passes_where_it_is_positive(poisoned, dtype, case, biased):
+    x, weight, bias, gate, settings = problem(case, dtype)
+    bias, gate = bias if biased else None, F.relu(gate)
+    expected = expected_of(x, weight, bias, None, settings, False)
+    expected = torch.ops.aten.threshold_backward(expected, gate.double(), 0)
+    for given in (gate, gate.contiguous(memory_format=torch.channels_last)):
+        y = packed_conv2d(x, packed_weight(weight), bias, gate=given, **settings)
+        assert_close(y, expected)
+        assert not y[gate == 0].any()
+
+
+def test_a_gate_of_nan_passes_as_torchs_does():
+    x, weight, _, gate, settings = problem((1, 16, 16, 5, 70, 3, 1, 1, 1))
+    gate[0, 3, 2, 5] = float("nan")
+    passed = torch.ops.aten.threshold_backward(torch.ones_like(gate), gate, 0) > 0
+    assert (
+        torch.equal(packed_conv2d(x, packed_weight(weight), gate=gate, **settings) != 0, passed) and passed[0, 3, 2, 5]
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_definition_is_torchs_convolution_and_its_gradients_are_autograds(case):
     x, weight, bias, residual, settings = problem(case, torch.float64)
@@ -274,6 +297,7 @@ def test_opcheck(case, dtype, epilogue):
     tensors = [x, packed_weight(weight), bias if epilogue else None, residual if epilogue else None]
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     opcheck(op, (*tensors, *settings.values(), epilogue))
+    opcheck(op, (*tensors[:3], None, *settings.values(), False, residual.detach()))
     x, first, first_bias, second, second_bias, residual = block_problem((1, 5, 6, 4, 5), dtype)
     tensors = [x, packed_weight(first), first_bias, packed_weight(second), second_bias, residual if epilogue else None]
     opcheck(block_op, (*(t if t is None else t.requires_grad_() for t in tensors), 6))
@@ -289,6 +313,8 @@ def test_gradcheck(case, relu, epilogue):
     tensors = [x, packed_weight(weight), bias if epilogue else None, residual if epilogue else None]
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(op, (*tensors, *settings.values(), relu), fast_mode=True)
+    gated = (*tensors[:3], None, *settings.values(), False, residual.detach())
+    assert torch.autograd.gradcheck(op, gated, fast_mode=True)
 
 
 def test_gradcheck_of_a_block():
@@ -324,6 +350,7 @@ def test_compiles_as_one_graph():
 
     def call(x):
         y = packed_conv2d(2 * x, packed, bias, activation="relu", residual=residual, **settings)
+        y = packed_conv2d(y, packed, gate=residual, **settings)
         return packed_block(y, packed, packed) + 1
 
     torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), call(x))
@@ -377,6 +404,10 @@ for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 5e-6), (torch.float
         y = packed_conv2d(x, packed_weight(weight), bias, activation="relu", residual=one, **settings)
         expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) + 1
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=limit)
+        gate = torch.randn(y.shape).to(dtype)
+        y = packed_conv2d(x, packed_weight(weight), bias, gate=gate, **settings)
+        expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) * (gate > 0)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=limit)
         back = packed_weight((torch.randn(i, o, 3, 3) / 12).to(dtype))
         y = packed_block(x, packed_weight(weight), back, middle=o)
         middle = packed_conv2d(x, packed_weight(weight), activation="relu", **settings)
@@ -420,6 +451,15 @@ def test_lesser_cpu_variants(variant):
         ({"residual": torch.zeros(1, 8, 4, 5)}, ValueError, r"residual: expected shape \(1, 8, 4, 4\), got \(1, 8"),
         ({"residual": torch.zeros(1, 8, 4, 4).double()}, TypeError, "residual: expected torch.float32 as x has"),
         ({"activation": "gelu"}, ValueError, "activation: expected None or 'relu', got 'gelu'"),
+        ({"gate": 1.0}, TypeError, "gate: expected a tensor, got float"),
+        ({"gate": torch.zeros(1, 8, 4, 5)}, ValueError, r"gate: expected shape \(1, 8, 4, 4\), got \(1, 8"),
+        ({"gate": torch.zeros(1, 8, 4, 4).double()}, TypeError, "gate: expected torch.float32 as x has"),
+        ({"gate": torch.zeros(1, 8, 4, 4), "activation": "relu"}, ValueError, "gate: expected neither an activation"),
+        (
+            {"gate": torch.zeros(1, 8, 4, 4), "residual": torch.zeros(1, 8, 4, 4)},
+            ValueError,
+            "gate: expected neither an activation nor a residual",
+        ),
         ({"bias": torch.zeros(8, device="meta")}, ValueError, "meta"),
     ],
 )

@@ -183,7 +183,7 @@ bool is_far(int64_t values) {
 }
 
 template <class T>
-void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, T* y) {
+void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, const T* gate, T* y) {
   const int64_t height = f.result(image.height), width = f.result(image.width);
   const auto bytes = [&](int64_t columns) {
     return (f.kernel + 1) * row_capacity(f, columns) * static_cast<int64_t>(sizeof(T));
@@ -214,7 +214,8 @@ void convolve(const Image<T>& image, const Filter<T>& f, const Added<T>& added, 
         convolve_row(strips, f, rows.data(), right - left, [&](int64_t pixel, int64_t channel) {
           const int64_t row = (n * height + h) * f.shuffle + channel / row_channels;
           const int64_t at = (row * width + left + pixel) * row_channels + channel % row_channels;
-          return Finish<T>{y + at, row_channels, 0, nullptr, false, added.from(at), far};
+          return Finish<T>{
+              y + at, row_channels, 0, nullptr, false, added.from(at), gate == nullptr ? nullptr : gate + at, far};
         });
       }
     };
@@ -258,14 +259,14 @@ void convolve_twice(const Image<T>& image, const Filter<T>& f, const Filter<T>& 
           }
           T* to = middle.slot(middle_ready) + (middle_first - left + 1) * g.in;
           convolve_row(strips, f, rows.data(), middle_last - middle_first, [&](int64_t pixel, int64_t channel) {
-            return Finish<T>{to + pixel * g.in + channel, g.in, 0, nullptr, false, {}, false};
+            return Finish<T>{to + pixel * g.in + channel, g.in, 0, nullptr, false, {}, nullptr, false};
           });
         }
         strips.flush();  // the middle is read next
         middle.rows(h - 1, 3, height, rows.data());
         convolve_row(strips, g, rows.data(), right - left, [&](int64_t pixel, int64_t channel) {
           const int64_t at = ((n * height + h) * width + left + pixel) * g.out + channel;
-          return Finish<T>{y + at, g.out, 0, nullptr, false, added.from(at), far};
+          return Finish<T>{y + at, g.out, 0, nullptr, false, added.from(at), nullptr, far};
         });
       }
     };
@@ -297,7 +298,8 @@ std::optional<Tensor> checked_bias(const char* name, const std::optional<Tensor>
 }
 
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, int64_t out,
-                   int64_t kernel, int64_t stride, int64_t padding, int64_t shuffle, bool relu) {
+                   int64_t kernel, int64_t stride, int64_t padding, int64_t shuffle, bool relu,
+                   std::optional<Tensor> gate) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1, "x: expected (N, C, H, W) with channels, got shape ", shape_of(x));
   STD_TORCH_CHECK(
       kernel >= 1 && kernel <= kMaxKernel && stride >= 1 && stride <= kMaxStep && padding >= 0 && padding <= kMaxStep,
@@ -321,18 +323,23 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
                     " pixels with the padding, got shape ", shape_of(x));
     const Tensor tiles = checked_weight("weight", weight, f, type);
     const std::optional<Tensor> offset = checked_bias("bias", bias, out, type);
-    if (residual) {
-      check_shape("residual", *residual, {n, y_channels, y_height, y_width});
-      STD_TORCH_CHECK(residual->scalar_type() == type, "residual: expected x's dtype, got another one");
-    }
+    const auto check_beside = [&](const char* name, const std::optional<Tensor>& t) {
+      if (t) {
+        check_shape(name, *t, {n, y_channels, y_height, y_width});
+        STD_TORCH_CHECK(t->scalar_type() == type, name, ": expected x's dtype, got another one");
+      }
+    };
+    check_beside("residual", residual);
+    check_beside("gate", gate);
+    STD_TORCH_CHECK(!gate || !(relu || residual), "gate: expected neither an activation nor a residual beside it");
     const Tensor image = channels_inside(x);
-    const std::optional<Tensor> added = channels_inside(residual);
+    const std::optional<Tensor> added = channels_inside(residual), passed = channels_inside(gate);
     const Tensor y = empty_beside(x, {n, y_height, y_width, y_channels}, type);
     f.w = tiles.const_data_ptr<T>();
     f.bias = data_of<Wide<T>>(offset);
     shift_weights<T>(f);
     convolve(Image<T>{n, height, width, image.const_data_ptr<T>()}, f, Added<T>{data_of<T>(added), nullptr},
-             y.mutable_data_ptr<T>());
+             data_of<T>(passed), y.mutable_data_ptr<T>());
     return channels_outside(y);
   });
 }

@@ -100,7 +100,7 @@ struct Added {
   }
 };
 
-// Where the sums of a strip go: y[p * pitch + c] = act(sum + bias[c]) + added[p * pitch + c].
+// Where the sums of a strip go: y[p * pitch + c] = act(sum + bias[c]) + added[p * pitch + c]. The gate lies as y does.
 template <class T>
 struct Finish {
   T* y;
@@ -108,7 +108,8 @@ struct Finish {
   const Wide<T>* bias;  // may be null
   bool relu;
   Added<T> added;
-  bool far;  // y is no work space, which the caches hold
+  const T* gate;  // instead of ReLU and what is added: zeros where its values are not positive; may be null
+  bool far;       // y is no work space, which the caches hold
 };
 
 }  // namespace lorun::packed_conv2d

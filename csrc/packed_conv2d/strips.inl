@@ -34,6 +34,7 @@ LORUN_TARGET void finish(const Wide<T>* sums, int64_t pixels, const Finish<T>& t
       Wide<T> v = sums[(c / kChannels * pixels + p) * kChannels + c % kChannels];
       v += to.bias != nullptr ? to.bias[c] : 0;
       v = to.relu && v < 0 ? 0 : v;  // NaN passes
+      v = to.gate != nullptr && widen(to.gate[at]) <= 0 ? 0 : v;
       v += to.added.first != nullptr ? widen(to.added.first[at]) : 0;
       v += to.added.second != nullptr ? widen(to.added.second[at]) : 0;
       to.y[at] = narrow<T>(v);

@@ -23,8 +23,10 @@ struct Waiting {
   Finish<BFloat16> to;
 };
 
+constexpr int kGated = -1;
+
 // act(sums + bias) + added, rounded: a few vectors at a time, pixel by pixel, then the next block of channels.
-template <bool Relu, int Count>  // Count: of images that are added
+template <bool Relu, int Count>  // Count: of images that are added, or kGated
 class Finisher {
  public:
   LORUN_TARGET_AMX LORUN_INLINE inline explicit Finisher(const Waiting& w) : w_(w), pitch_(w.to.pitch) {
@@ -66,6 +68,9 @@ class Finisher {
     bias_ = to.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes_, to.bias + channel);
     sums_ = w_.sums + channel * w_.room;
     y_ = to.y + channel;
+    if constexpr (Count == kGated) {
+      first_ = to.gate + channel;
+    }
     if constexpr (Count >= 1) {
       first_ = to.added.first + channel;
     }
@@ -82,6 +87,10 @@ class Finisher {
     __m512 v = _mm512_add_ps(_mm512_load_ps(sums_), bias_);
     if constexpr (Relu) {
       v = _mm512_max_ps(_mm512_setzero_ps(), v);  // of a NaN and another, the second
+    }
+    if constexpr (Count == kGated) {
+      v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(widened(first_), _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+      first_ += pitch_;
     }
     if constexpr (Count >= 1) {
       v = _mm512_add_ps(v, widened(first_));
@@ -108,6 +117,9 @@ class Finisher {
 // f<Relu, Count>() as these sums need a Finisher.
 template <class F>
 void as_needed(const Waiting& w, const F& f) {
+  if (w.to.gate != nullptr) {
+    return f.template operator()<false, kGated>();
+  }
   const int count = w.to.added.second != nullptr ? 2 : w.to.added.first != nullptr ? 1 : 0;
   if (w.to.relu) {
     return count == 0   ? f.template operator()<true, 0>()

@@ -46,7 +46,18 @@ def supports(
     return None
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    adjoint: bool = False,
+    gate: Tensor | None = None,
+    **finishing,
+) -> Tensor:
+    if gate is not None:
+        y = _convolve(x, weight, bias, adjoint=adjoint, **finishing)
+        return torch.ops.aten.threshold_backward.grad_input(y, gate, 0, grad_input=y)
     if are_thin(*weight.shape[:2]):
         bias = None if bias is None else as_dtype(bias, x.dtype)
         return fused_conv2d(x, adjoint_weight(weight) if adjoint else weight, bias, **finishing)

@@ -169,7 +169,7 @@ def innermost(x: Tensor) -> Tensor:
     """An image of one channel as one whose channels are innermost, by strides alone: for what asks these."""
     if x.shape[1] != 1 or not x.is_contiguous():
         return x
-    n, _, height, width = x.shape
+    height, width = x.shape[2:]
     return x.as_strided(x.shape, (height * width, 1, width, 1))
 
 

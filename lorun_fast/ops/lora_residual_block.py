@@ -147,8 +147,9 @@ def merged(x: Tensor, first: Sequence, second: Sequence, scales: Sequence[float]
 def backward_by(convolve: Callable[..., Tensor], way: _lora_aten.Way) -> Callable[..., list[Tensor]]:
     """The backward pass of 3 x 3 layers by an op that finishes its results, for a batch of one stage.
 
-    convolve: (x, weight, bias=None, *, adjoint=False, activation=None, residual=None); adjoint: the transpose, which
-        takes a gradient back. way: for the gradients of the layers' own tensors.
+    convolve: (x, weight, bias=None, *, adjoint=False, activation=None, residual=None, gate=None). adjoint: the
+        transpose, which takes a gradient back. gate: what a ReLU gave, through which it is then taken back as well.
+    way: for the gradients of the layers' own tensors.
     """
 
     def of_layer(grad: Tensor, x: Tensor, layer, scale: float, mask) -> list[Tensor]:
@@ -162,8 +163,7 @@ def backward_by(convolve: Callable[..., Tensor], way: _lora_aten.Way) -> Callabl
         between = convolve(x, weights[0], first[1], activation="relu")
         found = of_layer(grad, between, second, scales[1], mask[5:])
         if any(mask[:5]):
-            inner = convolve(grad, weights[1], adjoint=True)
-            torch.ops.aten.threshold_backward.grad_input(inner, between, 0, grad_input=inner)
+            inner = convolve(grad, weights[1], adjoint=True, gate=between)
             found = of_layer(inner, x, first, scales[0], mask[1:5]) + found
         if mask[0]:
             found.insert(0, convolve(inner, weights[0], adjoint=True, residual=grad))

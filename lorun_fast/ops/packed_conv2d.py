@@ -54,14 +54,14 @@ def _check_bias(name: str, bias: Tensor | None, x: Tensor, out: int) -> None:
         raise TypeError(f"{name}: expected {parameter_dtype(x.dtype)} beside {x.dtype}, got {bias.dtype}")
 
 
-def _check_residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
-    if residual is None:
+def _check_beside(name: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
+    if t is None:
         return
-    check_tensor("residual", residual)
-    if residual.shape != shape:
-        raise ValueError(f"residual: expected shape {tuple(shape)}, got {shape_of(residual)}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual: expected {x.dtype} as x has, got {residual.dtype}")
+    check_tensor(name, t)
+    if t.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {shape_of(t)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name}: expected {x.dtype} as x has, got {t.dtype}")
 
 
 def _check_devices(x: Tensor, **others: Tensor | None) -> None:
@@ -74,7 +74,7 @@ def _result_shape(x: Tensor, out: int, kernel: int, stride: int, padding: int, s
     return (n, out // shuffle**2, rows * shuffle, columns * shuffle)
 
 
-def _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle):
+def _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate):
     check_image("x", x, 4, "(N, C, H, W)")
     if not (1 <= kernel <= MAX_KERNEL and stride >= 1 and padding >= 0):
         raise ValueError(
@@ -89,34 +89,38 @@ def _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle):
         raise ValueError(f"x: expected at least {kernel} pixels with the padding, got shape {shape_of(x)}")
     _check_packed("weight", weight, x, out, x.shape[1], kernel)
     _check_bias("bias", bias, x, out)
-    _check_residual(residual, x, _result_shape(x, out, kernel, stride, padding, shuffle))
-    _check_devices(x, weight=weight, bias=bias, residual=residual)
+    shape = _result_shape(x, out, kernel, stride, padding, shuffle)
+    _check_beside("residual", residual, x, shape)
+    _check_beside("gate", gate, x, shape)
+    if gate is not None and (relu or residual is not None):
+        raise ValueError("gate: expected neither an activation nor a residual beside it")
+    _check_devices(x, weight=weight, bias=bias, residual=residual, gate=gate)
 
 
-def _fake(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu):
-    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
+def _fake(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate=None):
+    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
     return empty_channels_last(x, _result_shape(x, out, kernel, stride, padding, shuffle))
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, residual, *ctx.geometry, ctx.relu = inputs
+    x, weight, bias, residual, *ctx.geometry, ctx.relu, gate = inputs
     # The sign of what ReLU gave tells its gradient, unless something was added to it.
-    ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None)
+    ctx.save_for_backward(x, weight, bias, output if ctx.relu and residual is None else None, gate)
 
 
 def _backward(ctx, grad):
-    x, weight, bias, y = ctx.saved_tensors
-    before = grad
+    x, weight, bias, y, gate = ctx.saved_tensors
+    before = grad if gate is None else torch.where(gate <= 0, 0, grad)
     if ctx.relu:
-        before = grad * ((_op(x, weight, bias, None, *ctx.geometry, True) if y is None else y) > 0)
+        before = grad * ((_op(x, weight, bias, None, *ctx.geometry, True, None) if y is None else y) > 0)
     found = reference.packed_conv2d_backward(before, x, weight, *ctx.geometry)
     grads = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=True)]
-    return (*grads, grad if ctx.needs_input_grad[3] else None, *[None] * 6)
+    return (*grads, grad if ctx.needs_input_grad[3] else None, *[None] * 7)
 
 
 _op = define(
     "packed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out, int kernel, int stride, "
-    "int padding, int shuffle, bool relu) -> Tensor",
+    "int padding, int shuffle, bool relu, Tensor? gate=None) -> Tensor",
     reference=reference.packed_conv2d,
     fake=_fake,
     backward=_backward,
@@ -187,7 +191,7 @@ def _check_block(x, first, first_bias, second, second_bias, residual, middle):
     _check_packed("second", second, x, channels, middle, 3)
     _check_bias("first_bias", first_bias, x, middle)
     _check_bias("second_bias", second_bias, x, channels)
-    _check_residual(residual, x, x.shape)
+    _check_beside("residual", residual, x, x.shape)
     _check_devices(x, first=first, first_bias=first_bias, second=second, second_bias=second_bias, residual=residual)
 
 
@@ -203,7 +207,7 @@ def _setup_block(ctx, inputs, output):
 
 def _backward_block(ctx, grad):
     x, first, first_bias, second = ctx.saved_tensors
-    between = _op(x, first, first_bias, None, ctx.middle, 3, 1, 1, 1, True)
+    between = _op(x, first, first_bias, None, ctx.middle, 3, 1, 1, 1, True, None)
     inner, grad_second, grad_second_bias = reference.packed_conv2d_backward(
         grad, between, second, x.shape[1], 3, 1, 1, 1
     )
@@ -270,6 +274,7 @@ def packed_conv2d(
     shuffle: int = 1,
     activation: str | None = None,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """act(conv(x) + bias) + residual with a packed weight; in bf16 by AMX's matrix tiles where the CPU has them.
 
@@ -278,6 +283,8 @@ def packed_conv2d(
     shuffle: s > 1 spreads the out = s * s * c channels, (row, column, channel), over s x s pixels of c channels: a
         transposed convolution of s x s with stride s is one of 1 x 1 so spread.
     activation: None or "relu". residual: as the result, x's dtype.
+    gate: as the result, x's dtype, instead of both: zeros where its values are not positive. With the weight's adjoint
+        that takes a gradient back through the ReLU which gave the gate.
     Sums in fp32, rounded once. Returns (N, out / s**2, s * H', s * W') in channels_last. Differentiable, without
         speed: the op is for inference. NaN and infinities reach up to 32 values further than the kernel, for what
         lies beside it is multiplied by zero. Raises ValueError or TypeError naming the argument that does not fit.
@@ -286,8 +293,9 @@ def packed_conv2d(
         raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     out, kernel = whole("out", out, 1), whole("kernel", kernel, 1)
     stride, padding, shuffle = whole("stride", stride, 1), whole("padding", padding, 0), whole("shuffle", shuffle, 1)
-    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle)
-    return _op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, activation == "relu")
+    relu = activation == "relu"
+    _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
+    return _op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
 
 
 def packed_block(

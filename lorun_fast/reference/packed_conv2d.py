@@ -67,10 +67,12 @@ def packed_conv2d(
     padding: int,
     shuffle: int,
     relu: bool,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """act(conv(x) + bias) + residual, sums in fp32 and one rounding. Channels innermost.
 
     shuffle: s > 1 takes the ``out`` channels as (row, column, channel) of s x s cells of the result.
+    gate: zeros where its values are not positive, as the gradient of a ReLU that gave them.
     """
     w = unpacked_weight(weight, out, x.shape[1], kernel)
     y = F.conv2d(wide(x), wide(w), bias, stride, padding)
@@ -80,6 +82,8 @@ def packed_conv2d(
         y = cells.reshape(n, -1, height * shuffle, width * shuffle)
     if relu:
         y = F.relu(y)
+    if gate is not None:
+        y = torch.where(gate <= 0, 0, y)
     if residual is not None:
         y = y + wide(residual)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
