@@ -10,8 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+
+class Held(NamedTuple):
+    """What a pass over all stages forms once, of some layers: the weights of all stages, or their factors, down and up,
+    taken apart, (1, ...) each.
+    """
+
+    weights: dict[nn.Module, tuple[Tensor, ...]]
+    factors: dict[nn.Module, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
 class _Scope(threading.local):
@@ -19,7 +30,7 @@ class _Scope(threading.local):
         # Set from the start: a graph would be guarded by their absence, and compiled again once they are there.
         self.stage: int | Tensor | None = None
         self.weights: dict[nn.Module, Tensor] | None = None
-        self.held: dict[nn.Module, tuple[Tensor, ...]] | None = None
+        self.held = Held({}, {})
 
 
 _current = _Scope()
@@ -38,8 +49,8 @@ def call_at(stage: int | Tensor, weights: dict[nn.Module, Tensor], fn: Callable,
         _current.stage, _current.weights = previous
 
 
-def call_holding(held: dict[nn.Module, tuple[Tensor, ...]], fn: Callable, *args):
-    """fn(*args) with the merged weights of all stages in scope, which every stage's call then takes its own from."""
+def call_holding(held: Held, fn: Callable, *args):
+    """fn(*args) with what all stages need in scope, which every stage's call then takes its own from."""
     previous = _current.held
     _current.held = held
     try:
@@ -50,8 +61,16 @@ def call_holding(held: dict[nn.Module, tuple[Tensor, ...]], fn: Callable, *args)
 
 def held_weights(layers: Iterable[nn.Module], stage: int) -> dict[nn.Module, Tensor]:
     """Those in scope of these layers at a stage."""
-    held = _current.held
+    held = _current.held.weights
     return {layer: held[layer][stage] for layer in layers if layer in held} if held else {}
+
+
+def held_factors(layer: nn.Module, stage: int) -> tuple[Tensor, Tensor] | None:
+    """A layer's factors at a stage, (1, ...) each, where those in scope were taken apart."""
+    if torch.compiler.is_compiling():  # a graph would be guarded by all that is held
+        return None
+    held = _current.held.factors.get(layer)
+    return None if held is None else (held[0][stage], held[1][stage])
 
 
 def current_stage() -> int | Tensor | None:

@@ -240,6 +240,9 @@ class AdaptedLayer:
             return self.weight, self.down, self.up, stage
         if self.stages == 1:  # an index would write its gradient into zeros
             return self.weight, self.down.squeeze(0), self.up.squeeze(0), None
+        held = None if isinstance(stage, Tensor) else _scope.held_factors(self, stage)
+        if held is not None:
+            return self.weight, held[0].squeeze(0), held[1].squeeze(0), None
         return self.weight, at_stage(self.down, stage), at_stage(self.up, stage), None
 
     def merges_first(self) -> bool:
@@ -758,14 +761,18 @@ def current_weight(layer: nn.Module) -> Tensor:
     return layer.stage_weight(layer.stage_now(stage.shape[0] if per_sample(stage) else 0))
 
 
-def _by_op(merge: Callable, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Tensor]:
+def _by_op(
+    merge: Callable,
+    layers: Sequence[AdaptedLayer],
+    matrices: Callable[[AdaptedLayer], tuple[Tensor, Tensor, Tensor]] = lambda layer: layer.matrices(),
+) -> dict[AdaptedLayer, Tensor]:
     """What merge(weights, downs, ups, scales, transposed) makes of each of these layers, a call per device."""
     by_device: dict[torch.device, list[AdaptedLayer]] = {}
     for layer in layers:
         by_device.setdefault(layer.weight.device, []).append(layer)
     found: dict[AdaptedLayer, Tensor] = {}
     for group in by_device.values():
-        weights, downs, ups = zip(*(layer.matrices() for layer in group), strict=True)
+        weights, downs, ups = zip(*(matrices(layer) for layer in group), strict=True)
         merged = merge(
             list(weights),
             list(downs),
@@ -790,7 +797,15 @@ def merged_weights(
 
 def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
     """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
-    return _by_op(partial(lora_merge_stage, stage=stage), layers)
+
+    def of_one(layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor]:
+        weight, down, _ = layer.matrices()
+        held_down, held_up = _scope.held_factors(layer, stage)
+        return weight, held_down.reshape(1, *down.shape[1:]), held_up
+
+    apart = [layer for layer in layers if _scope.held_factors(layer, stage) is not None]
+    found = _by_op(partial(lora_merge_stage, stage=0), apart, of_one)
+    return found | _by_op(partial(lora_merge_stage, stage=stage), [layer for layer in layers if layer not in found])
 
 
 def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[Tensor, ...]]:
@@ -808,6 +823,23 @@ def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tupl
         layout = torch.channels_last if dtype.itemsize == 2 else torch.preserve_format
         found[layer] = stacked.flatten(0, 1).to(dtype, memory_format=layout).view_as(stacked).unbind()
     return found
+
+
+def factors_apart(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """The factors of each stage, (1, ...), of those layers whose factors learn on a CPU.
+
+    For a pass over all stages: taken from the stack by each stage, every gradient is written into zeros of the stack's
+    size, and these are added; taken apart once, they are put together once.
+    """
+    return {
+        layer: (layer.down.split(1), layer.up.split(1))
+        for layer in layers
+        if layer.stages > 1
+        and layer.weight.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and (layer.down.requires_grad or layer.up.requires_grad)
+        and not layer.sharded
+    }
 
 
 @torch.inference_mode(False)

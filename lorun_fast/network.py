@@ -166,8 +166,8 @@ class LoRun(nn.Module):
         recomputed = self.stages if self.checkpoint is True else int(self.checkpoint)
         if not torch.is_grad_enabled():
             recomputed = 0
-        step, held = self.stage_step, self.denoiser.weights_for_all()
-        if held:
+        step, held = self.stage_step, self.denoiser.hold()
+        if held is not None:
             step = partial(call_holding, held, step)
         for k in range(self.stages):
             if k < recomputed:

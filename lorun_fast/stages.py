@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lorun_fast import _scope, adapters
 from lorun_fast._weight_reads import weight_reads
-from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, merge_layers, stage_weights
+from lorun_fast.layers import LAYERS, TAKEN, AdaptedLayer, all_stage_weights, factors_apart, merge_layers, stage_weights
 from lorun_fast.ops._checks import STORAGE_DTYPES, batch_of, finite, whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage, per_sample
@@ -142,11 +142,9 @@ class Stages(nn.Module):
     def _put_stages(self, order: list[int | None], memo: dict[int, object]) -> None:
         """Puts what holds the stages' own tensors into a deepcopy's memo, with those of the new ones."""
 
-    def weights_for_all(self) -> dict[nn.Module, tuple[Tensor, ...]]:
-        """Of layers whose merged weights a pass over all stages forms once, for _scope.call_holding; gradients reach
-        the factors.
-        """
-        return {}
+    def hold(self) -> _scope.Held | None:
+        """What a pass over all stages forms once, for _scope.call_holding; gradients reach the factors."""
+        return None
 
     def merge(self) -> None:
         """Computes the merged weights of every stage, for inference; sharded layers (FSDP) stay unmerged."""
@@ -317,9 +315,10 @@ class StagedDenoiser(Stages):
     def _unmerged(self) -> list[AdaptedLayer]:
         return [layer for layer in self.adapted.values() if not layer.merged]
 
-    def weights_for_all(self) -> dict[AdaptedLayer, tuple[Tensor, ...]]:
-        skip = torch.compiler.is_compiling() or transforms_active()
-        return {} if skip else all_stage_weights(self._unmerged())
+    def hold(self) -> _scope.Held | None:
+        layers = [] if torch.compiler.is_compiling() or transforms_active() else self._unmerged()
+        weights, factors = all_stage_weights(layers), factors_apart(layers)
+        return _scope.Held(weights, factors) if weights or factors else None
 
     def merge(self) -> None:
         merge_layers(list(self.adapted.values()))

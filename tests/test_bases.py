@@ -45,6 +45,25 @@ def test_every_base_adapts_and_runs_for_every_task(base, task, tmp_path):
     torch.testing.assert_close(lf.load(tmp_path / "net.safetensors")(y, size=size), net.eval()(y, size=size))
 
 
+@pytest.mark.parametrize("base", ["cnn", "unet"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_16_bits_layers_meet_and_give_images_with_channels_innermost(base, channels):
+    """From the first on: learning takes a multiple of the time where one of its images lies otherwise."""
+    staged = lf.adapt(BASES[base](channels), stages=2)
+    met = {"in": [], "out": []}
+    layers = [layer for layer in staged.adapted.values() if isinstance(layer, lf.LoRAConv2d)]
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: (met["in"].append(args[0]), met["out"].append(out)) and None)
+    x = torch.rand(2, channels, 8, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            staged(x, stage=1)
+        last = [t.is_contiguous(memory_format=torch.channels_last) for t in (*met["in"], *met["out"])]
+        assert len(last) == 2 * len(layers) and all(last) == (dtype != torch.float32)
+        for images in met.values():
+            images.clear()
+
+
 def test_res_cnn():
     net = lf.ResCNN(3, 2, channels=6, blocks=2, noise_level=True)
     z = torch.randn(2, 3, 5, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorun_fast as lf
 
@@ -146,6 +148,68 @@ def test_checkpointing_changes_no_gradient(x):
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+class Mixed(nn.Module):
+    """Layers of several kinds, one of which is not reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.back = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1)
+        self.mix, self.volume = nn.Linear(6, 6), nn.Conv3d(1, 1, 3, padding=1)
+        self.idle = nn.Conv2d(1, 1, 3)
+
+    def forward(self, z):
+        y = self.mix(self.conv(z).movedim(1, -1)).movedim(-1, 1)
+        return z + self.back(y + self.volume(y[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("form", ["loralib", "peft"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("frozen", [None, "down", "up", "both"])
+def test_a_pass_has_the_gradients_of_its_stages_one_by_one(x, form, checkpoint, frozen):
+    """A pass takes the factors apart once, so that no stage writes its gradient into zeros for all of them."""
+    torch.manual_seed(0)
+    net = lf.LoRun(lf.BlockCS.gaussian(0.25, 8), Mixed(), stages=3, form=form, checkpoint=checkpoint)
+    for p in net.denoiser.adapter_parameters():
+        nn.init.normal_(p, std=0.1)
+    if frozen is not None:
+        for name in ("down", "up") if frozen == "both" else (frozen,):
+            getattr(net.denoiser.adapted["conv"], name).requires_grad_(False)
+    y = net.op(x)
+
+    def by_stages():
+        z = net.op.initial(y, SIZE)
+        for k in range(3):
+            z = net.stage_step(k, z, y, net.op)
+        return z
+
+    factors = [p for p in net.denoiser.adapter_parameters() if p.requires_grad]
+    found, sizes = {}, []
+    for name, call in (("pass", lambda: net(y, size=SIZE)), ("stages", by_stages)):
+        out = call()
+        with Zeros() as zeros:
+            found[name] = [out, *torch.autograd.grad(out.square().sum(), factors, allow_unused=True)]
+        sizes.append(sum(n for shape, n in zeros.found.items() if any(shape[-p.ndim :] == p.shape for p in factors)))
+    for ours, expected in zip(*found.values(), strict=True):
+        assert (ours is None) == (expected is None) or not (ours is None or ours.any())
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    assert sizes[0] == 0 and sizes[1] >= 3 * len(factors) // 2
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the tensors of zeros that are made, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in str(func) or "select_backward" in str(func):
+            self.found[out.shape] += 1
+        return out
 
 
 def test_recomputing_some_stages_keeps_less_and_changes_no_gradient(x):

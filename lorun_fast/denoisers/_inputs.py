@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorun_fast.ops._checks import check_image, number_or_tensor, shape_of, whole
+from lorun_fast.ops._checks import check_image, in_16_bits, number_or_tensor, shape_of, whole
 from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.relayout import LEAST_CHANNELS, relayout
 
@@ -86,8 +86,11 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def for_convolution(x: Tensor) -> Tensor:
-    """x as a first convolution takes it in the least time: on a CPU channels innermost, unless there are few."""
-    return channels_last(x) if x.device.type == "cpu" and x.shape[1] >= LEAST_CHANNELS else x
+    """x as a first convolution takes it in the least time: on a CPU channels innermost, unless few are in fp32."""
+    if x.device.type != "cpu":
+        return x
+    narrow = in_16_bits(x) or torch.is_autocast_enabled("cpu")
+    return channels_last(x) if narrow or x.shape[1] >= LEAST_CHANNELS else x
 
 
 def to_correct(z: Tensor, x: Tensor, channels: int) -> Tensor:

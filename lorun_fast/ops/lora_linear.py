@@ -145,10 +145,8 @@ def of_layer(x: Tensor, layer, stage: int | Tensor) -> Tensor:
     """The op with the stacked factors of a layer."""
     check_floating("x", x)
     check_features(x, layer)
-    down, up = layer.down, layer.up
-    if not per_sample(stage):
-        down, up, stage = at_stage(down, stage), at_stage(up, stage), None
-    return _call(x, layer.weight, layer.bias, down, up, stage, None, layer.scale, None)
+    weight, down, up, stage = layer.operands(stage, None)
+    return _call(x, weight, layer.bias, down, up, stage, None, layer.scale, None)
 
 
 def lora_linear(

@@ -112,8 +112,10 @@ def _backward_stage(ctx, grads):
         grad, down, up = (torch.stack([ts[index] for index in group]) for ts in (grads, down_now, up_now))
         of_stage = reference.to_factors(grad, weights[first], down, up, ctx.scales[first], ctx.transposed[first])
         for results, factors, own in zip(found[1:], (downs, ups), of_stage, strict=True):
-            all_stages = own.new_zeros((len(group), *factors[first].shape))
-            all_stages[:, stage] = own
+            all_stages = own[:, None]
+            if len(factors[first]) > 1:
+                all_stages = own.new_zeros((len(group), *factors[first].shape))
+                all_stages[:, stage] = own
             for index, one in zip(group, all_stages, strict=True):
                 results[index] = one
     return (*found, None, None, None)
