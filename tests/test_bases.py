@@ -52,8 +52,13 @@ def test_in_16_bits_layers_meet_and_give_images_with_channels_innermost(base, ch
     staged = lf.adapt(BASES[base](channels), stages=2)
     met = {"in": [], "out": []}
     layers = [layer for layer in staged.adapted.values() if isinstance(layer, lf.LoRAConv2d)]
+
+    def meet(layer, args, out):
+        met["in"].append(args[0])
+        met["out"].append(out)
+
     for layer in layers:
-        layer.register_forward_hook(lambda _, args, out: (met["in"].append(args[0]), met["out"].append(out)) and None)
+        layer.register_forward_hook(meet)
     x = torch.rand(2, channels, 8, 8)
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
