@@ -382,9 +382,10 @@ Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, d
                   "weight: expected (out, in, k, k) with k from 1 to 7, got ", shape_of(base));
   STD_TORCH_CHECK(down.has_value() == up.has_value(), "down, up: expected both or neither");
   const ScalarType type = dtype.value_or(base.scalar_type());
-  const Tensor weight = down                         ? lora_merge::merge_one(base, *down, *up, scale, type)
-                        : base.scalar_type() == type ? base
-                                                     : dense_in_type(base, type);
+  const bool rounds = !down && base.scalar_type() == ScalarType::Float && wide_type(type) == ScalarType::Float;
+  const Tensor weight = down                                   ? lora_merge::merge_one(base, *down, *up, scale, type)
+                        : rounds || base.scalar_type() == type ? base
+                                                               : dense_in_type(base, type);
   const int64_t out = weight.size(adjoint ? 1 : 0), in = weight.size(adjoint ? 0 : 1), kernel = weight.size(2);
   const int64_t by_out = weight.stride(adjoint ? 1 : 0), by_in = weight.stride(adjoint ? 0 : 1);
   const int64_t sign = adjoint ? -1 : 1, by_row = sign * weight.stride(2), by_column = sign * weight.stride(3);
@@ -394,13 +395,23 @@ Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, d
     const Filter<T> f{in, out, kernel, 1, 0, 1, nullptr, nullptr, false};
     const int64_t steps = f.steps();
     const Tensor packed = empty_beside(weight, {f.blocks(), kernel * steps, kPixels, kDepth}, type);
-    const T* w = weight.const_data_ptr<T>() + start;
     T* to = packed.mutable_data_ptr<T>();
-    parallel(f.blocks() * kernel, steps * kTileValues, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        pack_row(f, Strided<T>{w, by_out, by_in, by_row, by_column}, i, to + i * steps * kTileValues);
+    const auto pack_as = [&](auto source) {
+      using S = typename decltype(source)::type;
+      const Strided<S> from{weight.const_data_ptr<S>() + start, by_out, by_in, by_row, by_column};
+      parallel(f.blocks() * kernel, steps * kTileValues, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          pack_row(f, from, i, to + i * steps * kTileValues);
+        }
+      });
+    };
+    if constexpr (std::is_same_v<Wide<T>, float>) {
+      if (rounds) {
+        pack_as(TypeTag<float>{});
+        return packed;
       }
-    });
+    }
+    pack_as(TypeTag<T>{});
     return packed;
   });
 }

@@ -48,11 +48,12 @@ struct Filters {
         static_cast<BFloat16*>(scratch<Weights>((down.block_values() + up.block_values()) * sizeof(BFloat16)));
     const int64_t taps = p.kernel * p.kernel;
     for (int64_t row = 0; row < p.kernel; ++row) {
-      pack_row(down, {factors.down, p.in * taps, taps, p.kernel, 1}, row, to + row * down.steps() * kTileValues);
+      pack_row(down, Strided<BFloat16>{factors.down, p.in * taps, taps, p.kernel, 1}, row,
+               to + row * down.steps() * kTileValues);
     }
     down.w = to;
     to += down.block_values();
-    pack_row(up, {factors.up, 1, p.rank, 0, 0}, 0, to);
+    pack_row(up, Strided<BFloat16>{factors.up, 1, p.rank, 0, 0}, 0, to);
     up.w = to;
   }
 };

@@ -18,6 +18,7 @@
 namespace lorun::packed_factor_gradients {
 
 using packed_conv2d::Filter;
+using packed_conv2d::Strided;
 using packed_weight_gradient::kLaidOut;
 using packed_weight_gradient::Shape;
 

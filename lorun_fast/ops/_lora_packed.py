@@ -151,10 +151,10 @@ def block(*args) -> Tensor:
     )  # fmt: skip
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
+def _convolve(x: Tensor, layer: tuple, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
     bias = None if bias is None else bias.float()
-    out, tiles = weight.shape[1 if adjoint else 0], packed_weight(weight, adjoint=adjoint)
-    return packed_conv2d(x, tiles, bias, out=out, kernel=3, padding=1, **finishing)
+    out = layer[0].shape[1 if adjoint else 0]
+    return packed_conv2d(x, _tiles(*layer, adjoint=adjoint), bias, out=out, kernel=3, padding=1, **finishing)
 
 
 def missing() -> str | None:
@@ -177,5 +177,12 @@ register(
 )
 register(
     "lora_residual_block",
-    Backend("packed", ("cpu",), block, lora_residual_block.backward_by(_convolve, _WAY), missing, block_supports),
+    Backend(
+        "packed",
+        ("cpu",),
+        block,
+        lora_residual_block.backward_by(_convolve, _WAY, lambda x, *layer: layer),
+        missing,
+        block_supports,
+    ),
 )

@@ -122,7 +122,8 @@ def block_supports(*args) -> str | None:
 
 def block(*args) -> Tensor:
     x, first, second, (_, residual, *scales) = lora_residual_block.parts(args)
-    weights = lora_residual_block.merged(x, first, second, scales)
+    layers = zip((first, second), scales, strict=True)
+    weights = (lora_residual_block.merged(x, w, *factors, scale) for (w, _, *factors), scale in layers)
     one, other = (winograd_weight(weight) for weight in weights)
     bias, other_bias = (_beside(x, layer[1]) for layer in (first, second))
     return winograd_block(x, one, other, first_bias=bias, second_bias=other_bias, residual=residual)

@@ -136,20 +136,20 @@ def by_layers_backward(grad, *args):
     return wanted(mask, of_first + of_second)
 
 
-def merged(x: Tensor, first: Sequence, second: Sequence, scales: Sequence[float]) -> list[Tensor]:
-    """Both layers' weights, in x's dtype."""
-    return [
-        _lora_aten.merge(weight, down, up, scale, False, x.dtype)
-        for (weight, _, down, up), scale in zip((first, second), scales, strict=True)
-    ]
+def merged(x: Tensor, weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float) -> Tensor:
+    """A layer's weight, in x's dtype."""
+    return _lora_aten.merge(weight, down, up, scale, False, x.dtype)
 
 
-def backward_by(convolve: Callable[..., Tensor], way: _lora_aten.Way) -> Callable[..., list[Tensor]]:
+def backward_by(
+    convolve: Callable[..., Tensor], way: _lora_aten.Way, weight_of: Callable[..., object] = merged
+) -> Callable[..., list[Tensor]]:
     """The backward pass of 3 x 3 layers by an op that finishes its results, for a batch of one stage.
 
     convolve: (x, weight, bias=None, *, adjoint=False, activation=None, residual=None, gate=None). adjoint: the
         transpose, which takes a gradient back. gate: what a ReLU gave, through which it is then taken back as well.
-    way: for the gradients of the layers' own tensors.
+    way: for the gradients of the layers' own tensors. weight_of: what convolve takes as weight, from merged()'s
+        arguments.
     """
 
     def of_layer(grad: Tensor, x: Tensor, layer, scale: float, mask) -> list[Tensor]:
@@ -159,7 +159,9 @@ def backward_by(convolve: Callable[..., Tensor], way: _lora_aten.Way) -> Callabl
     def backward(grad: Tensor, *args) -> list[Tensor]:
         *args, mask = args
         x, first, second, (_, *scales) = parts(args)
-        weights = merged(x, first, second, scales)
+        weights = [
+            weight_of(x, w, *factors, scale) for (w, _, *factors), scale in zip((first, second), scales, strict=True)
+        ]
         between = convolve(x, weights[0], first[1], activation="relu")
         found = of_layer(grad, between, second, scales[1], mask[5:])
         if any(mask[:5]):
