@@ -23,7 +23,7 @@ struct Waiting {
   Finish<BFloat16> to;
 };
 
-constexpr int kGated = -1;
+constexpr int kGated = -1;  // zeros where the gate is not positive, nothing is added
 
 // act(sums + bias) + added, rounded: a few vectors at a time, pixel by pixel, then the next block of channels.
 template <bool Relu, int Count>  // Count: of images that are added, or kGated
