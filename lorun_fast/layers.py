@@ -797,15 +797,16 @@ def merged_weights(
 
 def stage_weights(layers: Sequence[AdaptedLayer], stage: int) -> dict[AdaptedLayer, Tensor]:
     """The merged weight of one stage for each of these layers, by one op per device; gradients reach the factors."""
+    held = {layer: _scope.held_factors(layer, stage) for layer in layers}
+    apart = {layer: factors for layer, factors in held.items() if factors is not None}
 
     def of_one(layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor]:
-        weight, down, _ = layer.matrices()
-        held_down, held_up = _scope.held_factors(layer, stage)
-        return weight, held_down.reshape(1, *down.shape[1:]), held_up
+        weight, stacked, _ = layer.matrices()
+        down, up = apart[layer]
+        return weight, down.reshape(1, *stacked.shape[1:]), up
 
-    apart = [layer for layer in layers if _scope.held_factors(layer, stage) is not None]
-    found = _by_op(partial(lora_merge_stage, stage=0), apart, of_one)
-    return found | _by_op(partial(lora_merge_stage, stage=stage), [layer for layer in layers if layer not in found])
+    found = _by_op(partial(lora_merge_stage, stage=0), list(apart), of_one)
+    return found | _by_op(partial(lora_merge_stage, stage=stage), [layer for layer in layers if layer not in apart])
 
 
 def all_stage_weights(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[Tensor, ...]]:

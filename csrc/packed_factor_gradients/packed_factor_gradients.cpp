@@ -9,6 +9,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/ahead.h"
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/scratch.h"

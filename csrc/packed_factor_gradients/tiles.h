@@ -1,7 +1,6 @@
 // Both gradients by AMX (packed_factor_gradients.h).
 #pragma once
 
-#include "common/ahead.h"
 #include "common/amx.h"
 
 #ifdef LORUN_AMX
@@ -15,6 +14,7 @@
 
 namespace lorun::packed_factor_gradients {
 
+using packed_weight_gradient::Fetch;
 using packed_weight_gradient::kDepth;
 using packed_weight_gradient::kLanes;
 
@@ -23,11 +23,6 @@ constexpr int64_t kMaxRank = kLanes;
 // Where the rows of the kernel lie under each of four tiles of 16 results; null: a row of zeros, under all four.
 struct Under {
   const BFloat16* rows[packed_conv2d::kMaxKernel][4];
-};
-
-// Rows of both images that are needed next.
-struct Fetch {
-  Ahead x, grad;
 };
 
 // sums (16 * Tiles pixels, 16) of a convolution to at most 16 channels.
@@ -45,8 +40,7 @@ LORUN_TARGET_AMX inline void narrow_tiles(const Filter<BFloat16>& f, const Under
         tile_load<4 + T % 2>(x[T] + j, pitch);
         tile_multiply_add<T, 4 + T % 2, 6>();
       });
-      fetch.x.advance();
-      fetch.grad.advance();
+      fetch.advance();
     }
   }
   unrolled<Tiles>([&]<int T>() LORUN_INLINE { tile_store<T>(sums + T * kLanes * kLanes, 64); });

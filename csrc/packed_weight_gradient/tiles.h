@@ -254,16 +254,11 @@ struct Soon {
 };
 
 struct Fetch {
-  Ahead grad, x;
-
-  // times: that advance() will be called.
-  Fetch(const Soon& soon, int64_t times)
-      : grad(soon.grad, soon.grad_values * sizeof(BFloat16), times),
-        x(soon.x, soon.x_values * sizeof(BFloat16), times) {}
+  Ahead x, grad;
 
   LORUN_INLINE inline void advance() {
-    grad.advance();
     x.advance();
+    grad.advance();
   }
 };
 
@@ -362,7 +357,8 @@ LORUN_TARGET_AMX inline void multiply_all(const Shape& s, const BFloat16* left, 
     const auto [of_left, of_right] = groups(odd);
     times += of_left.count * of_right.count * steps;
   }
-  Fetch fetch(soon, times);
+  Fetch fetch{Ahead(soon.x, soon.x_values * sizeof(BFloat16), times),
+              Ahead(soon.grad, soon.grad_values * sizeof(BFloat16), times)};
   for (int64_t odd = 0; odd < s.phases(); ++odd) {
     const auto [of_left, of_right] = groups(odd);
     for (int64_t i = 0; i < of_right.count; ++i) {

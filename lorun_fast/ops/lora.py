@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorun_fast.adapters import factor_shapes
-from lorun_fast.ops._checks import STORAGE_DTYPES, check_tensor, shape_of
+from lorun_fast.ops._checks import STORAGE_DTYPES, check_tensor, in_16_bits, shape_of
 from lorun_fast.reference.lora import ACTIVATIONS
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -161,7 +161,7 @@ def layout_of(x: Tensor, weight: Tensor) -> torch.memory_format:
     """
     last = is_channels_last(x) or is_channels_last(weight)
     if x.ndim == 4 and x.shape[1] == 1 and x.device.type == "cpu":
-        last = last or x.dtype in (torch.bfloat16, torch.float16)
+        last = last or in_16_bits(x)
     return torch.channels_last if last else torch.contiguous_format
 
 
