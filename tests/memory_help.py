@@ -143,6 +143,10 @@ def _lora_merge(d: Draw):
         layers.append((*tensors, d.one(1.0, 0.3), flipped))
     weights, downs, ups, scales, flips = (list(column) for column in zip(*layers, strict=True))
     yield "lora_merge", (weights, downs, ups, scales, flips, d.one(None, d.storage()), d.one(None, True, False))
+    stage = d.any(0, min(map(len, ups)) - 1)
+    yield "lora_merge_stage", (weights, downs, ups, scales, flips, stage)
+    grads = [d.tensor(*w.shape, dtype=w.dtype) for w in weights]
+    yield "lora_merge_stage_backward", (grads, downs, ups, scales, flips, stage)
 
 
 def _packed(d: Draw):

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from variants_help import check_under, lesser_variants
 
 import lorun_fast as lf
-from lorun_fast import adapters
+from lorun_fast import _native, adapters
 from lorun_fast.ops.lora_merge import lora_merge_stage
 
 op = torch.ops.lorun_fast.lora_merge.default
@@ -168,6 +168,18 @@ def test_opcheck_of_one_stage():
     args = problem(torch.float32, [*LAYERS[:3], LAYERS[1]])
     leaves(args)
     opcheck(torch.ops.lorun_fast.lora_merge_stage.default, (*args, 2))
+    weights, *factors = problem(torch.float32, LAYERS[:3])
+    opcheck(torch.ops.lorun_fast.lora_merge_stage_backward.default, (weights, *factors, 2))
+
+
+def test_a_stage_is_differentiable_twice():
+    weights, *factors, scales, flipped = problem(layers=LAYERS[:3])
+    flat = [t.requires_grad_() for ts in factors for t in ts]
+
+    def call(*flat):
+        return tuple(lora_merge_stage(weights, flat[:3], flat[3:], scales, flipped, 1))
+
+    assert torch.autograd.gradgradcheck(call, flat, fast_mode=True)
 
 
 def test_stages_compile_into_two_graphs(graph_counter):
@@ -224,6 +236,27 @@ def test_a_gradient_of_one_layer_alone():
     torch.testing.assert_close(*grads)
 
 
+# Beyond the blocks in which the gradients are summed: ranks, rows, columns, and all of them in a batch of products.
+LARGE = [
+    ((70, 300), "peft", 67, False, 1),
+    ((300, 70), "peft", 33, False, 1),
+    ((5, 40, 10, 10), "peft", 17, True, 1),
+    ((70, 64, 3, 3), "loralib", 7, False, 1),
+]
+
+
+compiled = pytest.mark.skipif(not _native.available(), reason="lorun_fast._C is not built")
+
+
+@compiled
+def test_a_stage_is_one_of_those_that_are_there():
+    weights, *rest = problem(torch.float32, LAYERS[:2])
+    for op in (torch.ops.lorun_fast.lora_merge_stage, torch.ops.lorun_fast.lora_merge_stage_backward):
+        for stage in (-1, K):
+            with pytest.raises(RuntimeError, match=f"stage: expected 0 to {K - 1}, got {stage}"):
+                op(weights, *rest, stage)
+
+
 VARIANT_SCRIPT = """
 from lorun_fast import adapters
 from lorun_fast.reference import lora as reference
@@ -236,9 +269,22 @@ for shape, form, rank, transposed, groups in layers:
             got, want = torch.ops.lorun_fast.lora_merge(*args)[0], reference.lora_merge(*args)[0]
             close = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[got.dtype]
             torch.testing.assert_close(got, want, rtol=close, atol=close)
+        args = ([weight], [down], [up], [0.7], [transposed], 1)
+        wide = [[t.double() for t in ts] for ts in args[:3]]
+        for name in ("lora_merge_stage", "lora_merge_stage_backward"):
+            got = getattr(torch.ops.lorun_fast, name)(*args)
+            for t, truth in zip(got, getattr(reference, name)(*wide, *args[3:]), strict=True):
+                assert t.dtype == dtype
+                rounding = torch.finfo(dtype).eps + 40 * torch.finfo(torch.float32 if dtype.itemsize < 8 else dtype).eps
+                assert (t - truth).abs().max() <= rounding * (1 + truth.abs().max())
 """
+
+
+@compiled
+def test_this_processor_s_variant():
+    check_under(_native.build_info()["cpu_active"], VARIANT_SCRIPT, layers=LAYERS + LARGE)
 
 
 @lesser_variants
 def test_lesser_cpu_variants(variant):
-    check_under(variant, VARIANT_SCRIPT, layers=LAYERS)
+    check_under(variant, VARIANT_SCRIPT, layers=LAYERS + LARGE)

@@ -28,32 +28,11 @@ namespace {
 
 struct Slot;
 
-Shape shape_of_layer(const Tensor& weight, const Tensor& down, const Tensor& up, bool transposed, bool stacked) {
-  STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight: expected 2 or 4 dimensions, got ", shape_of(weight));
-  const int64_t lead = stacked ? 1 : 0;
-  STD_TORCH_CHECK(up.dim() == 2 + lead && down.dim() >= 2 + lead && (!stacked || down.size(0) == up.size(0)),
-                  "down, up: expected ", stacked ? "a common leading" : "no", " stage axis, got ", shape_of(down),
-                  " and ", shape_of(up));
-  Shape s{};
-  s.stages = stacked ? up.size(0) : 1;
-  s.lead = weight.size(0);
-  s.channels = weight.size(1);
-  s.taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
-  s.rows = up.size(lead);
-  s.rank = up.size(lead + 1);
-  s.batch = transposed && down.dim() == 4 + lead ? s.lead : 1;
-  const int64_t products = s.batch * s.rows;
-  s.cols = products > 0 ? s.weight() / products : 0;
-  STD_TORCH_CHECK(products * s.cols == s.weight() && down.numel() == s.stages * s.batch * s.rank * s.cols,
-                  "down, up: expected factors of weight ", shape_of(weight), ", got ", shape_of(down), " and ",
-                  shape_of(up));
-  return s;
-}
-
 bool is_channels_last(const Tensor& weight) {
   return weight.dim() == 4 && weight.size(1) > 1 && weight.stride(1) == 1 && !weight.is_contiguous();
 }
 
+// Of all stages, (K, *weight.shape).
 Tensor empty_merged(const Tensor& weight, int64_t stages, ScalarType type, bool channels_last) {
   if (weight.dim() == 2) {
     return empty_beside(weight, {stages, weight.size(0), weight.size(1)}, type);
@@ -80,6 +59,15 @@ std::optional<Strides> strides_of(const Tensor& weight) {
   return weight.stride(2) == weight.size(3) * found.tap ? std::optional(found) : std::nullopt;
 }
 
+// Of one stage, as the weight lies in memory.
+Tensor empty_like(const Tensor& weight, ScalarType type) {
+  if (is_channels_last(weight)) {
+    return channels_outside(
+        empty_beside(weight, {weight.size(0), weight.size(2), weight.size(3), weight.size(1)}, type));
+  }
+  return empty_beside(weight, weight.sizes().data(), weight.dim(), type);
+}
+
 struct Layer {
   Shape shape;
   ScalarType wide, target;
@@ -87,10 +75,11 @@ struct Layer {
   Strides strides;                  // of weight
   double scale;
   bool channels_last;
-  int64_t first;  // of its pieces of work among all layers'
+  int64_t stage, stages;  // the first of those that are merged, and how many
+  int64_t first;          // of its pieces of work among all layers'
 
   int64_t pieces() const {
-    return shape.stages * shape.lead;
+    return stages * shape.lead;
   }
 
   int64_t work() const {
@@ -99,13 +88,14 @@ struct Layer {
 };
 
 Layer layer_of(const Shape& shape, const Tensor& weight, const Tensor& down, const Tensor& up, const Tensor& merged,
-               double scale, ScalarType target, bool channels_last, int64_t first) {
+               double scale, ScalarType target, bool channels_last, std::optional<int64_t> stage, int64_t first) {
   const ScalarType type = weight.scalar_type(), wide = wide_type(type);
   const std::optional<Strides> given = strides_of(weight);
   const Tensor base = given && (type == wide || type == target) ? weight : dense_in_type(weight, wide);
   const Strides strides = strides_of(base).value_or(Strides{shape.taps, 1});
-  return {shape,   wide,  target,        base, dense_in_type(down, wide), dense_in_type(up, wide), merged,
-          strides, scale, channels_last, first};
+  return {shape,  wide,    target, base,          dense_in_type(down, wide), dense_in_type(up, wide),
+          merged, strides, scale,  channels_last, stage.value_or(0),         stage ? 1 : shape.stages,
+          first};
 }
 
 template <class T, class W>
@@ -121,7 +111,7 @@ LORUN_INLINE inline T round_to(W v) {
 template <class T, class W, class S>
 void merge_pieces(const Layer& layer, int64_t begin, int64_t end) {
   const Shape& s = layer.shape;
-  const int64_t n = s.slice(), factors = s.batch * s.rank * s.cols;
+  const int64_t n = s.slice();
   const S* weight = layer.weight.const_data_ptr<S>();
   const W* down = layer.down.const_data_ptr<W>();
   const W* up = layer.up.const_data_ptr<W>();
@@ -133,8 +123,8 @@ void merge_pieces(const Layer& layer, int64_t begin, int64_t end) {
   W* sums = static_cast<W*>(scratch<Slot>(n * sizeof(W)));
   const auto kernel = LORUN_PICK(update<W>);
   for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t k = piece / s.lead, a = piece % s.lead;
-    kernel(s, down + k * factors, up + k * s.rows * s.rank, a * n, n, sums);
+    const int64_t k = layer.stage + piece / s.lead, a = piece % s.lead;
+    kernel(s, down + k * s.down(), up + k * s.rows * s.rank, a * n, n, sums);
     const S* base = weight + a * by_lead;
     T* out = merged + piece * n;
     multiversion([&](auto) LORUN_INLINE {
@@ -167,9 +157,10 @@ void merge_range(const Layer& layer, int64_t begin, int64_t end) {
   });
 }
 
-std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs, std::vector<Tensor> ups,
-                          std::vector<double> scales, std::vector<bool> transposed, std::optional<ScalarType> dtype,
-                          std::optional<bool> channels_last) {
+std::vector<Tensor> merge_layers(const std::vector<Tensor>& weights, const std::vector<Tensor>& downs,
+                                 const std::vector<Tensor>& ups, const std::vector<double>& scales,
+                                 const std::vector<bool>& transposed, std::optional<ScalarType> dtype,
+                                 std::optional<bool> channels_last, std::optional<int64_t> stage) {
   const std::size_t count = weights.size();
   STD_TORCH_CHECK(downs.size() == count && ups.size() == count && scales.size() == count && transposed.size() == count,
                   "weights, downs, ups, scales, transposed: expected lists of one length");
@@ -182,8 +173,12 @@ std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs
     const Shape shape = shape_of_layer(weights[i], downs[i], ups[i], transposed[i], true);
     const ScalarType target = dtype.value_or(weights[i].scalar_type());
     const bool last = weights[i].dim() == 4 && channels_last.value_or(is_channels_last(weights[i]));
-    results.push_back(empty_merged(weights[i], shape.stages, target, last));
-    layers.push_back(layer_of(shape, weights[i], downs[i], ups[i], results.back(), scales[i], target, last, pieces));
+    if (stage) {
+      check_stage(*stage, shape);
+    }
+    results.push_back(stage ? empty_like(weights[i], target) : empty_merged(weights[i], shape.stages, target, last));
+    layers.push_back(
+        layer_of(shape, weights[i], downs[i], ups[i], results.back(), scales[i], target, last, stage, pieces));
     pieces += layers.back().pieces();
     work += layers.back().work();
   }
@@ -198,15 +193,23 @@ std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs
   return results;
 }
 
+std::vector<Tensor> merge(std::vector<Tensor> weights, std::vector<Tensor> downs, std::vector<Tensor> ups,
+                          std::vector<double> scales, std::vector<bool> transposed, std::optional<ScalarType> dtype,
+                          std::optional<bool> channels_last) {
+  return merge_layers(weights, downs, ups, scales, transposed, dtype, channels_last, std::nullopt);
+}
+
+std::vector<Tensor> merge_stage(std::vector<Tensor> weights, std::vector<Tensor> downs, std::vector<Tensor> ups,
+                                std::vector<double> scales, std::vector<bool> transposed, int64_t stage) {
+  return merge_layers(weights, downs, ups, scales, transposed, std::nullopt, std::nullopt, stage);
+}
+
 }  // namespace
 
 Tensor merge_one(const Tensor& weight, const Tensor& down, const Tensor& up, double scale, ScalarType type) {
   const Shape shape = shape_of_layer(weight, down, up, false, false);
-  const bool last = is_channels_last(weight);
-  const Tensor merged =
-      last ? channels_outside(empty_beside(weight, {shape.lead, weight.size(2), weight.size(3), shape.channels}, type))
-           : torch::stable::new_empty(weight, weight.sizes(), type);
-  const Layer layer = layer_of(shape, weight, down, up, merged, scale, type, last, 0);
+  const Tensor merged = empty_like(weight, type);
+  const Layer layer = layer_of(shape, weight, down, up, merged, scale, type, is_channels_last(weight), 0, 0);
   parallel(layer.pieces(), layer.pieces() ? layer.work() / layer.pieces() : 0,
            [&](int64_t begin, int64_t end) { merge_range(layer, begin, end); });
   return merged;
@@ -214,6 +217,7 @@ Tensor merge_one(const Tensor& weight, const Tensor& down, const Tensor& up, dou
 
 STABLE_TORCH_LIBRARY_IMPL(lorun_fast, CPU, m) {
   m.impl("lora_merge", TORCH_BOX(&merge));
+  m.impl("lora_merge_stage", TORCH_BOX(&merge_stage));
 }
 
 }  // namespace lorun::lora_merge

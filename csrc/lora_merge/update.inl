@@ -35,8 +35,18 @@ LORUN_TARGET void update(const Shape& s, const W* down, const W* up, int64_t beg
     for (; c + 8 * kLanes <= length; c += 8 * kLanes) {
       run<W, 8>(d + c, s.cols, u, s.rank, sums + v + c);
     }
-    for (; c + kLanes <= length; c += kLanes) {
+    // Of what is left as many together as possible: a sum by itself waits for its last addition.
+    if (c + 4 * kLanes <= length) {
+      run<W, 4>(d + c, s.cols, u, s.rank, sums + v + c);
+      c += 4 * kLanes;
+    }
+    if (c + 2 * kLanes <= length) {
+      run<W, 2>(d + c, s.cols, u, s.rank, sums + v + c);
+      c += 2 * kLanes;
+    }
+    if (c + kLanes <= length) {
       run<W, 1>(d + c, s.cols, u, s.rank, sums + v + c);
+      c += kLanes;
     }
     for (; c < length; ++c) {
       W sum = 0;

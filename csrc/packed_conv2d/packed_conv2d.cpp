@@ -376,13 +376,34 @@ Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor se
   });
 }
 
+struct Rounded;
+
+// fp32 values in storage of 16 bits, for as long as this thread calls nothing.
+template <class T>
+const T* rounded(const float* from, int64_t count) {
+  T* to = static_cast<T*>(scratch<Rounded>(count * sizeof(T)));
+  parallel(count, 1, [&](int64_t begin, int64_t end) {
+    multiversion([&](auto) LORUN_INLINE {
+      for (int64_t i = begin; i < end; ++i) {
+        to[i] = narrow<T>(from[i]);
+      }
+    });
+  });
+  return to;
+}
+
+// Whether a tensor's values fill its memory in some order of its axes, contiguous or with channels innermost.
+bool is_dense(const Tensor& t) {
+  return t.is_contiguous() || torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3).is_contiguous();
+}
+
 Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, double scale,
             std::optional<ScalarType> dtype, bool adjoint) {
   STD_TORCH_CHECK(base.dim() == 4 && base.size(2) == base.size(3) && base.size(2) >= 1 && base.size(2) <= kMaxKernel,
                   "weight: expected (out, in, k, k) with k from 1 to 7, got ", shape_of(base));
   STD_TORCH_CHECK(down.has_value() == up.has_value(), "down, up: expected both or neither");
   const ScalarType type = dtype.value_or(base.scalar_type());
-  const bool rounds = !down && base.scalar_type() == ScalarType::Float && wide_type(type) == ScalarType::Float;
+  const bool rounds = !down && base.scalar_type() == ScalarType::Float && type != base.scalar_type() && is_dense(base);
   const Tensor weight = down                                   ? lora_merge::merge_one(base, *down, *up, scale, type)
                         : rounds || base.scalar_type() == type ? base
                                                                : dense_in_type(base, type);
@@ -396,22 +417,17 @@ Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, d
     const int64_t steps = f.steps();
     const Tensor packed = empty_beside(weight, {f.blocks(), kernel * steps, kPixels, kDepth}, type);
     T* to = packed.mutable_data_ptr<T>();
-    const auto pack_as = [&](auto source) {
-      using S = typename decltype(source)::type;
-      const Strided<S> from{weight.const_data_ptr<S>() + start, by_out, by_in, by_row, by_column};
-      parallel(f.blocks() * kernel, steps * kTileValues, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          pack_row(f, from, i, to + i * steps * kTileValues);
-        }
-      });
-    };
-    if constexpr (std::is_same_v<Wide<T>, float>) {
-      if (rounds) {
-        pack_as(TypeTag<float>{});
-        return packed;
-      }
+    const T* values = nullptr;
+    if constexpr (sizeof(T) == 2) {
+      values = rounds ? rounded<T>(weight.const_data_ptr<float>(), weight.numel()) : nullptr;
     }
-    pack_as(TypeTag<T>{});
+    const Strided<T> from{(values == nullptr ? weight.const_data_ptr<T>() : values) + start, by_out, by_in, by_row,
+                          by_column};
+    parallel(f.blocks() * kernel, steps * kTileValues, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        pack_row(f, from, i, to + i * steps * kTileValues);
+      }
+    });
     return packed;
   });
 }

@@ -62,24 +62,20 @@ struct Strided {
   int64_t by_out, by_in, by_row, by_column;
 };
 
-// Row `i` of (blocks, kernel rows) of the packed weight: f.steps() tiles. S: T, or fp32, which is rounded.
-template <class T, class S>
-void pack_row(const Filter<T>& f, const Strided<S>& weight, int64_t i, T* tiles) {
+// Row `i` of (blocks, kernel rows) of the packed weight: f.steps() tiles.
+template <class T>
+void pack_row(const Filter<T>& f, const Strided<T>& weight, int64_t i, T* tiles) {
   const int64_t block = i / f.kernel, row = i % f.kernel, first = block * kChannels;
   const int64_t count = std::min(kChannels, f.out - first);
-  const S* from = weight.w + row * weight.by_row + first * weight.by_out;
+  const T* from = weight.w + row * weight.by_row + first * weight.by_out;
   std::fill_n(tiles, f.steps() * kDepth * kChannels, T{});
   int64_t k = 0;
   for (int64_t column = 0; column < f.kernel; ++column) {
     for (int64_t in = 0; in < f.in; ++in, ++k) {
       T* pair = tiles + k / 2 * (2 * kChannels) + k % 2;
-      const S* values = from + column * weight.by_column + in * weight.by_in;
+      const T* values = from + column * weight.by_column + in * weight.by_in;
       for (int64_t c = 0; c < count; ++c) {
-        if constexpr (std::is_same_v<T, S>) {
-          pair[2 * c] = values[c * weight.by_out];
-        } else {
-          pair[2 * c] = narrow<T>(values[c * weight.by_out]);
-        }
+        pair[2 * c] = values[c * weight.by_out];
       }
     }
   }

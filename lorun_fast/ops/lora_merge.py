@@ -10,7 +10,7 @@ from torch import Tensor
 from lorun_fast.ops import _backends
 from lorun_fast.ops._checks import STORAGE_DTYPES, check_flag, finite
 from lorun_fast.ops._direct import below_autograd
-from lorun_fast.ops._library import define
+from lorun_fast.ops._library import define, once
 from lorun_fast.ops.lora import check_factors, check_floating
 from lorun_fast.reference import lora as reference
 
@@ -90,34 +90,47 @@ def _merge_stage(weights, downs, ups, scales, transposed, stage):
 
 def _setup_stage(ctx, inputs, output):
     weights, downs, ups, ctx.scales, ctx.transposed, ctx.stage = inputs
-    ctx.count = len(weights)
-    ctx.save_for_backward(*weights, *downs, *ups)
+    ctx.wanted = [t.requires_grad for t in weights]
+    ctx.save_for_backward(*downs, *ups)
 
 
-def _backward_stage(ctx, grads):
-    saved, n, stage = ctx.saved_tensors, ctx.count, ctx.stage
-    weights, downs, ups = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    found = ([None] * n, [None] * n, [None] * n)
+def _stage_gradients(grads, downs, ups, scales, transposed, stage):
+    """What lora_merge_stage_backward gives, in slices: a dozen launches for all layers that are alike on a GPU, where
+    each by itself would take as many.
+    """
+    found = ([None] * len(grads), [None] * len(grads))
     alike: dict[str, list[int]] = {}
-    for index, (grad, weight, down, up) in enumerate(zip(grads, weights, downs, ups, strict=True)):
-        if grad is not None:
-            found[0][index] = grad if weight.requires_grad else None
-            # In words: sizes that are symbols have no hash.
-            kind = (weight.shape, down.shape, weight.dtype, down.dtype, up.dtype)
-            alike.setdefault(str((*kind, ctx.scales[index], ctx.transposed[index])), []).append(index)
+    for index, (grad, down, up) in enumerate(zip(grads, downs, ups, strict=True)):
+        # In words: sizes that are symbols have no hash.
+        kind = (grad.shape, down.shape, grad.dtype, down.dtype, up.dtype, scales[index], transposed[index])
+        alike.setdefault(str(kind), []).append(index)
     down_now, up_now = ([t[stage] for t in factors] for factors in (downs, ups))
-    # A dozen launches for all layers that are alike, where each by itself would take as many.
     for group in alike.values():
         first = group[0]
         grad, down, up = (torch.stack([ts[index] for index in group]) for ts in (grads, down_now, up_now))
-        of_stage = reference.to_factors(grad, weights[first], down, up, ctx.scales[first], ctx.transposed[first])
-        for results, factors, own in zip(found[1:], (downs, ups), of_stage, strict=True):
+        of_stage = reference.to_factors(grad, grads[first], down, up, scales[first], transposed[first])
+        for results, factors, own in zip(found, (downs, ups), of_stage, strict=True):
             all_stages = own[:, None]
             if len(factors[first]) > 1:
                 all_stages = own.new_zeros((len(group), *factors[first].shape))
                 all_stages[:, stage] = own
             for index, one in zip(group, all_stages, strict=True):
                 results[index] = one
+    return [*found[0], *found[1]]
+
+
+def _backward_stage(ctx, grads):
+    factors, n = ctx.saved_tensors, len(grads)
+    came = [index for index, grad in enumerate(grads) if grad is not None]
+    lists = [[ts[index] for index in came] for ts in (grads, factors[:n], factors[n:], ctx.scales, ctx.transposed)]
+    # On a GPU, and where the gradients are to be differentiated, by torch's ops.
+    direct = factors[0].device.type == "cpu" and not torch.is_grad_enabled()
+    gradients = _stage_backward_op if direct else _stage_gradients
+    of_factors = gradients(*lists, ctx.stage) if came else []
+    found = ([None] * n, [None] * n, [None] * n)
+    for place, index in enumerate(came):
+        found[0][index] = grads[index] if ctx.wanted[index] else None
+        found[1][index], found[2][index] = of_factors[place], of_factors[len(came) + place]
     return (*found, None, None, None)
 
 
@@ -131,6 +144,19 @@ _stage_op = define(
 )
 
 
+def _fake_stage_backward(grads, downs, ups, scales, transposed, stage):
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (*downs, *ups)]
+
+
+_stage_backward_op = define(
+    "lora_merge_stage_backward(Tensor[] grads, Tensor[] downs, Tensor[] ups, float[] scales, bool[] transposed, "
+    "SymInt stage) -> Tensor[]",
+    reference=reference.lora_merge_stage_backward,
+    fake=_fake_stage_backward,
+    **once("lora_merge_stage"),
+)
+
+
 class _Stage(torch.autograd.Function):
     """The same in eager mode, without the dispatcher's way to a Python formula: for a hundred tensors and more."""
 
@@ -141,7 +167,7 @@ class _Stage(torch.autograd.Function):
         inputs = (tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scales, transposed, stage)
         _setup_stage(ctx, inputs, None)
         with below_autograd():
-            return tuple(_merge_stage(*inputs))
+            return tuple(_stage_op(*map(list, inputs[:5]), stage))
 
     @staticmethod
     def backward(ctx, *grads):

@@ -73,6 +73,22 @@ def lora_merge_backward(grads, weights, downs, ups, scales, transposed) -> tuple
     return results
 
 
+def lora_merge_stage(weights, downs, ups, scales, transposed, stage: int) -> list[Tensor]:
+    """One stage of :func:`lora_merge`, (*weight.shape) each, in the weight's dtype and layout."""
+    one = ([factor[stage : stage + 1] for factor in factors] for factors in (downs, ups))
+    return [t[0] for t in lora_merge(weights, *one, scales, transposed)]
+
+
+def lora_merge_stage_backward(grads, downs, ups, scales, transposed, stage: int) -> list[Tensor]:
+    """Gradients of all downs, then of all ups, from those of :func:`lora_merge_stage`: zeros at the other stages."""
+    found = ([], [])
+    for grad, down, up, scale, flipped in zip(grads, downs, ups, scales, transposed, strict=True):
+        own = to_factors(grad, grad, down[stage], up[stage], scale, flipped)
+        for results, one in zip(found, own, strict=True):
+            results.append(F.pad(one[None], (*[0, 0] * one.ndim, stage, len(up) - 1 - stage)))
+    return [*found[0], *found[1]]
+
+
 def stage_weight(
     weight: Tensor,
     down: Tensor | None,
