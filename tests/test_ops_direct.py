@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorun_fast as lf
 from lorun_fast import functional as F
+from lorun_fast.ops._backends import use_backend
 from lorun_fast.ops._direct import direct_call
 
 OPS = torch.ops.lorun_fast
@@ -158,6 +160,60 @@ def test_function_transforms():
 
     leaf = up.clone().requires_grad_()
     torch.testing.assert_close(torch.func.grad(layer)(up), torch.autograd.grad(layer(leaf), leaf)[0])
+
+
+def _convolutions(inplace: bool) -> nn.Module:
+    relu = nn.ReLU(inplace=inplace)
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), relu, nn.ConvTranspose2d(8, 8, 2, stride=2), relu)
+
+
+def _products(inplace: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=inplace), nn.Linear(16, 8))
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "winograd", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("denoiser", "shape"), [(_convolutions, (2, 8, 6, 6)), (_products, (2, 5, 8))])
+def test_what_follows_a_layer_may_work_in_place(denoiser, shape, dtype, backend):
+    z, found = torch.randn(shape, dtype=dtype), []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        staged = lf.adapt(denoiser(inplace), stages=2).to(dtype)
+        for p in staged.adapter_parameters():
+            nn.init.normal_(p, std=0.1)
+        with use_backend(backend):
+            out = staged(z, stage=1)
+            out.square().sum().backward()
+        found.append([out, *(p.grad for p in staged.adapter_parameters())])
+    equal(found)
+
+
+def test_results_of_operators_may_be_changed_in_place():
+    y = torch.rand(1, 1, 8, 8, requires_grad=True)
+    for op in (lf.BlurDownsample(torch.rand(9, 9), 2, method="fft"), lf.BlurDownsample(torch.rand(3, 3), 2)):
+        op.adjoint(y).mul_(2).sum().backward()
+        grad, y.grad = y.grad, None
+        torch.testing.assert_close(grad, 2 * op(torch.ones_like(op.adjoint(y))))
+
+
+def test_compiled_function_transforms():
+    op = lf.BlockCS.gaussian(0.25, 8)
+    conv = lf.LoRAConv2d(1, 4, 3, padding=1, stages=1, rank=1)
+    nn.init.normal_(conv.up)
+    x, v = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)
+    for f in (op, conv, lambda x: conv(op.adjoint(op(x)))):
+
+        def tangent(x, v, f=f):
+            return torch.func.jvp(f, (x,), (v,))[1]
+
+        def gradient(x, v, f=f):
+            return torch.func.grad(lambda x: (f(x) ** 2).sum())(x)
+
+        for transformed in (tangent, gradient):
+            expected = transformed(x, v)
+            assert expected.abs().max() > 0.1
+            compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x, v), expected)
 
 
 @pytest.mark.parametrize("learned", [False, True])

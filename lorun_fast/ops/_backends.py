@@ -109,6 +109,9 @@ def choose(op: str, device: str, args: tuple) -> Backend:
     A call that the named one does not support goes by the table. Raises as :func:`named`.
     """
     known = BACKENDS[op]
+    # A transform of torch.func goes through the definition: others look at values, or are not Dynamo's to see.
+    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+        return known[REFERENCE]
     wished = named(op, device)
     if wished is not None and wished.supports(*args) is None:
         return wished

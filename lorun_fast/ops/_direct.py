@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from lorun_fast.ops._flops import tell_counters
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -70,10 +70,10 @@ def direct_call(
     apply = super(torch.autograd.Function, node).apply
 
     def call(*args):
-        if torch.compiler.is_compiling():
-            return op(*args)
         if _functorch_active() or forward_ad._current_level >= 0:  # transforms_active(), without its call
             return (definition or op)(*args)
+        if torch.compiler.is_compiling():
+            return op(*args)
         if _autocast_active():
             device = args[0].device.type
             if autocast is not None and torch.is_autocast_enabled(device):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorun_fast.adapters import factor_shapes
 from lorun_fast.ops._checks import STORAGE_DTYPES, check_tensor, in_16_bits, shape_of
+from lorun_fast.ops._direct import transforms_active
 from lorun_fast.reference.lora import ACTIVATIONS
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -62,9 +63,9 @@ def check_stages(stage: Tensor, stages: int) -> None:
 
 
 def check_given_stages(stage: int | Tensor | None, stages: int) -> None:
-    """As :func:`check_stages` where that costs no wait for a device; tracing does not read tensors."""
+    """As :func:`check_stages` where that costs no wait for a device; tracing and transforms do not read tensors."""
     readable = isinstance(stage, Tensor) and stage.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and stage.numel():
+    if readable and stage.numel() and not transforms_active():
         check_stages(stage, stages)
 
 
