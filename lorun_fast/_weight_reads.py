@@ -51,7 +51,9 @@ def _of_class(kind: type) -> Iterator[tuple[str, str]]:
         name = waiting.pop()
         method = inspect.getattr_static(kind, name, None)
         method = method.fget if isinstance(method, property) else method
-        if name in seen or not isinstance(method, FunctionType) or method.__module__.split(".")[0] == "torch":
+        if name in seen or not isinstance(method, FunctionType):
+            continue
+        if (method.__module__ or "").split(".")[0] == "torch":  # a traced graph's method has none
             continue
         seen.add(name)
         try:

@@ -125,10 +125,15 @@ class AdaptedLayer:
         return any(hasattr(self._parameters.get(name), "device_mesh") for name in (*self.WEIGHTS, "down", "up"))
 
     @property
+    def computed(self) -> bool:
+        """Whether a hook computes weight or factors before each call, as torch's old weight_norm and pruning do."""
+        return any(isinstance(vars(self).get(name), Tensor) for name in (*self.WEIGHTS, "down", "up"))
+
+    @property
     def merged(self) -> bool:
         """Whether the layer runs on merged weights: not with other parameters in place, as of functional_call."""
-        if self._merged is None or torch.compiler.is_compiling():
-            return self._merged is not None
+        if self._merged is None:
+            return False
         # Asked for some times a call: no loop, which would cost as much as the rest of it.
         weight, down, up = self._merged_from
         now = self._parameters
@@ -144,7 +149,8 @@ class AdaptedLayer:
 
         Gradients do not reach the factors through merged weights, and later changes to ``weight``, ``down`` or
         ``up`` do not reach the merged ones. train(), loading a state dict and moving the module drop them. A layer
-        whose parameters are sharded (FSDP) stays unmerged: it merges at each call, where they are whole.
+        whose parameters are sharded (FSDP) stays unmerged: it merges at each call, where they are whole. So does one
+        whose weight or factors a hook computes before each call.
         """
         merge_layers([self])
 
@@ -387,7 +393,7 @@ class LoRAConv2d(AdaptedConvolution, nn.Conv2d):
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv2d_per_sample if weight.ndim == 5 else F.conv2d
         geometry = (self.stride, padding, self.dilation, self.groups)
-        return self._call_merged(conv, conv_ops.check_channels, input, weight, bias, *geometry)
+        return self._call_merged(conv, conv_ops.check_images, input, weight, bias, *geometry)
 
 
 class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
@@ -442,7 +448,7 @@ class LoRAConvTranspose2d(AdaptedConvolution, nn.ConvTranspose2d):
         weight, bias = self._merged_at(stage, input)
         conv = reference.conv_transpose2d_per_sample if weight.ndim == 5 else F.conv_transpose2d
         geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        return self._call_merged(conv, conv_ops.check_channels, input, weight, bias, *geometry)
+        return self._call_merged(conv, conv_ops.check_images, input, weight, bias, *geometry)
 
 
 class _LoRAConvNd(AdaptedLayer):
@@ -681,8 +687,8 @@ class LoRAMultiheadAttention(AdaptedLayer, nn.MultiheadAttention):
 
     @property
     def merged(self) -> bool:
-        if self._merged is None or torch.compiler.is_compiling():
-            return self._merged is not None
+        if self._merged is None:
+            return False
         now = (self._parameters.get(name) for name in (*self.WEIGHTS, "down", "up"))
         return all(p is q for p, q in zip(now, self._merged_from, strict=True))
 
@@ -781,7 +787,8 @@ def _by_op(
             transposed=[layer._transposed for layer in group],
         )
         for layer, weight, t in zip(group, weights, merged, strict=True):
-            found[layer] = t if weight is layer.weight else t.unflatten(-1, layer.weight.shape[1:])
+            shape = layer.weight.shape
+            found[layer] = t if weight.ndim == len(shape) else t.unflatten(-1, shape[1:])
     return found
 
 
@@ -846,8 +853,10 @@ def factors_apart(layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[tu
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """merge() of many layers at once, but for sharded ones: these merge at each call, where their weights are whole."""
-    layers = [layer for layer in layers if not layer.sharded]
+    """merge() of many layers at once, but for sharded and computed ones: these merge at each call, where their weights
+    are whole and up to date.
+    """
+    layers = [layer for layer in layers if not layer.sharded and not layer.computed]
     for layer, weights in zip(layers, merged_weights(layers), strict=True):
         layer._take_merged(weights)
 

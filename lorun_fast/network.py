@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lorun_fast._scope import call_holding
 from lorun_fast.operators import SensingOperator
 from lorun_fast.ops._checks import finite, number_or_tensor, parameter_dtype, whole
+from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import is_channels_last
 from lorun_fast.ops.relayout import relayout
 from lorun_fast.stages import (
@@ -51,6 +53,18 @@ def falling_step_sizes(stages: int, first: float = 49 / 255, last: float = 2 / 2
 
 def _noise(sigma: float | Tensor | None, x: Tensor) -> Tensor:
     return number_or_tensor("sigma", 0.0 if sigma is None else sigma, parameter_dtype(x.dtype), x.device)
+
+
+def _check_sigma(sigma: float | Tensor | None) -> None:
+    if sigma is None or torch.compiler.is_compiling() or transforms_active():
+        return
+    if not isinstance(sigma, numbers.Real | Tensor):
+        raise TypeError(f"sigma: expected a number or a tensor, got {type(sigma).__name__}")
+    if isinstance(sigma, Tensor) and (sigma.device.type != "cpu" or not sigma.numel()):
+        return  # asking a GPU would wait for it
+    least = sigma.min().item() if isinstance(sigma, Tensor) else sigma
+    if not least >= 0:
+        raise ValueError(f"sigma: expected at least 0, got {least}")
 
 
 class LoRun(nn.Module):
@@ -157,8 +171,7 @@ class LoRun(nn.Module):
         if not isinstance(op, SensingOperator) or op.task != self.op.task:
             got = f"{type(op).__name__} ({op.task})" if isinstance(op, SensingOperator) else type(op).__name__
             raise ValueError(f"op: expected an operator for task {self.op.task!r}, got {got}")
-        if isinstance(sigma, float | int) and not torch.compiler.is_compiling() and not sigma >= 0:
-            raise ValueError(f"sigma: expected at least 0, got {sigma}")
+        _check_sigma(sigma)
         if isinstance(sigma, Tensor) and sigma.ndim and sigma.shape[0] not in (1, y.shape[0]):
             raise ValueError(f"sigma: expected a number, 0-d or ({y.shape[0]},), got shape {tuple(sigma.shape)}")
         x = op.initial(y, size)

@@ -6,12 +6,13 @@ A denoiser is any module with ``forward(z)`` or ``forward(z, sigma)``; what else
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
+import functools
 import inspect
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from lorun_fast.ops._direct import transforms_active
 from lorun_fast.ops.lora import check_given_stages, check_stage, per_sample
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ParameterReport:
     """Parameter counts of a staged denoiser or of a LoRun.
 
@@ -169,12 +170,16 @@ class Stages(nn.Module):
         """Excludes the base (weights, biases, norms and their running statistics) from training, or includes it again.
 
         The norms of a frozen base normalise by their running statistics also in training, as at inference, and
-        spectral norms stay what they are.
+        spectral norms stay what they are. Other modules keep the mode that they are in.
         """
         for p in self.base_parameters():
             p.requires_grad_(not frozen)
         self._frozen = frozen
-        self.train(self.training)
+        if self.training:
+            self.unmerge()
+        for module in self.modules():
+            if _changes_in_training(module):
+                module.train(self.training and not frozen)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -195,6 +200,8 @@ class Stages(nn.Module):
             return bool(own)
         if isinstance(self.one(), AdaptedLayer):  # a layer by itself, whose second argument is the stage
             return False
+        if sigma_by_name(self.one()):
+            return True
         kinds = [p.kind for p in inspect.signature(type(self.one()).forward).parameters.values()]
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 2  # self, z, sigma
@@ -270,8 +277,12 @@ class Stage(nn.Module):
 
 
 def sigma_by_name(denoiser: nn.Module) -> bool:
-    """Whether a denoiser's argument sigma is not its second, as in forward(z, features=None, sigma=None)."""
-    return "sigma" in list(inspect.signature(type(denoiser).forward).parameters)[3:]  # behind self, z and another
+    """Whether a denoiser's argument sigma is not its second, as in forward(z, features=None, sigma=None), or has to be
+    named, as in forward(z, *, sigma=None).
+    """
+    parameters = inspect.signature(type(denoiser).forward).parameters
+    named = "sigma" in parameters and parameters["sigma"].kind is inspect.Parameter.KEYWORD_ONLY
+    return named or "sigma" in list(parameters)[3:]  # behind self, z and another
 
 
 def _call(
@@ -310,7 +321,7 @@ class StagedDenoiser(Stages):
             return {}
         layers = self._unmerged()
         held = _scope.held_weights(layers, stage)
-        return held or stage_weights([layer for layer in layers if layer.merges_first()], stage)
+        return held or stage_weights([layer for layer in layers if layer.merges_first() and not layer.computed], stage)
 
     def _unmerged(self) -> list[AdaptedLayer]:
         return [layer for layer in self.adapted.values() if not layer.merged]
@@ -632,8 +643,8 @@ def adapt_layers(
 def _with_adapted(
     value: object, replacement: dict[int, AdaptedLayer], done: dict[int, tuple[object, object]]
 ) -> object:
-    """A module's attributes with adapted layers in place of plain ones, also in lists, tuples and dicts beside the
-    registered modules, and a layer with several names under all of them.
+    """A module's attributes with adapted layers in place of plain ones, also in lists, tuples, dicts, dataclasses and
+    functools.partial beside the registered modules, and a layer with several names under all of them.
 
     done: by id, what was met and what it became.
     """
@@ -648,10 +659,19 @@ def _with_adapted(
         done[id(value)] = value, value
         for key, part in value.items():
             value[key] = _with_adapted(part, replacement, done)
-    elif type(value) is tuple:
-        made = tuple(_with_adapted(part, replacement, done) for part in value)
+    elif isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_fields")):
+        parts = [_with_adapted(part, replacement, done) for part in value]
+        made = tuple(parts) if type(value) is tuple else type(value)(*parts)
         done[id(value)] = value, made
         return made
+    elif isinstance(value, functools.partial):
+        call = (value.func, value.args, value.keywords)
+        made = [_with_adapted(part, replacement, done) for part in call]
+        done[id(value)] = value, type(value)(made[0], *made[1], **made[2])
+        return done[id(value)][1]
+    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        done[id(value)] = value, value
+        _with_adapted(vars(value), replacement, done)
     return value
 
 

@@ -195,7 +195,7 @@ def test_a_pass_has_the_gradients_of_its_stages_one_by_one(x, form, checkpoint, 
         assert (ours is None) == (expected is None) or not (ours is None or ours.any())
         if expected is not None:
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
-    assert sizes[0] == 0 and sizes[1] >= 3 * len(factors) // 2
+    assert sizes[0] == 0 < sizes[1]
 
 
 class Zeros(TorchDispatchMode):
@@ -321,6 +321,17 @@ def test_staged_denoisers_are_taken_as_they_are(sharing):
         (lambda: tiny(checkpoint="all"), ValueError, "checkpoint: expected True, False or .* up to 3, got 'all'"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=-0.1), ValueError, "sigma: expected at least 0, got -0.1"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=math.nan), ValueError, "sigma: expected at least 0, got nan"),
+        (
+            lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=torch.tensor([-0.5])),
+            ValueError,
+            "sigma: expected at least 0, got -0.5",
+        ),
+        (
+            lambda: tiny()(torch.rand(1, 16, 2, 2), sigma="a"),
+            TypeError,
+            "sigma: expected a number or a tensor, got str",
+        ),
+        (lambda: tiny()(torch.rand(1, 16, 2, 2), sigma=[0.1]), TypeError, "sigma: expected .* a tensor, got list"),
         (lambda: tiny()(torch.rand(1, 15, 2, 2)), ValueError, r"y: expected \(N, 16, 2, 2\)"),
         (lambda: tiny()(torch.rand(1, 16, 2, 2), op=nn.Identity()), ValueError, "operator for task 'cs', got Identity"),
         (
@@ -361,7 +372,7 @@ def test_checkpoint_takes_numpys_whole_numbers():
 
 def test_a_sigma_that_the_denoiser_does_not_take(x):
     class KeywordOnly(nn.Conv2d):
-        def forward(self, z, *, sigma=None):
+        def forward(self, z, *, level=None):
             return super().forward(z)
 
     for denoiser in (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1)), KeywordOnly(1, 1, 3, padding=1)):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -224,6 +228,23 @@ def test_a_single_layer_is_a_denoiser_too():
     assert torch.equal(staged(Z, stage=1), conv(Z))
 
 
+def test_modules_keep_the_mode_they_are_in():
+    """A denoiser that was loaded for inference does not drop out again because it is adapted."""
+    denoiser = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+    staged = lf.adapt(denoiser.eval(), stages=2)
+    assert staged.training and not staged.merged
+    assert torch.equal(staged(Z, stage=1), denoiser(Z))
+    staged.freeze_base(False)
+    assert staged.base[2].training and not staged.base[1].training
+    staged.freeze_base()
+    assert staged.train().base[1].training and not staged.base[2].training
+    assert not any(m.training for m in staged.eval().modules())
+    merged = lf.adapt(denoiser, stages=2)
+    merged.merge()
+    merged.freeze_base(False)
+    assert not merged.merged
+
+
 def test_freezing():
     staged = staged_foreign(stages=2)
     factors = {id(p) for p in staged.adapter_parameters()}
@@ -248,6 +269,113 @@ def test_sigma_is_passed_through():
     z = torch.randn(2, 2, 6, 6)
     assert torch.equal(staged(z, stage=0, sigma=0.1), staged[0](z, 0.1))
     assert not torch.allclose(staged(z, stage=0, sigma=0.1), staged(z, stage=0, sigma=0.5))
+
+
+def test_sigma_may_have_to_be_named():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, z, *, sigma=0.0):
+            return self.conv(z) * (1 + sigma)
+
+    z, op = torch.rand(1, 1, 8, 8), lf.BlockCS.gaussian(0.25, 8)
+    for sharing in ("lora", "tied", "untied"):
+        net = lf.LoRun(op, Named(), stages=2, sharing=sharing)
+        assert torch.equal(net.denoiser(z, stage=1, sigma=0.5), 1.5 * net.denoiser(z, stage=1))
+        assert not torch.equal(net(op(z), sigma=0.5), net(op(z)))
+
+
+def _bare(net: nn.Module, z, k, weight) -> torch.Tensor:
+    down, up = (t[k] for t in (net.base.down, net.base.up))
+    return nn.functional.conv2d(z, weight + (up @ down).view(weight.shape), net.base.bias, padding=1)
+
+
+def test_weights_that_a_hook_computes_are_those_of_the_call():
+    z = torch.rand(2, 2, 8, 8)
+
+    def staged():
+        found = lf.adapt(nn.Conv2d(2, 4, 3, padding=1), stages=2)
+        nn.init.normal_(found.base.up)
+        return found
+
+    pruned = staged()
+    prune.l1_unstructured(pruned.base, "down", 0.5)
+    for training in (True, False):
+        pruned.train(training)
+        with torch.no_grad():
+            pruned.base.down_orig.mul_(2)
+        out = pruned(z, stage=1)
+        torch.testing.assert_close(out, _bare(pruned, z, 1, pruned.base.weight))
+        mask = pruned.base.down_mask[1]
+        assert not mask.all() and torch.equal(pruned.base.down[1], pruned.base.down_orig[1] * mask)
+    pruned.train()(z, stage=1).sum().backward()
+    assert pruned.base.down_orig.grad[1].any()
+
+    normed = staged()
+    nn.utils.parametrizations.weight_norm(normed.base, "weight")
+    normed.freeze_base(False)
+    for _ in range(2):  # a second step has a graph of its own
+        out = normed(z, stage=1)
+        torch.testing.assert_close(out, _bare(normed, z, 1, normed.base.weight))
+        out.sum().backward()
+        with torch.no_grad():
+            normed.base.parametrizations.weight.original0.mul_(2)
+    normed.eval().merge()
+    torch.testing.assert_close(normed(z, stage=1), _bare(normed, z, 1, normed.base.weight))
+
+
+def test_other_parameters_in_place_of_merged_ones():
+    staged = lf.adapt(nn.Conv2d(2, 2, 3, padding=1), stages=2)
+    staged.merge()
+    z, other = torch.rand(2, 2, 8, 8), {name: torch.randn_like(p) for name, p in staged.named_parameters()}
+
+    def call(parameters, z):
+        return torch.func.functional_call(staged, parameters, (z,), {"stage": 1})
+
+    expected = nn.functional.conv2d(
+        z,
+        other["base.weight"] + (other["base.up"][1] @ other["base.down"][1]).view(2, 2, 3, 3),
+        other["base.bias"],
+        padding=1,
+    )
+    torch.testing.assert_close(call(other, z), expected)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(other, z), expected)
+    torch.testing.assert_close(compiled(dict(staged.named_parameters()), z), staged(z, stage=1))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_stage_per_sample_under_vmap(merged):
+    staged = lf.adapt(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Linear(8, 8)), stages=3)
+    for p in staged.adapter_parameters():
+        nn.init.normal_(p)
+    if merged:
+        staged.merge()
+    stage = torch.tensor([2, 0, 2])
+    found = torch.vmap(lambda z, k: staged(z[None], stage=k)[0])(Z, stage)
+    torch.testing.assert_close(found, staged(Z, stage=stage), rtol=1e-4, atol=1e-4)
+
+
+def test_a_traced_graph_is_a_denoiser():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()))
+    assert torch.equal(lf.adapt(traced, stages=2)(Z, stage=1), traced(Z))
+
+
+def test_recomputed_stages_compile():
+    """In one graph where Dynamo is told so, see docs/stages.md."""
+    op = lf.BlockCS.gaussian(0.25, 8)
+    net = lf.LoRun(op, nn.Conv2d(1, 1, 3, padding=1), stages=2, checkpoint=True)
+    y, learned = op(torch.rand(1, 1, 16, 16)), list(net.denoiser.adapter_parameters())
+    (expected, *found) = [
+        torch.autograd.grad(run(y).square().sum(), learned) for run in (net, torch.compile(net, backend="aot_eager"))
+    ]
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        whole = torch.compile(net, fullgraph=True, backend="aot_eager")
+        found.append(torch.autograd.grad(whole(y).square().sum(), learned))
+    for grads in found:
+        torch.testing.assert_close(grads, expected)
 
 
 def test_parameter_report_of_the_published_sizes():
@@ -754,6 +882,16 @@ def test_a_layer_without_a_weight_yet():
     assert torch.equal(lf.adapt(denoiser, stages=2)(x, stage=1), denoiser(x))
 
 
+@dataclass
+class Middle:
+    call: Callable
+
+
+class Ends(NamedTuple):
+    middle: Middle
+    last: nn.Module
+
+
 class Kept(nn.Module):
     """Keeps its layers once more, outside its registered modules."""
 
@@ -763,12 +901,18 @@ class Kept(nn.Module):
         pair = (self.second,)
         self.order, self._by_name = [self.first, pair], {"last": self.third, "pair": pair}
         self.order.append(self.order)
+        self.more = Ends(Middle(functools.partial(self._fourth, self.first)), self.third)
+
+    @staticmethod
+    def _fourth(layer, z):
+        return layer(z)
 
     def forward(self, z):
-        return self._by_name["last"](self.order[1][0](self.order[0](z)))
+        z = self._by_name["last"](self.order[1][0](self.order[0](z)))
+        return self.more.last(self.order[1][0](self.more.middle.call(z)))
 
 
-def test_layers_kept_in_lists_tuples_and_dicts_are_the_adapted_ones():
+def test_layers_kept_beside_the_registered_modules_are_the_adapted_ones():
     denoiser, z = Kept(), torch.rand(2, 1, 4, 4)
     staged = lf.adapt(denoiser, stages=2)
     assert type(denoiser.order[0]) is nn.Conv2d
@@ -776,6 +920,8 @@ def test_layers_kept_in_lists_tuples_and_dicts_are_the_adapted_ones():
     for name, layer in staged.adapted.items():
         assert layer.up.grad is not None, name
     assert staged.base.order[1] is staged.base._by_name["pair"]
+    assert staged.base.more.middle.call.args == (staged.adapted["first"],)
+    assert staged.base.more.last is staged.adapted["third"]
     with torch.no_grad():
         for p in staged.adapter_parameters():
             nn.init.normal_(p)
