@@ -443,6 +443,8 @@ def test_rejects_what_does_not_fit():
         blur_downsample(x, kernel, scale=0)
     with pytest.raises(ValueError, match=r"one per sample, 2 of them, got 3"):
         blur_downsample(x, torch.ones(3, 3, 3), scale=3)
+    with pytest.raises(ValueError, match=r"one per sample, 2 of them, got 3"):
+        lf.BlurDownsample(torch.ones(3, 3, 3), scale=3).initial(x)
     with pytest.raises(ValueError, match=r"expected \(kh, kw\) or \(N, kh, kw\), got shape \(9\)"):
         blur_downsample(x, torch.ones(9), scale=3)
     with pytest.raises(TypeError, match=r"expected torch.float64 beside torch.float64, got torch.float32"):

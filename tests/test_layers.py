@@ -146,6 +146,47 @@ def test_a_replica_on_another_device_does_not_keep_merged_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("form", adapters.FORMS)
+def test_gradients_at_rank_one_and_channels_last(form):
+    """A small image by torch's own loops, which take few strides for an axis of one entry."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layer = randomise(lf.LoRAConv2d(16, 3, 3, padding=1, rank=1, stages=2, form=form)).to(memory_format=layout)
+        x = torch.rand(1, 16, 32, 32).to(memory_format=layout)
+        found.append(torch.autograd.grad(layer(x, stage=1).square().sum(), [layer.down, layer.up]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
+def test_gradients_in_bf16_of_an_image_narrower_than_the_stride(form):
+    """oneDNN leaves them unwritten: freed memory of large numbers is what would be found."""
+    layer = randomise(lf.LoRAConv2d(16, 24, 3, stride=2, padding=1, rank=2, stages=2, form=form)).bfloat16()
+    x = torch.randn(3, 16, 4, 1, dtype=torch.bfloat16)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        junk = [torch.full((30000,), 1e30, dtype=dtype) for _ in range(20)]
+        del junk
+        y = layer.to(dtype)(x.to(dtype), stage=1)
+        grads.append([g.double() for g in torch.autograd.grad(y.sum(), [layer.down, layer.up])])
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "size"), [({}, 2), ({"dilation": 2, "padding": 1}, 2), ({"padding": "valid", "dilation": 3}, 6)]
+)
+def test_an_image_smaller_than_the_kernel(settings, size, merged):
+    layer = lf.LoRAConv2d(3, 4, 3, stages=2, rank=1, **settings)
+    if merged:
+        layer.merge()
+    with pytest.raises(
+        ValueError, match=rf"x: expected an image that the kernel fits into, got \(1, 3, {size}, {size}\)"
+    ):
+        layer(torch.rand(1, 3, size, size), stage=0)
+
+
+@pytest.mark.parametrize("form", adapters.FORMS)
 def test_conversion_to_channels_last_reaches_the_merged_weights(form):
     layer, x = randomise(lf.LoRAConv2d(4, 6, 3, padding=1, stages=2, rank=2, form=form)), torch.randn(2, 4, 7, 9)
     expected = layer(x, 1)

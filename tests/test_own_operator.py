@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from own_operator_help import Inpainting
@@ -94,6 +96,21 @@ def test_sound_operators_pass_the_check(op, shape):
     before = {name: t.clone() for name, t in op.state_dict().items()}
     check_operator(op, shape)
     assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in op.state_dict().items())
+
+
+def test_complex_parameters_keep_their_imaginary_part():
+    def fresh():
+        torch.manual_seed(0)
+        op = Inpainting(mask())
+        op.register_buffer("phase", torch.randn(4, dtype=torch.complex64))
+        return op
+
+    phase = fresh().phase
+    for change, dtype in ((torch.float32, phase.dtype), (torch.float64, torch.complex128), (torch.half, phase.dtype)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            moved = fresh().to(change).phase
+        assert moved.dtype == dtype and torch.equal(moved, phase.to(dtype))
 
 
 def test_what_two_methods_give():

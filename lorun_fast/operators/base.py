@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import numpy as np
 import torch
@@ -115,6 +116,12 @@ class SensingOperator(nn.Module):
     def _apply(self, fn, recurse=True):
         # Operator parameters stay fp32 (or fp64): net.half() and net.bfloat16() change the denoiser only.
         def keep_wide(t: Tensor) -> Tensor:
+            if t.is_complex():  # net.to(torch.float32) would leave the imaginary part behind
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    out = fn(t)
+                wide = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+                return out if out.is_complex() else t.to(out.device, wide.get(out.dtype, t.dtype))
             out = fn(t)
             if out.is_floating_point() and out.dtype in (torch.float16, torch.bfloat16):
                 out = t.to(device=out.device)

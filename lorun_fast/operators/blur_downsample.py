@@ -96,6 +96,7 @@ class BlurDownsample(SensingOperator):
         by (s-1)/2 pixels to undo that.
         """
         self.image_size(y, size)
+        ops.check_kernel(self._beside("kernel", y), y.shape[0], y.dtype)
         with without_autocast(y):
             x = y.to(parameter_dtype(y.dtype))
             for dim in (2, 3):

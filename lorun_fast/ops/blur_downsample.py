@@ -45,7 +45,8 @@ def check_method(method: str) -> None:
         raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
 
 
-def _check_kernel(kernel: Tensor, batch: int, dtype: torch.dtype) -> None:
+def check_kernel(kernel: Tensor, batch: int, dtype: torch.dtype) -> None:
+    """Raises unless a kernel, or one per sample, fits a batch of so many images or measurements of this dtype."""
     check_tensor("kernel", kernel)
     if kernel.ndim not in (2, 3) or 0 in kernel.shape[-2:]:
         raise ValueError(f"kernel: expected (kh, kw) or (N, kh, kw), got shape {shape_of(kernel)}")
@@ -61,7 +62,7 @@ def _check_forward(x: Tensor, kernel: Tensor, scale: int) -> None:
     h, w = x.shape[2], x.shape[3]
     if h == 0 or w == 0 or h % scale or w % scale:
         raise ValueError(f"x: expected height and width divisible by scale={scale} and not 0, got {h}x{w}: crop or pad")
-    _check_kernel(kernel, x.shape[0], x.dtype)
+    check_kernel(kernel, x.shape[0], x.dtype)
     check_same_device(("x", x), ("kernel", kernel))
 
 
@@ -70,7 +71,7 @@ def _check_adjoint(y: Tensor, kernel: Tensor, scale: int) -> None:
     check_image("y", y, 4, "(N, C, H/s, W/s)")
     if y.shape[2] == 0 or y.shape[3] == 0:
         raise ValueError(f"y: expected at least one row and one column, got shape {shape_of(y)}")
-    _check_kernel(kernel, y.shape[0], y.dtype)
+    check_kernel(kernel, y.shape[0], y.dtype)
     check_same_device(("y", y), ("kernel", kernel))
 
 

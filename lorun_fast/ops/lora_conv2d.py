@@ -254,6 +254,18 @@ def check_channels(x: Tensor, layer) -> None:
         raise ValueError(f"x: expected (N, {layer.in_channels}, H, W), got {shape_of(x)}")
 
 
+def check_images(x: Tensor, layer) -> None:
+    """Raises unless x is a batch of images that a layer takes, around which it has padded unless by zeros."""
+    check_channels(x, layer)
+    if layer.transposed or layer.padding == "same":
+        return
+    padding = layer.padding if layer.padding_mode == "zeros" and layer.padding != "valid" else (0, 0)
+    for size, kernel, dilation, around in zip(x.shape[2:], layer.kernel_size, layer.dilation, padding, strict=True):
+        if size + 2 * around <= dilation * (kernel - 1):
+            got = f"{shape_of(x)} for a kernel {tuple(layer.kernel_size)}, dilation {tuple(layer.dilation)}"
+            raise ValueError(f"x: expected an image that the kernel fits into, got {got}")
+
+
 def of_layer(
     x: Tensor, layer, stage: int | Tensor, padding, output_padding=None, *, merged: Tensor | None = None
 ) -> Tensor:
@@ -270,11 +282,15 @@ def of_layer(
         padding = 0
     weight, down, up, stage = layer.operands(stage, merged)
     check_channels(x, layer)
-    return _call(
-        x, weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
-        (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
-        layer.transposed, layer.output_padding if output_padding is None else output_padding,
-    )  # fmt: skip
+    try:
+        return _call(
+            x, weight, layer.bias, down, up, stage, None, layer.scale, layer.stride,
+            (padding, padding) if isinstance(padding, int) else padding, layer.dilation, layer.groups, None,
+            layer.transposed, layer.output_padding if output_padding is None else output_padding,
+        )  # fmt: skip
+    except RuntimeError:
+        check_images(x, layer)
+        raise
 
 
 def lora_conv2d(
