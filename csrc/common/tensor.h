@@ -128,18 +128,46 @@ inline Tensor dense_in_type(const Tensor& t, ScalarType type) {
   return copy;
 }
 
-// (n, channels, height, width) seen as (n, height, width, channels), dense.
+// Room for (n, channels, height, width) whose channels are innermost in memory. Made in one call, and no view: torch
+// lets nobody work in place on a view that an op returns.
+inline Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t channels, int64_t height, int64_t width,
+                                  ScalarType type) {
+  const int64_t sizes[] = {n, channels, height, width};
+  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device, index, &made));
+  return Tensor(made);
+}
+
+// (n, channels, height, width) seen as (n, height, width, channels).
+inline Tensor seen_from_inside(const Tensor& t) {
+  return torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3);
+}
+
+// Whether the values of (n, channels, height, width) lie in memory as (n, height, width, channels), dense.
+inline bool channels_lie_inside(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (const size_t dim : {1, 3, 2, 0}) {
+    if (sizes[dim] != 1 && strides[dim] != expected) {
+      return false;
+    }
+    expected *= sizes[dim];
+  }
+  return true;
+}
+
+// A tensor whose memory holds the values so: itself, or a copy, of one shape or the other.
 inline Tensor channels_inside(const Tensor& t) {
-  return dense(torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3));
+  return channels_lie_inside(t) ? t : dense(seen_from_inside(t));
 }
 
 inline std::optional<Tensor> channels_inside(const std::optional<Tensor>& t) {
   return t ? std::optional(channels_inside(*t)) : std::nullopt;
-}
-
-// The way back, without a copy.
-inline Tensor channels_outside(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
 }
 
 }  // namespace lorun

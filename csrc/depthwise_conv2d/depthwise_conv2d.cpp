@@ -80,7 +80,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   }
   const std::optional<Tensor> offset = bias ? std::optional(dense_in_type(*bias, wide_type(type))) : std::nullopt;
   const Tensor image = channels_inside(x), w = dense(weight);
-  const Tensor y = empty_beside(x, {bands.n, bands.height, bands.width, bands.channels}, type);
+  const Tensor y = empty_channels_last(x, bands.n, bands.channels, bands.height, bands.width, type);
   dispatch_storage(type, "x", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const std::vector<Wide<T>> taps = taps_of<T>(w, false);
@@ -90,7 +90,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     parallel(bands.count(), 2 * kRows * bands.columns * bands.channels,
              [&](int64_t begin, int64_t end) { kernel(bands, &p, nullptr, begin, end, nullptr); });
   });
-  return channels_outside(y);
+  return y;
 }
 
 // part: (vectors, 10, lanes). weight: (channels, 1, 3, 3).
@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(Tensor grad, Tensor x, Tensor weigh
   check_shape("grad", grad, {bands.n, bands.channels, bands.height, bands.width});
   STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected x's dtype, got another one");
   const Tensor image = channels_inside(x), change = channels_inside(grad), w = dense(weight);
-  const Tensor grad_x =
-      of_x ? empty_beside(x, {bands.n, bands.height, bands.width, bands.channels}, type) : empty_beside(x, {0}, type);
+  const Tensor grad_x = of_x ? empty_channels_last(x, bands.n, bands.channels, bands.height, bands.width, type)
+                             : empty_beside(x, {0}, type);
   const Tensor grad_weight = empty_beside(x, {bands.channels, 1, 3, 3}, type);
   const Tensor grad_bias = empty_beside(x, {bands.channels}, type);
   dispatch_storage(type, "x", [&](auto tag) {
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(Tensor grad, Tensor x, Tensor weigh
     to_gradients(sums.data(), bands.channels, lanes, grad_weight.mutable_data_ptr<T>(),
                  grad_bias.mutable_data_ptr<T>());
   });
-  return {of_x ? channels_outside(grad_x) : grad_x, grad_weight, grad_bias};
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -410,13 +410,13 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   const OnDeviceOf device(x);
 
   Tensor image = channels_inside(x), kernels = channels_inside(weight), offset, beside;
-  const Tensor y = empty_beside(x, {n, height, width, out}, type);
+  const Tensor y = empty_channels_last(x, n, out, height, width, type);
   const int64_t columns = (width + cut.strips - 1) / cut.strips, pitch = columns + 2, images = n * cut.strips;
   const int64_t length = images * (height + 1) * pitch;
   STD_TORCH_CHECK(length < 1 << 30, "x: expected at most 2^30 pixels with a margin, got ", shape_of(x));
   const int64_t tiles = (length + kPixels - 1) / kPixels;
   if (y.numel() == 0) {
-    return channels_outside(y);
+    return y;
   }
   const Line line{static_cast<int>(height), static_cast<int>(width), static_cast<int>(columns),
                   static_cast<int>(images), Divisor(pitch),          Divisor(height + 1),
@@ -456,7 +456,7 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   } else {
     pick(TypeTag<Half>{});
   }
-  return channels_outside(y);
+  return y;
 }
 
 }  // namespace

@@ -62,8 +62,7 @@ std::optional<Strides> strides_of(const Tensor& weight) {
 // Of one stage, as the weight lies in memory.
 Tensor empty_like(const Tensor& weight, ScalarType type) {
   if (is_channels_last(weight)) {
-    return channels_outside(
-        empty_beside(weight, {weight.size(0), weight.size(2), weight.size(3), weight.size(1)}, type));
+    return empty_channels_last(weight, weight.size(0), weight.size(1), weight.size(2), weight.size(3), type);
   }
   return empty_beside(weight, weight.sizes().data(), weight.dim(), type);
 }

@@ -334,13 +334,13 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
     STD_TORCH_CHECK(!gate || !(relu || residual), "gate: expected neither an activation nor a residual beside it");
     const Tensor image = channels_inside(x);
     const std::optional<Tensor> added = channels_inside(residual), passed = channels_inside(gate);
-    const Tensor y = empty_beside(x, {n, y_height, y_width, y_channels}, type);
+    const Tensor y = empty_channels_last(x, n, y_channels, y_height, y_width, type);
     f.w = tiles.const_data_ptr<T>();
     f.bias = data_of<Wide<T>>(offset);
     shift_weights<T>(f);
     convolve(Image<T>{n, height, width, image.const_data_ptr<T>()}, f, Added<T>{data_of<T>(added), nullptr},
              data_of<T>(passed), y.mutable_data_ptr<T>());
-    return channels_outside(y);
+    return y;
   });
 }
 
@@ -363,7 +363,7 @@ Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor se
     const std::optional<Tensor> other_offset = checked_bias("second_bias", second_bias, channels, type);
     const Tensor image = channels_inside(x);
     const std::optional<Tensor> added = channels_inside(residual);
-    const Tensor y = empty_beside(x, {n, height, width, channels}, type);
+    const Tensor y = empty_channels_last(x, n, channels, height, width, type);
     f.w = tiles.const_data_ptr<T>();
     f.bias = data_of<Wide<T>>(offset);
     g.w = others.const_data_ptr<T>();
@@ -372,7 +372,7 @@ Tensor block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor se
     const T* pixels = image.const_data_ptr<T>();
     convolve_twice(Image<T>{n, height, width, pixels}, f, g, Added<T>{pixels, data_of<T>(added)},
                    y.mutable_data_ptr<T>());
-    return channels_outside(y);
+    return y;
   });
 }
 
@@ -394,7 +394,7 @@ const T* rounded(const float* from, int64_t count) {
 
 // Whether a tensor's values fill its memory in some order of its axes, contiguous or with channels innermost.
 bool is_dense(const Tensor& t) {
-  return t.is_contiguous() || torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3).is_contiguous();
+  return t.is_contiguous() || channels_lie_inside(t);
 }
 
 Tensor pack(Tensor base, std::optional<Tensor> down, std::optional<Tensor> up, double scale,

@@ -161,7 +161,7 @@ Tensor relayout(Tensor x, bool channels_last, ScalarType dtype) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions, got ", shape_of(x));
   const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3), pixels = height * width;
   const Tensor in = channels_last ? dense(x) : channels_inside(x);
-  const Tensor out = channels_last ? empty_beside(x, {n, height, width, channels}, dtype)
+  const Tensor out = channels_last ? empty_channels_last(x, n, channels, height, width, dtype)
                                    : empty_beside(x, {n, channels, height, width}, dtype);
   dispatch_pair(x.scalar_type(), dtype, [&](auto source, auto target) {
     using From = typename decltype(source)::type;
@@ -172,7 +172,7 @@ Tensor relayout(Tensor x, bool channels_last, ScalarType dtype) {
       copy<false, To, From>(out.mutable_data_ptr<To>(), in.const_data_ptr<From>(), n, channels, pixels);
     }
   });
-  return channels_last ? channels_outside(out) : out;
+  return out;
 }
 
 }  // namespace

@@ -78,9 +78,9 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
   const std::optional<Tensor> offset = fitting_bias("bias", wide_bias, out, wide);
   const std::optional<Tensor> added = fitting_residual(residual, x, out);
   const Tensor image = channels_inside(x);
-  const Tensor taps = channels_inside(dense_in_type(weight, wide));  // (out, 3, 3, in)
+  const Tensor taps = dense(seen_from_inside(dense_in_type(weight, wide)));  // (out, 3, 3, in)
   const Tensor w = from ? outputs_inside(taps) : taps;
-  const Tensor y = empty_beside(x, {n, height, width, out}, type);
+  const Tensor y = empty_channels_last(x, n, out, height, width, type);
   dispatch_storage(type, "x", [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Wide<S>;
@@ -100,7 +100,7 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, std::opt
       kernel(p, static_cast<S*>(scratch<Padded>(3 * kMostPixels * in * sizeof(S))), begin, end);
     });
   });
-  return channels_outside(y);
+  return y;
 }
 
 }  // namespace

@@ -104,14 +104,14 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> bias, bool rel
   const Tensor points = fitting_filter("weight", weight, in, out, wide), image = channels_inside(x);
   const std::optional<Tensor> offset = fitting_bias("bias", bias, out, wide);
   const std::optional<Tensor> added = fitting_residual(residual, x, out);
-  const Tensor y = empty_beside(x, {images.n, images.height, images.width, out}, type);
+  const Tensor y = empty_channels_last(x, images.n, out, images.height, images.width, type);
   dispatch_storage(type, "x", [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Wide<S>;
     const Finish<S> to{out, y.mutable_data_ptr<S>(), row, pointer<T>(offset), pointer<S>(added), nullptr, relu};
     run(Problem<S>{images, {in, out, points.const_data_ptr<T>()}, image.const_data_ptr<S>(), to});
   });
-  return channels_outside(y);
+  return y;
 }
 
 Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, Tensor second,
@@ -126,7 +126,7 @@ Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, 
   const std::optional<Tensor> offset = fitting_bias("first_bias", first_bias, middle, wide);
   const std::optional<Tensor> other_offset = fitting_bias("second_bias", second_bias, channels, wide);
   const std::optional<Tensor> more = fitting_residual(residual, x, channels);
-  const Tensor y = empty_beside(x, {images.n, images.height, width, channels}, type);
+  const Tensor y = empty_channels_last(x, images.n, channels, images.height, width, type);
   dispatch_storage(type, "x", [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Wide<S>;
@@ -146,7 +146,7 @@ Tensor residual_block(Tensor x, Tensor first, std::optional<Tensor> first_bias, 
     run(Problem<S>{images, one, pixels, {middle, values, width * middle, bias, nullptr, nullptr, true}});
     run(Problem<S>{images, other, values, to});
   });
-  return channels_outside(y);
+  return y;
 }
 
 constexpr double kG[kSpan][3] = {{1. / 4, 0, 0},
