@@ -37,10 +37,8 @@ def test_results_and_gradients_are_those_of_the_definition(monkeypatch, anywhere
         p["residual"] = torch.randn(4, 16, 7, 6, generator=generator).bfloat16()
     weights = torch.randn(4, 16, 7, 6, generator=generator)
     calls, found = [], {}
-    convolution = _lora_packed.packed_conv2d
-    monkeypatch.setattr(
-        "lorun_fast.ops._lora_packed.packed_conv2d", lambda *a, **s: calls.append(1) or convolution(*a, **s)
-    )
+    convolution = _lora_packed.conv_op
+    monkeypatch.setattr(_lora_packed, "conv_op", lambda *a: calls.append(1) or convolution(*a))
     for wish, dtype in (("packed", torch.bfloat16), ("aten", torch.bfloat16), ("reference", torch.float64)):
         monkeypatch.setattr(_native, "WISH", wish)
         leaves = {
@@ -85,7 +83,7 @@ def test_other_kernels_and_strides(monkeypatch, anywhere, form, kernel, settings
 def test_kernels_as_large_as_their_stride(monkeypatch, anywhere, transposed, form, stage, size, image, by_tiles):
     """Convolutions and transposed ones in cells: both images' gradients and the weight's by the ops for tiles."""
     calls = []
-    for name in ("packed_conv2d", "packed_weight_gradient"):
+    for name in ("conv_op", "gradient_op"):
         op = getattr(_lora_packed, name)
         counted = lambda *a, _op=op, _name=name, **s: calls.append(_name) or _op(*a, **s)  # noqa: E731
         monkeypatch.setattr(_lora_packed, name, counted)
@@ -106,8 +104,8 @@ def test_kernels_as_large_as_their_stride(monkeypatch, anywhere, transposed, for
         found[wish] = [y, *torch.autograd.grad((y * weights).sum(), leaves.values())]
         if wish == "packed":
             each = 1 if stage is None else 3
-            assert calls.count("packed_conv2d") == each * (2 if by_tiles or transposed else 1)
-            assert calls.count("packed_weight_gradient") == each * size * (by_tiles or transposed)
+            assert calls.count("conv_op") == each * (2 if by_tiles or transposed else 1)
+            assert calls.count("gradient_op") == each * size * (by_tiles or transposed)
             assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == torch.bfloat16
     for name, ours, exact in zip(("y", *p), found["packed"], found["reference"], strict=True):
         error = (ours.double() - exact).abs().max() / exact.abs().max()

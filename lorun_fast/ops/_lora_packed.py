@@ -14,9 +14,9 @@ from lorun_fast import _native
 from lorun_fast.ops import _lora_aten, lora_residual_block
 from lorun_fast.ops._backends import Backend, register
 from lorun_fast.ops.lora import is_channels_last
-from lorun_fast.ops.packed_conv2d import MAX_KERNEL, as_cells, packed_block, packed_conv2d, packed_weight, weight_op
+from lorun_fast.ops.packed_conv2d import MAX_KERNEL, as_cells, block_op, conv_op, weight_op
 from lorun_fast.ops.packed_factor_gradients import MAX_RANK, packed_factor_gradients
-from lorun_fast.ops.packed_weight_gradient import packed_weight_gradient
+from lorun_fast.ops.packed_weight_gradient import gradient_op
 from lorun_fast.reference.packed_conv2d import CHANNELS
 
 aten = torch.ops.aten
@@ -54,24 +54,36 @@ def _can_spread(weight: Tensor) -> bool:
     return size * large % CHANNELS == 0
 
 
+# The ops themselves, below: what they would check of their arguments has been checked of the layer's.
+
+
+def _convolved(
+    x: Tensor, tiles: Tensor, bias: Tensor | None = None, *, out: int, kernel: int, stride: int = 1, padding: int = 0,
+    shuffle: int = 1, activation: str | None = None, residual: Tensor | None = None, gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return conv_op(x, tiles, bias, residual, out, kernel, stride, padding, shuffle, activation == "relu", gate)
+
+
+def _tiles(
+    weight: Tensor, down: Tensor | None = None, up: Tensor | None = None, scale: float = 1.0, adjoint: bool = False
+) -> Tensor:
+    """The merged weight, packed, in one call: a dozen of torch's would take a tenth of a layer's time."""
+    return weight_op(weight, down, up, scale, torch.bfloat16, adjoint)
+
+
 def _spread(small: Tensor, weight: Tensor, bias: Tensor | None = None, **finishing) -> Tensor:
     """The transposed convolution in cells with weight (small channels, large channels, s, s)."""
     size, cells = weight.shape[2], as_cells(weight)
     bias = None if bias is None else bias.repeat(size * size)
-    return packed_conv2d(small, packed_weight(cells), bias, out=len(cells), kernel=1, shuffle=size, **finishing)
+    return _convolved(small, _tiles(cells), bias, out=len(cells), kernel=1, shuffle=size, **finishing)
 
 
 def _cell_gradient(small: Tensor, large: Tensor, size: int) -> Tensor:
     """Of a weight (small channels, large channels, s, s), from both images: a product for each row of a cell."""
     n, channels, height, width = large.shape
     rows = large.permute(0, 2, 3, 1).reshape(n, height // size, size, width // size, size * channels)
-    found = [packed_weight_gradient(small, rows[:, :, a].permute(0, 3, 1, 2), kernel=1) for a in range(size)]
+    found = [gradient_op(small, rows[:, :, a].permute(0, 3, 1, 2), 1, 0) for a in range(size)]
     return torch.stack(found, 1).view(-1, size, size, channels).permute(0, 3, 1, 2)
-
-
-def _tiles(weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float, adjoint: bool = False) -> Tensor:
-    """The merged weight, packed, in one call: a dozen of torch's would take a tenth of a layer's time."""
-    return weight_op(weight, down, up, scale, torch.bfloat16, adjoint)
 
 
 def conv2d(
@@ -85,7 +97,7 @@ def conv2d(
     def convolve(samples: Tensor, layer: tuple, **finishing) -> Tensor:
         if transposed:
             return _spread(samples, _lora_aten.merge(*layer, True, x.dtype), bias, **finishing)
-        return packed_conv2d(samples, _tiles(*layer), bias, **geometry, **finishing)
+        return _convolved(samples, _tiles(*layer), bias, **geometry, **finishing)
 
     return _lora_aten.conv2d_by(convolve, x, weight, down, up, stage, residual, scale, activation)
 
@@ -96,7 +108,7 @@ def _convolution(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
         fits = _in_cells(weight, *geometry[:2], output_padding) and _can_spread(weight)
         return _spread(x, weight) if fits else _lora_aten.convolution(x, weight, geometry)
     out, _, kernel, _ = weight.shape
-    return packed_conv2d(x, packed_weight(weight), out=out, kernel=kernel, stride=stride, padding=padding)
+    return _convolved(x, _tiles(weight), out=out, kernel=kernel, stride=stride, padding=padding)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
@@ -108,7 +120,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) -
             return _cell_gradient(small, large, size)
     if stride != 1 or transposed:
         return _lora_aten.weight_gradient(grad, x, weight, geometry)
-    return packed_weight_gradient(grad, x, kernel=size, padding=padding)
+    return gradient_op(grad, x, size, padding)
 
 
 def _factor_gradients(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, geometry: tuple):
@@ -124,13 +136,13 @@ def _image_gradient(grad: Tensor, x: Tensor, layer: tuple, geometry: tuple) -> T
     _, channels, kernel, _ = weight.shape
     around = kernel - 1 - padding
     if transposed:  # only in cells, see supports()
-        tiles = packed_weight(_lora_aten.merge(*layer, True, x.dtype))
-        return packed_conv2d(grad, tiles, out=len(weight), kernel=kernel, stride=stride)
+        tiles = _tiles(_lora_aten.merge(*layer, True, x.dtype))
+        return _convolved(grad, tiles, out=len(weight), kernel=kernel, stride=stride)
     if _in_cells(weight, *geometry[:2], output_padding) and _can_spread(weight) and _whole(x, kernel):
         return _spread(grad, _lora_aten.merge(*layer, False, x.dtype))
     if stride != 1 or around < 0:
         return _lora_aten.image_gradient(grad, x, layer, geometry)
-    return packed_conv2d(grad, _tiles(*layer, adjoint=True), out=channels, kernel=kernel, padding=around)
+    return _convolved(grad, _tiles(*layer, adjoint=True), out=channels, kernel=kernel, padding=around)
 
 
 def block_supports(*args) -> str | None:
@@ -145,16 +157,14 @@ def block(*args) -> Tensor:
     layers = zip((first, second), scales, strict=True)
     tiles = [_tiles(weight, down, up, scale) for (weight, _, down, up), scale in layers]
     biases = [None if bias is None else bias.float() for _, bias, *_ in (first, second)]
-    return packed_block(
-        x, *tiles, first_bias=biases[0], second_bias=biases[1], middle=first[0].shape[0],
-        residual=None if residual is None else residual.to(x.dtype),
-    )  # fmt: skip
+    residual = None if residual is None else residual.to(x.dtype)
+    return block_op(x, tiles[0], biases[0], tiles[1], biases[1], residual, first[0].shape[0])
 
 
 def _convolve(x: Tensor, layer: tuple, bias: Tensor | None = None, *, adjoint: bool = False, **finishing) -> Tensor:
     bias = None if bias is None else bias.float()
     out = layer[0].shape[1 if adjoint else 0]
-    return packed_conv2d(x, _tiles(*layer, adjoint=adjoint), bias, out=out, kernel=3, padding=1, **finishing)
+    return _convolved(x, _tiles(*layer, adjoint=adjoint), bias, out=out, kernel=3, padding=1, **finishing)
 
 
 def missing() -> str | None:

@@ -112,13 +112,13 @@ def _backward(ctx, grad):
     x, weight, bias, y, gate = ctx.saved_tensors
     before = grad if gate is None else torch.where(gate <= 0, 0, grad)
     if ctx.relu:
-        before = grad * ((_op(x, weight, bias, None, *ctx.geometry, True, None) if y is None else y) > 0)
+        before = grad * ((conv_op(x, weight, bias, None, *ctx.geometry, True, None) if y is None else y) > 0)
     found = reference.packed_conv2d_backward(before, x, weight, *ctx.geometry)
     grads = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:3], strict=True)]
     return (*grads, grad if ctx.needs_input_grad[3] else None, *[None] * 7)
 
 
-_op = define(
+conv_op = define(
     "packed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int out, int kernel, int stride, "
     "int padding, int shuffle, bool relu, Tensor? gate=None) -> Tensor",
     reference=reference.packed_conv2d,
@@ -207,7 +207,7 @@ def _setup_block(ctx, inputs, output):
 
 def _backward_block(ctx, grad):
     x, first, first_bias, second = ctx.saved_tensors
-    between = _op(x, first, first_bias, None, ctx.middle, 3, 1, 1, 1, True, None)
+    between = conv_op(x, first, first_bias, None, ctx.middle, 3, 1, 1, 1, True, None)
     inner, grad_second, grad_second_bias = reference.packed_conv2d_backward(
         grad, between, second, x.shape[1], 3, 1, 1, 1
     )
@@ -218,7 +218,7 @@ def _backward_block(ctx, grad):
     return (*[g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:6], strict=True)], None)
 
 
-_block_op = define(
+block_op = define(
     "packed_block(Tensor x, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias, Tensor? residual, "
     "int middle) -> Tensor",
     reference=reference.packed_block,
@@ -295,7 +295,7 @@ def packed_conv2d(
     stride, padding, shuffle = whole("stride", stride, 1), whole("padding", padding, 0), whole("shuffle", shuffle, 1)
     relu = activation == "relu"
     _check(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
-    return _op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
+    return conv_op(x, weight, bias, residual, out, kernel, stride, padding, shuffle, relu, gate)
 
 
 def packed_block(
@@ -318,4 +318,4 @@ def packed_block(
     check_image("x", x, 4, "(N, C, H, W)")
     middle = x.shape[1] if middle is None else whole("middle", middle, 1)
     _check_block(x, first, first_bias, second, second_bias, residual, middle)
-    return _block_op(x, first, first_bias, second, second_bias, residual, middle)
+    return block_op(x, first, first_bias, second, second_bias, residual, middle)

@@ -41,7 +41,7 @@ def _backward(ctx, grad_weight):
     return (*[g if needed else None for g, needed in zip(found, ctx.needs_input_grad[:2], strict=True)], None, None)
 
 
-_op = define(
+gradient_op = define(
     "packed_weight_gradient(Tensor grad, Tensor x, int kernel, int padding) -> Tensor",
     reference=reference.packed_weight_gradient,
     fake=_fake,
@@ -62,4 +62,4 @@ def packed_weight_gradient(grad: Tensor, x: Tensor, *, kernel: int, padding: int
     """
     kernel, padding = whole("kernel", kernel, 1), whole("padding", padding, 0)
     _check(grad, x, kernel, padding)
-    return _op(grad, x, kernel, padding)
+    return gradient_op(grad, x, kernel, padding)
