@@ -375,6 +375,8 @@ def _finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tenso
     """act(y) + residual, a pass each."""
     if activation == "relu":
         y = F.relu(y)
+    elif activation is not None:
+        raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
     return y if residual is None else residual + y
 
 
@@ -421,10 +423,11 @@ def _is_watched(layer: nn.Module) -> bool:
 
 def _are_a_lora_block(*layers: nn.Module) -> bool:
     """Whether nobody could tell the one op from calls of these two layers, which learn."""
-    return all(
+    fit = all(
         type(layer) is LoRAConv2d and not layer.merged and lora_residual_block.fits(layer) and not _is_watched(layer)
         for layer in layers
     )
+    return fit and len({layer.stages for layer in layers}) == 1
 
 
 KINDS: dict[str, tuple[type[StandIn], ...]] = {

@@ -498,11 +498,15 @@ def _check_no_adapter_inside(denoiser: nn.Module, names: Iterable[str]) -> None:
         parts = name.split(".")
         for i in range(len(parts)):
             path = ".".join(parts[:i])
-            package = type(denoiser.get_submodule(path)).__module__.partition(".")[0]
-            if package in ("loralib", "peft"):
+            kind = type(denoiser.get_submodule(path))
+            package = kind.__module__.partition(".")[0]
+            # The others of PEFT's classes hold a model whose layers may be plain.
+            layer = package == "loralib" or any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__)
+            if layer:
+                or_else = f", or exclude={path + '.*'!r} leaves them alone" if path else ""
                 raise ValueError(
-                    f"denoiser: expected plain layers, got {name} inside {package}'s {path or 'model'}: "
-                    f"lorun_fast.interop.{package} converts such layers, or exclude={path + '.*'!r} leaves them alone"
+                    f"denoiser: expected plain layers, got {name} inside {package}'s {path or kind.__name__}: "
+                    f"lorun_fast.interop.{package} converts such layers{or_else}"
                 )
 
 

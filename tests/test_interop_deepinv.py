@@ -58,6 +58,27 @@ def test_adjointness_and_norm_by_deepinv_itself(case):
     assert float(estimate) == pytest.approx(float(exact) ** 2, rel=1e-3)
 
 
+def test_measurements_of_three_axes_stay_as_they_are():
+    """Those of CASSI alone have no channel axis."""
+
+    class Rows(lf.SensingOperator):
+        def __init__(self, matrix):
+            super().__init__()
+            self.register_buffer("matrix", matrix)
+
+        def forward(self, x):
+            return x.flatten(2) @ self.matrix.mT
+
+        def adjoint(self, y, size=None):
+            return (y @ self.matrix).unflatten(-1, size)
+
+    physics, x = interop.physics(Rows(draw(5, 16)), (3, 4, 4)), draw(2, 3, 4, 4, seed=1)
+    y = physics(x)
+    assert y.shape == (2, 3, 5) and physics.A_adjoint(y).shape == x.shape
+    assert abs(float(physics.adjointness_test(x))) < 1e-10
+    torch.testing.assert_close(physics.A(physics.A_dagger(y)), y, rtol=1e-3, atol=1e-3)
+
+
 def test_an_operator_of_two_methods_is_a_physics_too():
     mask, x = (draw(12, 10) > 0).double(), draw(2, 3, 12, 10, seed=1)
     physics = interop.physics(Inpainting(mask), max_iter=100, tol=1e-12)

@@ -183,6 +183,8 @@ def test_bad_arguments():
         interop.to_peft(nn.Linear(2, 2))
     with pytest.raises(IndexError, match="stage: expected 0 to 2, got 3"):
         interop.to_peft(lf.LoRALinear(4, 4, stages=3), 3)
+    with pytest.raises(TypeError, match="stage: expected a whole number, got True"):
+        interop.to_peft(lf.LoRALinear(4, 4, stages=3), True)
 
 
 class Denoiser(nn.Module):
@@ -296,8 +298,32 @@ def test_adapt_does_not_take_pefts_factors_for_layers():
         lf.adapt(net, stages=2)
     assert set(lf.adapt(net, stages=2, exclude="1.*").adapted) == {"0"}
     model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="inside peft's model"):
+    with pytest.raises(ValueError, match=r"inside peft's base_model.model.0: .*, or exclude='base_model.model.0.*'"):
         lf.adapt(model, stages=2)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    staged = lf.adapt(model, stages=2, exclude="base_model.model.0.*")
+    assert set(staged.adapted) == {"base_model.model.1"}
+    x = torch.rand(2, 4)
+    assert torch.equal(staged(x, stage=1), model(x))
+    with pytest.raises(ValueError, match=r"inside peft's Linear: lorun_fast.interop.peft converts such layers$"):
+        lf.adapt(peft_layer(nn.Linear(4, 4), a={"r": 2}), stages=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*`config.json`")
+def test_our_own_denoisers_are_saved_by_peft(tmp_path):
+    """Theirs is a method named config, where PEFT looks for a dict."""
+    staged = random_staged(lf.ResCNN())
+    model, z = interop.to_peft(staged), torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(model(z), staged(z, stage=0))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "stage_0" / "adapter_model.safetensors").exists()
+
+
+def test_a_denoiser_that_is_a_layer():
+    staged = lf.adapt(nn.Conv2d(1, 1, 3, padding=1), stages=2, form="peft")
+    with pytest.raises(ValueError, match=r"got one that is a layer: convert staged.base"):
+        interop.to_peft(staged)
+    assert interop.to_peft(staged.base).lora_A
 
 
 def test_convolutions_of_other_axes_are_not_carried_over():

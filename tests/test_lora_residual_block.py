@@ -10,7 +10,7 @@ from torch import nn
 from torch.library import opcheck
 
 import lorun_fast as lf
-from lorun_fast import _native, adapters, convolutions
+from lorun_fast import _native, _scope, adapters, convolutions
 from lorun_fast.ops.lora import is_channels_last
 
 op = torch.ops.lorun_fast.lora_residual_block.default
@@ -398,3 +398,20 @@ def test_images_without_rows_or_columns(shape):
     layer = (torch.rand(8, 8, 3, 3), None, None, None)
     with pytest.raises(ValueError, match=r"^x: expected an image with rows and columns, got"):
         lf.functional.lora_residual_block(torch.rand(shape), layer, layer)
+
+
+def test_layers_of_other_numbers_of_stages_are_no_block():
+    """They are called one by one, and raise what each by itself would."""
+    a, b = (lf.LoRAConv2d(8, 8, 3, padding=1, rank=2, stages=stages) for stages in (3, 1))
+    x = torch.rand(1, 8, 5, 5)
+    with pytest.raises(IndexError, match="stage: expected 0 to 0, got 2"):
+        _scope.call_at(2, {}, convolutions.residual_block, a, b, x)
+    with pytest.raises(ValueError, match="stage: expected 0 to 2, got none"):
+        convolutions.residual_block(b, a, x)
+
+
+@pytest.mark.parametrize("make", [lambda conv: conv, convolutions.WinogradConv2d])
+def test_what_is_no_activation(make):
+    conv = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    with pytest.raises(ValueError, match="activation: expected None or 'relu', got 'gelu'"):
+        convolutions.convolve(make(conv), torch.rand(1, 8, 5, 5), "gelu")

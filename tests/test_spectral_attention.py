@@ -272,6 +272,7 @@ def test_lesser_cpu_variants(variant):
         ({"qkv": None}, TypeError, "qkv: expected a tensor, got NoneType"),
         ({"temperature": torch.zeros(0)}, ValueError, r"temperature: expected \(heads,\), got shape \(0\)"),
         ({"temperature": 1.0}, TypeError, "temperature: expected a tensor, got float"),
+        ({"temperature": torch.ones(2) > 0}, TypeError, "temperature: expected floating-point values, got torch.bool"),
         ({"temperature": torch.ones(2, device="meta")}, ValueError, "temperature is on meta, but qkv is on cpu"),
         ({"hidden": -1}, ValueError, "hidden: expected at least 0, got -1"),
         ({"hidden": 1.0}, TypeError, "hidden: expected a whole number, got 1.0"),

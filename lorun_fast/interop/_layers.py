@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ def stage_of(layer: AdaptedLayer, stage: int | None) -> int:
     """``stage`` checked against the layer's; None is allowed for a layer with one."""
     if stage is None and layer.stages == 1:
         return 0
-    if not isinstance(stage, int) or not 0 <= stage < layer.stages:
-        raise IndexError(f"stage: expected 0 to {layer.stages - 1}, got {stage!r}")
-    return stage
+    if isinstance(stage, bool) or not hasattr(stage, "__index__"):
+        raise TypeError(f"stage: expected a whole number, got {stage!r}")
+    if not 0 <= operator.index(stage) < layer.stages:
+        raise IndexError(f"stage: expected 0 to {layer.stages - 1}, got {stage}")
+    return operator.index(stage)

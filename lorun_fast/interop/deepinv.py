@@ -71,7 +71,7 @@ class OperatorPhysics(LinearPhysics):
                 f"x: expected {whole} for a y that gives no other size, got {size}: "
                 f"use physics(op, img_size={(x.shape[1], *size)})"
             )
-        return y.unsqueeze(1) if y.ndim == 3 else y
+        return y.unsqueeze(1) if self.operator.task == "cassi" else y
 
     def A_adjoint(self, y: Tensor, **_) -> Tensor:
         """Phi^T y."""

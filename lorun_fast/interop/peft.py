@@ -219,12 +219,18 @@ def _fill(target: LoraLayer, source: AdaptedLayer, stage: int | None) -> None:
 def _model_to_peft(staged: StagedDenoiser, stage: int | None) -> PeftModel:
     if not staged.adapted:
         raise ValueError("source: expected a staged denoiser with adapted layers, got one without any")
+    if "" in staged.adapted:
+        raise ValueError("source: expected layers inside a denoiser, got one that is a layer: convert staged.base")
     for name, layer in staged.adapted.items():
         try:
             _check_expressible(layer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     model = copy_of(staged.base)
+    if callable(
+        getattr(model, "config", None)
+    ):  # a registered denoiser's method; PEFT looks for a dict under that name
+        vars(model)["config"] = {"model_type": "custom"}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):
             if name not in staged.adapted:

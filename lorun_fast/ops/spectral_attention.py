@@ -119,6 +119,8 @@ def spectral_attention(qkv: Tensor, temperature: Tensor, *, hidden: int = 0) -> 
     """
     check_tensor("qkv", qkv)
     check_tensor("temperature", temperature)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature: expected floating-point values, got {temperature.dtype}")
     temperature = as_dtype(temperature, parameter_dtype(qkv.dtype)).flatten()
     hidden = whole("hidden", hidden, 0)
     _check(qkv, temperature, hidden)
