@@ -15,6 +15,8 @@ def complete_file(path: Path) -> Iterator[Path]:
     raises. A link is followed; permissions are those of the file that was there, else the process's usual ones.
     """
     path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe would be gone
+        raise FileExistsError(f"{path}: expected a file to write, found what is none")
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes
     try:

@@ -63,6 +63,15 @@ class StandIn:
     def form_weight(self) -> None:
         """Makes the other form of the weight, where the kernel does not read it as it is."""
 
+    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        if input.ndim == 3:  # one image, as the layer takes it too
+            return self(input[None], activation, None if residual is None else residual[None])[0]
+        return self.compute(input, activation, residual)
+
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+        """forward() of a batch."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
 
@@ -123,7 +132,13 @@ class WinogradConv2d(StandIn, nn.Conv2d):
         self.points = winograd_weight(self.weight)
         self.offset = None if self.bias is None else self.bias.to(self.points.dtype)
 
-    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.points.dtype.itemsize < 4:  # they stay wide beside a weight of 16 bits
+            self.form_weight()
+        return self
+
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         input = input.to(self.weight.dtype)  # as autocast would
         return winograd_conv2d(input, self.points, self.offset, activation=activation, residual=residual)
 
@@ -146,7 +161,7 @@ class ThinConv2d(StandIn, nn.Conv2d):
             return f"it has {conv.in_channels} channels in and {conv.out_channels} out"
         return reason
 
-    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         input = input.to(self.weight.dtype)
         return fused_conv2d.fused_conv2d(input, self.weight, self.bias, activation=activation, residual=residual)
 
@@ -179,7 +194,7 @@ class DepthwiseConv2d(StandIn, nn.Conv2d):
         """Why this cannot stand for a module; None if it can."""
         return _unfit_depthwise(conv) or _unfit_dtype(conv)
 
-    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         return _finish(depthwise_conv2d(input.to(self.weight.dtype), self.weight, self.bias), activation, residual)
 
 
@@ -223,7 +238,7 @@ class _Packed(StandIn):
         self.tiles = packed_weight(self.weight)
         self.offset = None if self.bias is None else self.bias.float()
 
-    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         input = input.to(self.tiles.dtype)  # as autocast would
         return packed_conv2d(input, self.tiles, self.offset, activation=activation, residual=residual, **self.geometry)
 
@@ -332,7 +347,7 @@ class FusedConv2d(StandIn, nn.Conv2d):
             return True
         return n * height * width < (2**18 if widest <= 64 else 2**16)
 
-    def forward(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def compute(self, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
         input = input.to(self.weight.dtype)  # as autocast would
         learns = torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad))
         eager = input.device.type == self.device and not learns and not torch.compiler.is_compiling()
@@ -386,12 +401,14 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
     first, second: nn.Conv2d that keep the image's size, or what adapt() and optimize() put in their place.
     x, residual: (N, C, H, W). Returns the same shape. Layers with hooks are called one by one.
     """
-    if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and first.keeps_size and second.keeps_size:
+    watched = _is_watched(first) or _is_watched(second)
+    packed = isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and not watched
+    if packed and first.keeps_size and second.keeps_size:
         return packed_block(
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
-    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d):
+    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d) and not watched:
         dtypes = {t.dtype for t in (x, first.weight, second.weight, residual) if t is not None}
         if len(dtypes) == 1:
             return winograd_block(

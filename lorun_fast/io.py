@@ -215,6 +215,20 @@ def _rebuilding(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected the arguments of a {what} in lorun_fast's header, got {said}") from error
 
 
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """fp32 and the CPU for new tensors, whatever torch's defaults are: a file's tensors are put into them."""
+    before = torch.get_default_dtype()
+    if before != torch.float32:  # set for all threads
+        torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        if before != torch.float32:
+            torch.set_default_dtype(before)
+
+
 def load(
     path: str | os.PathLike,
     *,
@@ -235,6 +249,11 @@ def load(
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: expected one that this torch reaches, got {device!r} ({reason})") from None
+    with _usual_defaults():
+        return _rebuilt(path, denoiser, op).to(device).eval()
+
+
+def _rebuilt(path, denoiser: nn.Module | None, op: SensingOperator | None) -> LoRun:
     config, state = _read(path)
     spec = config["denoiser"]
     if denoiser is None and "base" in spec:
@@ -299,7 +318,7 @@ def load(
             f"{path}: expected the tensors of a {spec['type']} network, got {len(missing)} missing "
             f"({', '.join(missing[:3])}) and {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
         )
-    return net.to(device).eval()
+    return net
 
 
 def pretrained_names() -> list[str]:

@@ -64,6 +64,7 @@ class OptimizedLoRun(LoRun):
         self.step_size = nn.Parameter(net.step_size.detach().clone(), requires_grad=False)
         self.requires_grad_(False)
         self._graphs: _Graphs | None = None
+        self.compiled_on: torch.device | None = None
         self.eval()
 
     @torch.no_grad()
@@ -78,7 +79,8 @@ class OptimizedLoRun(LoRun):
 
     def _apply(self, fn, recurse=True):
         conv = next((m for m in self.denoiser.modules() if isinstance(m, WinogradConv2d)), None)
-        if conv is not None and (dtype := fn(conv.points.new_empty(0)).dtype).itemsize < 4:
+        narrow = conv is not None and (dtype := fn(conv.points.new_empty(0)).dtype).itemsize < 4
+        if narrow and dtype != conv.weight.dtype:
             raise TypeError(
                 f"expected float32 or float64, in which this network's convolutions compute, got {dtype}: "
                 f"optimize(dtype={dtype}) of the network that it was made from"
@@ -87,6 +89,11 @@ class OptimizedLoRun(LoRun):
         if self._graphs is not None:
             self._graphs = _Graphs(self._graphs.after)
         return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.compiled_on is not None:  # no copy of a module keeps what was compiled for it
+            _compile(self, self.compiled_on)
 
     def train(self, mode: bool = True) -> OptimizedLoRun:
         if mode:
@@ -285,12 +292,23 @@ def optimize(
 
     real = (p.dtype for p in net.denoiser.parameters() if p.is_floating_point())
     own = next(real, net.step_size.dtype)  # a denoiser may have none
-    best, chosen, why = _narrowed(net, built, own, dtype, convolutions, device, images, sigma)
+    wanted = (net, built, own, dtype, convolutions, device, images, sigma)
+    try:
+        best, chosen, why = _narrowed(*wanted)
+    except _DoesNotRun as error:
+        if channels_last is not None:
+            raise ValueError(f"the denoiser does not run as asked for: {error}") from error
+        last, rows[-1] = False, ("layout", "contiguous", f"the denoiser does not run on channels innermost: {error}")
+        best, chosen, why = _narrowed(*wanted)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
     graph = device.type == "cuda" if cuda_graph is None else cuda_graph
-    rows.append(("convolutions", *_convolutions(best, chosen, device, convolutions, launched=not graph or compile)))
+    done = ("direct", "the others' results have channels innermost")
+    if channels_last is not None or last or convolutions is not None:
+        done = _convolutions(best, chosen, device, convolutions, launched=not graph or compile)
+    rows.append(("convolutions", *done))
 
     if compile:
+        best.compiled_on = device
         _compile(best, device)
         how = "a graph a stage, weights frozen into it" if device.type == "cpu" else "one graph for all stages"
         rows.append(("torch.compile", how, "compiled at the first call of each size"))
@@ -305,6 +323,10 @@ def optimize(
     rows.append(("CUDA graph", "yes" if graph else "no", why))
     best.report = Report(tuple(rows))
     return best
+
+
+class _DoesNotRun(RuntimeError):
+    """A copy of the network fails where the network itself does not."""
 
 
 def _check_images(net: LoRun, images: Tensor) -> None:
@@ -330,7 +352,11 @@ def _narrowed(net, built, own, dtype, convolutions, device, images, sigma) -> tu
         best = built(dtype)
         if images is None:
             return best, dtype, "asked for"
-        return best, dtype, f"asked for; {_change(net, best, images, sigma)[1]}"
+        try:
+            said = _change(net, best, images, sigma)[1]
+        except _DoesNotRun as error:
+            said = f"the denoiser does not run in it ({error})"
+        return best, dtype, f"asked for; {said}"
     if own != torch.float32:
         return built(None), own, "the network's own"
     fast, what = fast_bf16(device)
@@ -338,7 +364,11 @@ def _narrowed(net, built, own, dtype, convolutions, device, images, sigma) -> tu
     if not fast:
         return plain, own, what
     narrow = built(torch.bfloat16)
-    change, said = _change(net, narrow, images, sigma)
+    try:
+        change, said = _change(net, narrow, images, sigma)
+    except _DoesNotRun as error:
+        change, said = math.inf, f"the denoiser does not run in it ({error})"
+        _change(net, plain, images, sigma)  # nor may the layout be what it runs in
     if abs(change) <= MOST_LOST:
         return narrow, torch.bfloat16, f"{what}; {said}"
     return plain, own, f"{what}, but bf16 not chosen: {said}"
@@ -408,7 +438,7 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
     images = images.to(net.step_size.device)
     if sigma is None and getattr(net.denoiser.one(), "noise_level", False):
         sigma = 0.0
-    training = net.training
+    modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         own = score(net, images, sigma)
@@ -419,7 +449,9 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
             raise type(error)(f"images, sigma: expected what the network takes, got others: {error}") from None
         return math.inf, f"score not checked, pass images= and sigma= that the network takes ({error})"
     finally:
-        net.train(training)
+        net.train(modes[net])  # which drops merged weights, or forms them
+        for module, training in modes.items():
+            module.training = training
     if given and math.isnan(own):
         raise ValueError("images, sigma: expected a score of the network in fp32, got NaN")
     try:
@@ -427,7 +459,7 @@ def _change(net: LoRun, other: LoRun, images: Tensor | None, sigma: float | None
     except torch.OutOfMemoryError:
         raise
     except _MISFITS as error:  # an FFT inside, for one, knows no bf16
-        return math.inf, f"the denoiser does not run in it ({error})"
+        raise _DoesNotRun(str(error)) from error
     return change, f"score moves by {change:+.4f} dB on {len(images)} images"
 
 

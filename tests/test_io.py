@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -452,3 +453,25 @@ def test_a_registered_base_that_is_not_in_the_file(tmp_path):
         lf.load(path)
     with pytest.raises(ValueError, match="to the bit"):
         lf.load(path, denoiser=base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_do_not_reach_a_loaded_network(dtype):
+    expected = lf.load_pretrained("cs-1")
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            net = lf.load_pretrained("cs-1")
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, ours), (_, theirs) in zip(net.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_what_is_no_file_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe: expected a file to write, found what is none"):
+        lf.save(lf.LoRun(lf.BlockCS.gaussian(0.25, 8), lf.ResCNN(channels=4, blocks=1), stages=1), tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and len(list(tmp_path.iterdir())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import sys
 from dataclasses import replace
 
@@ -256,7 +257,7 @@ def test_minimal_filtering_of_images_in_16_bits(x, dtype):
     assert conv.points.dtype == torch.float32
     torch.testing.assert_close(fast(y, size=SIZE), exact, rtol=0, atol=0.1)
     with pytest.raises(TypeError, match="expected float32 or float64, in which this network's convolutions compute"):
-        fast.to(dtype)
+        fast.to(torch.float16 if dtype == torch.bfloat16 else torch.bfloat16)
     torch.testing.assert_close(fast.float()(y, size=SIZE), exact, rtol=0, atol=0.1)
 
 
@@ -945,3 +946,101 @@ def test_fused_convolutions_on_a_gpu(n, channels):
     assert fast.report["convolutions"][0] == "fused kernel"
     for _ in range(2):
         assert (fast(y) - expected).norm() <= 0.02 * expected.norm()
+
+
+def _small(denoiser: nn.Module, **settings) -> lf.LoRun:
+    return lf.LoRun(lf.BlockCS.gaussian(0.25, 8), denoiser, stages=2, **settings)
+
+
+class Views(nn.Module):
+    """Reads memory in the order of its axes, which channels innermost do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, z):
+        t = self.a(z)
+        return z + self.b(t.view(len(t), -1).view(t.shape))
+
+
+def test_a_denoiser_that_does_not_run_on_channels_innermost(monkeypatch):
+    monkeypatch.setattr(optimize, "fast_bf16", lambda device: (True, "asked by a test"))
+    net, images = _small(Views()).eval(), torch.rand(1, 1, 16, 16)
+    fast = net.optimize(images=images)
+    layout, why = fast.report["layout"]
+    assert layout == "contiguous" and why.startswith("the denoiser does not run on channels innermost")
+    y = net.op(images)
+    torch.testing.assert_close(fast(y), net(y), rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="the denoiser does not run as asked for: view size"):
+        net.optimize(images=images, channels_last=True)
+
+
+class OneByOne(nn.Module):
+    """Calls its layers with single images."""
+
+    def __init__(self):
+        super().__init__()
+        self.thin, self.wide, self.back = (nn.Conv2d(*c, 3, padding=1) for c in ((1, 16), (16, 16), (16, 1)))
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, z):
+        return z + torch.stack([self.back(self.wide(self.depthwise(torch.relu(self.thin(i))))) for i in z])
+
+
+@pytest.mark.filterwarnings("ignore:adapt. 1 grouped layers")
+@pytest.mark.parametrize(("convolutions", "dtype"), [("winograd", torch.float32), ("packed", torch.bfloat16)])
+def test_stand_ins_take_one_image(convolutions, dtype):
+    net = _small(OneByOne()).eval()
+    y = net.op(torch.rand(2, 1, 16, 16))
+    fast = net.optimize(dtype=dtype, convolutions=convolutions)
+    assert int(fast.report["convolutions"][1].split()[0]) >= 2
+    torch.testing.assert_close(fast(y), net(y), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize(("convolutions", "dtype"), [("winograd", torch.float32), ("packed", torch.bfloat16)])
+def test_hooks_on_the_layers_of_an_optimized_block_run(convolutions, dtype):
+    net = _small(lf.ResUNet(channels=(16, 16), blocks=1)).eval()
+    fast = net.optimize(dtype=dtype, convolutions=convolutions)
+    y, called = net.op(torch.rand(1, 1, 16, 16)), []
+    layers = [m for m in fast.denoiser.copies[0].modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    before = fast(y)
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *_: called.append(module))
+    torch.testing.assert_close(fast(y), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    assert set(called) == set(layers)
+
+
+def test_optimizing_leaves_the_modes_of_the_network():
+    class Dropping(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(1, 8, 3, padding=1), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1))
+
+    net, images = _small(Dropping(), sharing="tied"), torch.rand(1, 1, 16, 16)
+    base = net.denoiser.base
+    base[2].eval()
+    net.optimize(images=images, dtype=torch.bfloat16)
+    assert net.training and base[1].training and not base[2].training
+    net.eval()
+    base[1].train()
+    net.optimize(images=images, dtype=torch.bfloat16)
+    assert base[1].training and not base[2].training
+    net = _small(Dropping())
+    net.optimize(images=images, dtype=torch.bfloat16)
+    assert net.training and not net.denoiser.merged
+
+
+def test_a_copy_of_a_compiled_network_is_compiled():
+    fast = _small(lf.ResCNN(channels=4, blocks=1)).eval().optimize(dtype=torch.float32, compile=True)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert all(stage._compiled_call_impl is not None for stage in other.denoiser.copies)
+
+
+def test_a_conversion_to_the_dtype_it_has():
+    net = _small(lf.ResUNet(channels=(16, 16), blocks=1)).eval()
+    y = net.op(torch.rand(1, 1, 16, 16))
+    fast = net.optimize(dtype=torch.bfloat16, convolutions="winograd")
+    expected = fast(y)
+    assert torch.equal(fast.to(torch.bfloat16)(y), expected)
+    with pytest.raises(TypeError, match="expected float32 or float64"):
+        fast.half()
