@@ -25,7 +25,7 @@ from lorun_fast import _native
 from lorun_fast.apps import models, train, unrolling
 from lorun_fast.apps.cli import build_parser, main
 from lorun_fast.apps.runtime import fastest_dtype
-from lorun_fast.apps.sampling import PatchSampler, held_out
+from lorun_fast.apps.sampling import PatchSampler, find_images, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.apps.training_step import Step
 from lorun_fast.io import read_config
@@ -346,14 +346,35 @@ def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, mor
     assert not (tmp_path / "new").exists() or "--resume" in more  # the corrected command starts anew
 
 
-def test_held_out_images_smaller_than_a_block_are_refused(photographs, tmp_path, capsys):
+def test_images_smaller_than_a_patch_are_left_out_with_a_note(photographs, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(photographs, folder)
-    Image.fromarray(np.zeros((7, 9), np.uint8)).save(folder / "a.png")  # the first of so few draws the curve
-    assert main(arguments(folder, tmp_path / "run")) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "--data: expected held-out images of at least 8x8 pixels, got smaller ones" in error
-    assert not (tmp_path / "run").exists()
+    Image.fromarray(np.zeros((15, 19), np.uint8)).save(folder / "a.png")  # would be the first, which draws the curve
+    assert main(arguments(folder, tmp_path / "run", "--stop-after", "1")) == 0
+    assert "note: --data: left out 1 images smaller than 16x16 pixels: a.png" in capsys.readouterr().err
+
+
+def test_what_else_lies_below_training_data(photographs, uninterrupted, tmp_path):
+    """Hidden files, folders with a picture's name, and the picture of a run."""
+    folder = tmp_path / "data"
+    shutil.copytree(photographs, folder)
+    shutil.copytree(uninterrupted, folder / "run")
+    (folder / "dir.png").mkdir()
+    (folder / "dir.png" / "b.png").write_bytes((photographs / "moon.png").read_bytes())
+    (folder / "._camera.png").write_text("of macOS")
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "c.png").write_text("no image")
+    found = [str(path.relative_to(folder)) for path in find_images([folder])]
+    assert found == ["camera.png", "coins.png", "dir.png/b.png", "moon.png", "page.png"]
+
+
+def test_a_folder_of_training_data_that_cannot_be_read(photographs, tmp_path, capsys, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert main(arguments(photographs, tmp_path / "run")) == 2
+    assert f"expected a readable folder, got {photographs}: permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
