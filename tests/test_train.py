@@ -183,6 +183,38 @@ def test_a_run_goes_on_by_its_own_settings(photographs, uninterrupted, tmp_path)
     assert_same_run(folder, uninterrupted)
 
 
+def test_a_run_goes_on_from_another_folder(photographs, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(photographs.parent)
+    warm = ("--warm-start", os.path.relpath(uninterrupted))
+    assert main(arguments(photographs.name, tmp_path / "run", *warm, "--stop-after", "1")) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["data"] == [str(photographs.resolve())]
+    assert settings["warm_start"] == str(uninterrupted.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "resume", "run", "--threads", "1", "--stop-after", "1"]) == 0
+    (tmp_path / "cs-25").mkdir()  # does not stand for the shipped network, but for data
+    settings = {"warm_start": "cs-25", "init": None, "data": ["cs-25"]}
+    assert train._absolute(settings) == settings | {"data": [str((tmp_path / "cs-25").resolve())]}
+
+
+@pytest.mark.parametrize("change", ["another file", "another size", "no fingerprint"])
+def test_a_run_goes_on_with_its_own_data(photographs, tmp_path, capsys, change, monkeypatch):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(photographs, data)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(data, run, "--stop-after", "1")) == 0
+    shutil.copyfile(data / "moon.png", data / ("page.png" if change == "another size" else "z.png"))
+    if change == "no fingerprint":  # and relative paths, as runs had that are older than both
+        settings = json.loads((run / "config.json").read_text())
+        del settings["data_files"]
+        (run / "config.json").write_text(json.dumps(settings | {"data": ["data"]}))
+    for line in (["train", "resume", str(run), "--stop-after", "1"], arguments("data", run, "--resume")):
+        assert main(line) == (0 if change == "no fingerprint" else 2)
+        if change != "no fingerprint":
+            message = f"expected the training data of the run, but names or sizes changed in {data}"
+            assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
