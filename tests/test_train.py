@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from apps_help import small_files
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -486,10 +487,15 @@ def test_a_batch_whose_gradient_overflows_is_left_out(photographs, tmp_path, mon
     assert len(steps) == next(calls) - 1 == 11
 
 
-def test_a_run_that_diverges_stops(photographs, tmp_path, capsys):
-    assert main(arguments(photographs, tmp_path / "run", "--lr", "1e30", "--clip", "1e30")) == 2
+@pytest.mark.parametrize(
+    ("every", "said"), [("1", "last checkpoint holds is still there"), ("50", "no checkpoint yet")]
+)
+def test_a_run_that_diverges_stops(photographs, tmp_path, capsys, every, said):
+    more = ("--lr", "1e30", "--clip", "1e30", "--checkpoint-every", every)
+    assert main(arguments(photographs, tmp_path / "run", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "expected a finite loss, got nan in step" in error or "expected a finite loss, got inf in step" in error
+    assert said in error
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -505,6 +511,17 @@ def test_a_loss_that_is_not_finite_is_not_kept(photographs, uninterrupted, tmp_p
     assert torch.load(run / "checkpoint.pt")["step"] == 2
     assert main(["train", "resume", str(run)]) == 0
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "base.safetensors"])
+def test_a_full_disk_ends_a_run_in_one_line(photographs, tmp_path, capsys, monkeypatch, name):
+    run = tmp_path / "run"
+    if name != "checkpoint.pt":  # the larger file, and the first
+        monkeypatch.setattr(torch, "save", lambda state, file: None)
+    with small_files(5000):
+        assert main(arguments(photographs, run)) == 2
+    assert f"expected to write {run / name}, got: file too large" in capsys.readouterr().err
+    assert not (run / name).exists()
 
 
 def test_batches_are_a_function_of_seed_and_step():

@@ -75,21 +75,28 @@ def _names_a_file(path: Path) -> bool:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes a UserError that names ``path`` of an OSError of the block, which writes it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` when the block ends, and vanishes if it raises.
 
     What was there before stays until then. A link is followed; what is no file (/dev/stdout) is written to as it
     is. Raises UserError when the file cannot be written.
     """
-    try:
+    with writing(path):
         if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
             with path.open("wb") as f:
                 yield f
             return
         with complete_file(path) as temporary, temporary.open("wb") as f:
             yield f
-    except OSError as error:
-        raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
 
 
 def check_file(path: Path) -> None:

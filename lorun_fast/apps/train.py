@@ -27,7 +27,7 @@ from lorun_fast import _native
 from lorun_fast.apps import background, models, runtime, tasks
 from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError, first_line
-from lorun_fast.apps.files import make_folder, replacing
+from lorun_fast.apps.files import make_folder, replacing, writing
 from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, percentage, seed
 from lorun_fast.apps.sampling import fingerprint
@@ -254,9 +254,10 @@ class Run:
             loss, unread = unread.item(), None
             if not math.isfinite(loss):
                 progress.close()
+                kept = (self.folder / "checkpoint.pt").exists()
                 raise UserError(
                     f"{self.folder}: expected a finite loss, got {loss} in step {done} of phase {name}: try a lower "
-                    f"--lr; what the last checkpoint holds is still there"
+                    f"--lr; {'what the last checkpoint holds is still there' if kept else 'there is no checkpoint yet'}"
                 )
             total_loss, counted = total_loss + loss, counted + 1
 
@@ -271,8 +272,10 @@ class Run:
                 "net": net.state_dict(),
                 "optimizer": step.optimizer.state_dict(),
             }
+            content = io.BytesIO()
+            torch.save(state, content)  # which makes a RuntimeError of a full disk, where it writes to a file
             with replacing(self.folder / "checkpoint.pt") as f:
-                torch.save(state, f)
+                f.write(content.getbuffer())
 
         for index, batch in self._drawn(name, net, range(first, steps)):
             if args.stop_after is not None and self.taken >= args.stop_after:
@@ -316,7 +319,7 @@ class Run:
         """Drops rows that a killed run wrote after its last checkpoint."""
         path = self.folder / "log.csv"
         if not path.exists():
-            path.write_text(",".join(_COLUMNS) + "\n")
+            _write(path, ",".join(_COLUMNS) + "\n")
             return
         with path.open() as f:
             rows = list(csv.DictReader(f))
@@ -334,7 +337,8 @@ class Run:
 
     def _log(self, row: tuple, seconds: float) -> None:
         phase, step, loss, norm, lr, score = row
-        with (self.folder / "log.csv").open("a", newline="") as f:
+        path = self.folder / "log.csv"
+        with writing(path), path.open("a", newline="") as f:
             csv.writer(f).writerow(
                 (phase, step, f"{loss:.6e}", f"{norm:.4e}", f"{lr:.3e}", f"{score:.4f}", f"{seconds:.1f}")
             )
@@ -358,7 +362,9 @@ class Run:
         public["data"] = [folder.name for folder in self.args.data]
         public |= {k: v.name for k, v in vars(self.args).items() if k in public and isinstance(v, Path)}
         facts = {k: summary[k] for k in ("seconds", "peak_memory_gib", "threads", "torch")}
-        save(net, self.folder / "model.safetensors", notes={"training": {**facts, "settings": public}})
+        model = self.folder / "model.safetensors"
+        with writing(model):
+            save(net, model, notes={"training": {**facts, "settings": public}})
         _write(self.folder / "summary.json", json.dumps(summary, indent=1))
         _plot(self.folder / "log.csv", self.folder / "curve.png")
 
@@ -529,7 +535,8 @@ def run(args: argparse.Namespace) -> int:
             if init is None:
                 if not training.phase("base", base, args.base_steps, state):
                     return 0
-                save(base, base_file)
+                with writing(base_file):
+                    save(base, base_file)
             state = None
         torch.manual_seed(args.seed + 1)
         net = _phase_two(models.read_network(base_file) if start is None else start, base_file, base, args)
