@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from lorun_fast import denoisers
@@ -141,7 +141,8 @@ def save(
         # safetensors refuses tensors that share memory; a clone per name keeps tied weights loadable.
         tensors[name] = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).clone().contiguous()
     with complete_file(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: header})
+        # save_file() makes an error of its own of a full disk.
+        temporary.write_bytes(serialized(tensors, metadata={_KEY: header}))
 
 
 def read_config(path: str | os.PathLike) -> dict:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,17 @@ def picture(path: Path, height: int = 24, width: int = 32, *, mode: str = "L", s
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
     return pixels
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """Writing a file past ``most`` bytes fails, in any language: a full disk for them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from apps_help import accepted, contents, refused, tiny_network
+from apps_help import accepted, contents, refused, small_files, tiny_network
 from cassi_help import tiny_network as tiny_cassi_network
 from sr_help import tiny_sr_network
 
@@ -88,6 +88,19 @@ def test_what_is_refused(options, message, tmp_path, capsys, monkeypatch):
     tiny_network(tmp_path / "cs.safetensors")
     before = contents(tmp_path)
     assert message in refused(capsys, "export", "cs.safetensors", *options)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_full_disk_leaves_nothing(suffix, tmp_path, capsys):
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript")
+    model, file = tiny_network(tmp_path / "cs.safetensors"), tmp_path / f"net.{suffix}"
+    before = contents(tmp_path)
+    with small_files(9000):
+        assert f"expected to write {file}, got: file too large" in refused(
+            capsys, "export", model, "-o", file, "--size", 8, 8
+        )
     assert contents(tmp_path) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -147,6 +148,104 @@ def test_sixteen_bit_files_hold_sixteen_bits(tmp_path, capsys):
     np.testing.assert_allclose(images.load(tmp_path / "g.png", "y"), values[:1], atol=0.51 / 65535)
 
 
+def _tiff(path, values, photometric=1, bits=None):
+    """An uncompressed TIFF of (H, W) or (H, W, 3): Pillow does not write all of these kinds."""
+    height, width, samples = (*values.shape, 1)[:3]
+    bits = bits or 8 * values.dtype.itemsize
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    tags = [
+        (256, width), (257, height), (258, *[bits] * samples), (259, 1), (262, photometric), (273, 0), (277, samples),
+        (278, height), (279, values.nbytes), (339, *[kind] * samples),
+    ]  # fmt: skip
+    at, more, entries = 8 + 2 + 12 * len(tags) + 4, b"", b""
+    for tag, *numbers in tags:
+        packed = struct.pack(f"<{len(numbers)}H", *numbers)
+        if len(packed) > 4:
+            packed, more = struct.pack("<I", at + len(more)), more + packed
+        entries += struct.pack("<HHI", tag, 3, len(numbers)) + packed.ljust(4, b"\0")
+    entries = entries.replace(struct.pack("<HHII", 273, 3, 1, 0), struct.pack("<HHII", 273, 3, 1, at + len(more)))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + more + values.tobytes())
+
+
+WIDE = (np.arange(54, dtype=np.uint16) * 1200).reshape(6, 9)
+
+
+@pytest.mark.parametrize("values", [WIDE, (WIDE / 65535).astype(np.float32), (WIDE >> 8).astype(np.uint8)])
+def test_a_tiff_whose_zero_is_white(values, tmp_path):
+    _tiff(tmp_path / "a.tif", values, photometric=0)
+    limit = 1 if values.dtype == np.float32 else np.iinfo(values.dtype).max
+    np.testing.assert_allclose(images.load(tmp_path / "a.tif", "y")[0], 1 - values / limit, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_values_far_below_white_get_a_note(dtype, tmp_path, capsys):
+    _tiff(tmp_path / "a.tif", (WIDE >> 4).astype(dtype))
+    np.testing.assert_allclose(images.load(tmp_path / "a.tif", "y")[0], (WIDE >> 4) / 65535, atol=1e-7)
+    assert f"{tmp_path / 'a.tif'}: values up to {WIDE.max() >> 4} only" in capsys.readouterr().err
+    _tiff(tmp_path / "a.tif", WIDE.astype(dtype))
+    images.load(tmp_path / "a.tif", "y")
+    assert capsys.readouterr().err == ""
+
+
+def test_twelve_bits_a_sample(tmp_path, capsys):
+    packed = np.array([0xFF, 0xF8, 0x00], np.uint8)  # 4095 and 2048
+    _tiff(tmp_path / "a.tif", packed[None], bits=12)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[10:22] = struct.pack("<HHII", 256, 3, 1, 2)  # the width
+    (tmp_path / "a.tif").write_bytes(content)
+    np.testing.assert_allclose(images.load(tmp_path / "a.tif", "y")[0, 0], [1, 2048 / 4095], atol=1e-6)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", ["png", "ppm", "tif"])
+def test_what_sixteen_bits_lose_is_told(suffix, tmp_path, capsys):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "png":  # gray with transparency
+        header = struct.pack(">IIBBBBB", 6, 9, 16, 4, 0, 0, 0)
+        rows = zlib.compress(b"".join(b"\0" + b"\x80\0\xff\xff" * 6 for _ in range(9)))
+        chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+        path.write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        )
+    elif suffix == "ppm":
+        path.write_bytes(b"P6 9 6 65535\n" + np.stack([WIDE] * 3, -1).astype(">u2").tobytes())
+    else:
+        _tiff(path, np.stack([WIDE] * 3, -1), photometric=2)
+    images.load(path, "y")
+    kind = "gray with transparency" if suffix == "png" else "colour"
+    assert f"{path}: 16-bit {kind} is read at 8 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "said"),
+    [
+        (np.float64, 1, "1 x 64-bit floating point"),
+        (np.float16, 1, "1 x 16-bit floating point"),
+        (np.float32, 3, "3 x 32-bit floating point"),
+    ],
+)
+def test_the_kind_of_a_tiff_that_is_not_read_is_named(dtype, channels, said, tmp_path):
+    values = np.zeros((6, 9, 3)[: 2 + (channels > 1)], dtype)
+    _tiff(tmp_path / "a.tif", values, photometric=2 if channels > 1 else 1)
+    with pytest.raises(UserError, match=said):
+        images.load(tmp_path / "a.tif", "y")
+
+
+def test_large_images(tmp_path, monkeypatch):
+    """Pillow warns above 89 and refuses above 179 megapixels; a header alone shows how far it gets."""
+    header = struct.pack(">IIBBBBB", 20000, 10000, 1, 0, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I4s", 9, b"IDAT"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match=r"complete image, got .*(truncated|unexpected|unrecognized)"):
+            images.load(tmp_path / "a.png", "y")
+    monkeypatch.setattr(images, "_MOST_PIXELS", 10**8)
+    with pytest.raises(UserError, match=r"at most 100,000,000 pixels, got .*a\.png: 20000 x 10000"):
+        images.load(tmp_path / "a.png", "y")
+
+
 def test_saving_clips_and_rounds(tmp_path):
     values = np.array([[[-1.0, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0]]], np.float32)
     images.save(tmp_path / "a.png", values)
@@ -156,7 +255,7 @@ def test_saving_clips_and_rounds(tmp_path):
 
 def test_eight_bit_colour_gets_no_note(tmp_path, capsys):
     """Also where a decoder's arguments hold a 16, such as the 2160 bytes of this row."""
-    for suffix in ("bmp", "png", "tif", "jpg"):
+    for suffix in ("bmp", "png", "tif", "jpg", "ppm"):
         Image.new("RGB", (720, 2)).save(tmp_path / f"a.{suffix}")
         images.load(tmp_path / f"a.{suffix}", "channels")
     assert capsys.readouterr().err == ""

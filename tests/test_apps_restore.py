@@ -211,11 +211,11 @@ def test_equal_names_do_not_overwrite_each_other(tmp_path, model, capsys):
     assert len(list((tmp_path / "same").iterdir())) == 3
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".mat", "v7.3"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".mat", "v7.3", "h5py"])
 def test_phi_from_a_file(suffix, tmp_path, capsys):
     picture(tmp_path / "a.png")
     phi = np.random.default_rng(0).standard_normal((10, 36))
-    path = tmp_path / f"phi{'.mat' if suffix == 'v7.3' else suffix}"
+    path = tmp_path / f"phi{suffix if suffix[0] == '.' else '.mat'}"
     if suffix == ".npy":
         np.save(path, phi)
     elif suffix == ".npz":
@@ -225,11 +225,11 @@ def test_phi_from_a_file(suffix, tmp_path, capsys):
     else:
         import h5py
 
-        with h5py.File(path, "w", userblock_size=512) as f:
+        with h5py.File(path, "w", userblock_size=512 if suffix == "v7.3" else 0) as f:
             f["A"] = phi.T  # as MATLAB stores it
-        # scipy tells the two formats apart by the text header.
-        header = b"MATLAB 7.3 MAT-file".ljust(124, b" ") + b"\x00\x02IM"
-        path.write_bytes(header + path.read_bytes()[len(header) :])
+        if suffix == "v7.3":  # MATLAB's header
+            header = b"MATLAB 7.3 MAT-file".ljust(124, b" ") + b"\x00\x02IM"
+            path.write_bytes(header + path.read_bytes()[len(header) :])
     accepted(capsys, "measure", tmp_path / "a.png", "--phi", path, "--key", "A", "-o", tmp_path / "y.npz")
     arrays = _y(tmp_path / "y.npz")
     assert arrays["block_size"] == 6

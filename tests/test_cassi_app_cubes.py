@@ -175,6 +175,8 @@ def test_find(cube, tmp_path):
     for name in ("b.npy", "a.npy"):
         np.save(tmp_path / name, cube)
     (tmp_path / "readme.txt").write_text("")
+    (tmp_path / "._b.npy").write_text("of macOS")
+    write_bands(tmp_path / "many" / ".trash", np.zeros((2, H, W), np.uint8))
     write_bands(tmp_path / "many" / "x" / "x_ms", np.zeros((2, H, W), np.uint8))
     write_bands(tmp_path / "many" / "y", np.zeros((2, H, W), np.uint8))
     (tmp_path / "none").mkdir()

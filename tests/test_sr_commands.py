@@ -274,7 +274,24 @@ def test_a_stopped_evaluation_goes_on(tmp_path, model, capsys, monkeypatch):
     assert scores.read_text() == "older" and len(json.loads(part.read_text())["kernels"]) == 3
     assert "--json: expected no unfinished evaluation, got" in refused(capsys, *command, scores)
     assert "got another noise" in refused(capsys, *command, scores, "--noise", 0.1, "--resume")
-    assert "got another scales or kernels" in refused(capsys, *command, scores, "--index", 2, "--resume")
+    assert "another scales or kernels" in refused(capsys, *command, scores, "--index", 2, "--resume")
+    assert "got another normalise, another kernels_sha256" in refused(
+        capsys, *command, scores, "--normalise", "--resume"
+    )
+    other = "fp32" if whole["dtype"] == "bf16" else "bf16"
+    assert "got another dtype" in refused(capsys, *command, scores, "--dtype", other, "--resume")
+    for path, what in ((tmp_path / "k.npy", "kernels"), (tmp_path / "photos" / "a.png", "images")):
+        kept = path.read_bytes()
+        if what == "kernels":
+            np.save(path, np.load(path)[::-1])
+        else:
+            picture(path, 32, 40, mode="RGB", seed=1)
+        assert f"got another {what}_sha256" in refused(capsys, *command, scores, "--resume")
+        path.write_bytes(kept)
+    kept = part.read_text()
+    part.write_text(json.dumps({k: v for k, v in json.loads(kept).items() if "sha256" not in k}))
+    assert "expected the rows of this version, got" in refused(capsys, *command, scores, "--resume")
+    part.write_text(kept)
     assert "--resume: expected --json FILE" in refused(capsys, *command[:-1], "--resume")
     calls.clear()
     accepted(capsys, *command, scores, "--resume")

@@ -228,3 +228,9 @@ def test_phase_two_goes_on_from_a_trained_network(photographs, trained, tmp_path
     before, after = load_file(source), load_file(tmp_path / "more" / "model.safetensors")
     changed = {name for name, t in before.items() if not torch.equal(after[name], t)}
     assert changed == {name for name in before if name.endswith((".up", ".down"))} | {"step_size"}
+
+
+def test_held_out_images_may_be_smaller_than_the_usual_crop(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (40, 31)).save(tmp_path / f"{i}.png")
+    assert [image.shape for image in recipe(tmp_path, scales=[2, 3]).validation] == [(30, 30, 3)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from apps_help import small_files
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,7 +26,7 @@ from lorun_fast import _native
 from lorun_fast.apps import models, train, unrolling
 from lorun_fast.apps.cli import build_parser, main
 from lorun_fast.apps.runtime import fastest_dtype
-from lorun_fast.apps.sampling import PatchSampler, held_out
+from lorun_fast.apps.sampling import PatchSampler, find_images, held_out
 from lorun_fast.apps.tasks.cs.training import Recipe
 from lorun_fast.apps.training_step import Step
 from lorun_fast.io import read_config
@@ -181,6 +182,38 @@ def test_a_run_goes_on_by_its_own_settings(photographs, uninterrupted, tmp_path)
     assert not (folder / "model.safetensors").exists()
     assert main(["train", "resume", str(folder), "--threads", "1"]) == 0
     assert_same_run(folder, uninterrupted)
+
+
+def test_a_run_goes_on_from_another_folder(photographs, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(photographs.parent)
+    warm = ("--warm-start", os.path.relpath(uninterrupted))
+    assert main(arguments(photographs.name, tmp_path / "run", *warm, "--stop-after", "1")) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["data"] == [str(photographs.resolve())]
+    assert settings["warm_start"] == str(uninterrupted.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "resume", "run", "--threads", "1", "--stop-after", "1"]) == 0
+    (tmp_path / "cs-25").mkdir()  # does not stand for the shipped network, but for data
+    settings = {"warm_start": "cs-25", "init": None, "data": ["cs-25"]}
+    assert train._absolute(settings) == settings | {"data": [str((tmp_path / "cs-25").resolve())]}
+
+
+@pytest.mark.parametrize("change", ["another file", "another size", "no fingerprint"])
+def test_a_run_goes_on_with_its_own_data(photographs, tmp_path, capsys, change, monkeypatch):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(photographs, data)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(data, run, "--stop-after", "1")) == 0
+    shutil.copyfile(data / "moon.png", data / ("page.png" if change == "another size" else "z.png"))
+    if change == "no fingerprint":  # and relative paths, as runs had that are older than both
+        settings = json.loads((run / "config.json").read_text())
+        del settings["data_files"]
+        (run / "config.json").write_text(json.dumps(settings | {"data": ["data"]}))
+    for line in (["train", "resume", str(run), "--stop-after", "1"], arguments("data", run, "--resume")):
+        assert main(line) == (0 if change == "no fingerprint" else 2)
+        if change != "no fingerprint":
+            message = f"expected the training data of the run, but names or sizes changed in {data}"
+            assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -346,14 +379,35 @@ def test_refusals_are_one_line(photographs, uninterrupted, tmp_path, capsys, mor
     assert not (tmp_path / "new").exists() or "--resume" in more  # the corrected command starts anew
 
 
-def test_held_out_images_smaller_than_a_block_are_refused(photographs, tmp_path, capsys):
+def test_images_smaller_than_a_patch_are_left_out_with_a_note(photographs, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(photographs, folder)
-    Image.fromarray(np.zeros((7, 9), np.uint8)).save(folder / "a.png")  # the first of so few draws the curve
-    assert main(arguments(folder, tmp_path / "run")) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "--data: expected held-out images of at least 8x8 pixels, got smaller ones" in error
-    assert not (tmp_path / "run").exists()
+    Image.fromarray(np.zeros((15, 19), np.uint8)).save(folder / "a.png")  # would be the first, which draws the curve
+    assert main(arguments(folder, tmp_path / "run", "--stop-after", "1")) == 0
+    assert "note: --data: left out 1 images smaller than 16x16 pixels: a.png" in capsys.readouterr().err
+
+
+def test_what_else_lies_below_training_data(photographs, uninterrupted, tmp_path):
+    """Hidden files, folders with a picture's name, and the picture of a run."""
+    folder = tmp_path / "data"
+    shutil.copytree(photographs, folder)
+    shutil.copytree(uninterrupted, folder / "run")
+    (folder / "dir.png").mkdir()
+    (folder / "dir.png" / "b.png").write_bytes((photographs / "moon.png").read_bytes())
+    (folder / "._camera.png").write_text("of macOS")
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "c.png").write_text("no image")
+    found = [str(path.relative_to(folder)) for path in find_images([folder])]
+    assert found == ["camera.png", "coins.png", "dir.png/b.png", "moon.png", "page.png"]
+
+
+def test_a_folder_of_training_data_that_cannot_be_read(photographs, tmp_path, capsys, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert main(arguments(photographs, tmp_path / "run")) == 2
+    assert f"expected a readable folder, got {photographs}: permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
@@ -433,10 +487,15 @@ def test_a_batch_whose_gradient_overflows_is_left_out(photographs, tmp_path, mon
     assert len(steps) == next(calls) - 1 == 11
 
 
-def test_a_run_that_diverges_stops(photographs, tmp_path, capsys):
-    assert main(arguments(photographs, tmp_path / "run", "--lr", "1e30", "--clip", "1e30")) == 2
+@pytest.mark.parametrize(
+    ("every", "said"), [("1", "last checkpoint holds is still there"), ("50", "no checkpoint yet")]
+)
+def test_a_run_that_diverges_stops(photographs, tmp_path, capsys, every, said):
+    more = ("--lr", "1e30", "--clip", "1e30", "--checkpoint-every", every)
+    assert main(arguments(photographs, tmp_path / "run", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "expected a finite loss, got nan in step" in error or "expected a finite loss, got inf in step" in error
+    assert said in error
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -452,6 +511,17 @@ def test_a_loss_that_is_not_finite_is_not_kept(photographs, uninterrupted, tmp_p
     assert torch.load(run / "checkpoint.pt")["step"] == 2
     assert main(["train", "resume", str(run)]) == 0
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "base.safetensors"])
+def test_a_full_disk_ends_a_run_in_one_line(photographs, tmp_path, capsys, monkeypatch, name):
+    run = tmp_path / "run"
+    if name != "checkpoint.pt":  # the larger file, and the first
+        monkeypatch.setattr(torch, "save", lambda state, file: None)
+    with small_files(5000):
+        assert main(arguments(photographs, run)) == 2
+    assert f"expected to write {run / name}, got: file too large" in capsys.readouterr().err
+    assert not (run / name).exists()
 
 
 def test_batches_are_a_function_of_seed_and_step():

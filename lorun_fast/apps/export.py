@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -168,15 +169,18 @@ def _example(net: LoRun, op: SensingOperator, size: tuple[int, int] | None, batc
 
 
 def _write_program(program: ExportedProgram, args: argparse.Namespace) -> tuple[str, Callable]:
+    content = io.BytesIO()
+    torch.export.save(program, content)  # which may end the process on a full disk, where it writes to a file
     with files.replacing(args.output) as f:
-        torch.export.save(program, f)
+        f.write(content.getbuffer())
     call = torch.export.load(args.output).module()
     return "", lambda y, given: call(y, **given)
 
 
 def _write_onnx(program: ExportedProgram, args: argparse.Namespace) -> tuple[str, Callable | None]:
     package = _package()
-    package.save(program, args.output, opset=args.opset, names=programs.dimensions(program))
+    with files.writing(args.output):
+        package.save(program, args.output, opset=args.opset, names=programs.dimensions(program))
     opset = package.onnx.load(args.output, load_external_data=False).opset_import[0].version
     try:
         from onnxruntime import InferenceSession

@@ -50,9 +50,37 @@ def find(arguments: Sequence[Path], suffixes: Collection[str], what: str, one: s
     return list(found.values())
 
 
+def below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files with these suffixes in a folder and all below it, in a fixed order.
+
+    Hidden files and folders are left out, and the picture that a training run draws in its own folder. Raises UserError
+    for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"expected a readable folder, got {error.filename}: {_reason(error)}") from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        drawn = "curve.png" if {"config.json", "log.csv"} <= set(names) else None
+        paths = [Path(place, name) for name in names if not name.startswith(".") and name != drawn]
+        found += [path for path in paths if path.suffix.lower() in suffixes and _names_a_file(path)]
+    return sorted(found)
+
+
 def _names_a_file(path: Path) -> bool:
     """Whether it is one, or a link to one that is gone: that has to be told, not left out."""
     return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes a UserError that names ``path`` of an OSError of the block, which writes it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
 
 
 @contextmanager
@@ -62,15 +90,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     What was there before stays until then. A link is followed; what is no file (/dev/stdout) is written to as it
     is. Raises UserError when the file cannot be written.
     """
-    try:
+    with writing(path):
         if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
             with path.open("wb") as f:
                 yield f
             return
         with complete_file(path) as temporary, temporary.open("wb") as f:
             yield f
-    except OSError as error:
-        raise UserError(f"expected to write {path}, got: {_reason(error)}") from error
 
 
 def check_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from lorun_fast.apps import files
 from lorun_fast.apps.errors import UserError, first_line
@@ -20,6 +21,13 @@ SUFFIXES = frozenset(
     for kind in ("bmp", "gif", "jp2", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp")
 )
 COLOURS = ("y", "channels")
+# Users open files of their own, among them larger ones than Pillow takes for an attack: the limit is ours, in load().
+Image.MAX_IMAGE_PIXELS = None
+_MOST_PIXELS = 10**9
+# An integer image that stays below this was made for fewer than 16 bits, or is nearly black.
+_DARK = 2**12
+_PHOTOMETRIC, _BITS, _SAMPLES, _FORMAT = 262, 258, 277, 339  # tags of a TIFF
+_KINDS = {1: "unsigned integer", 2: "signed integer", 3: "floating point", 5: "complex integer", 6: "complex"}
 
 
 def find(arguments: Sequence[Path]) -> list[Path]:
@@ -32,22 +40,28 @@ def load(path: Path, colour: str) -> np.ndarray:
 
     colour: "y" gives one channel, the full-range BT.601 luma 0.299 R + 0.587 G + 0.114 B, rounded as the file is
         (8-bit files to 8 bits); "channels" gives three for a colour image, one for a gray one.
-    8- and 16-bit, palette, bilevel, CMYK and float files ([0, 1] only) are read, transparency is laid on white,
+    8-, 12- and 16-bit, palette, bilevel, CMYK and float files ([0, 1] only) are read, transparency is laid on white,
     the EXIF orientation applied, and only the first of several frames taken.
     Raises UserError for anything that is not a readable image.
     """
     try:
         with Image.open(path) as opened:
+            width, height = opened.size
+            if width * height > _MOST_PIXELS:
+                raise UserError(f"expected at most {_MOST_PIXELS:,} pixels, got {path}: {width} x {height}")
             _warn_of_losses(path, opened)
+            tags = dict(getattr(opened, "tag_v2", {}))
             opened.load()
             image = ImageOps.exif_transpose(opened)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"expected an image, got {path}: no such file") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"expected an image, got {path}: {_what_it_is(path)}") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise UserError(f"expected a complete image, got {path}: {first_line(error)}") from error
-    return _wide(path, image) if image.mode[0] in "IF" else _eight_bit(image, colour)
+    return _wide(path, image, tags) if image.mode[0] in "IF" else _eight_bit(image, colour)
 
 
 def from_array(pixels: np.ndarray, colour: str) -> np.ndarray:
@@ -56,27 +70,55 @@ def from_array(pixels: np.ndarray, colour: str) -> np.ndarray:
 
 
 def _what_it_is(path: Path) -> str:
-    return "an empty file" if path.stat().st_size == 0 else "not an image that can be read"
+    if path.stat().st_size == 0:
+        return "an empty file"
+    unknown = "not an image that can be read"
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return unknown
+    try:
+        with path.open("rb") as f:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(f.read(8))
+            f.seek(tags.next)
+            tags.load(f)
+        bits, kind = tags[_BITS][0], _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
+    except Exception:  # of damaged files, nearly anything
+        return unknown
+    return (
+        f"a TIFF of {tags.get(_SAMPLES, 1)} x {bits}-bit {kind} samples, photometric interpretation "
+        f"{tags.get(_PHOTOMETRIC)}, a kind that is not read (32-bit floating point is, in gray)"
+    )
 
 
 def _warn_of_losses(path: Path, image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
         note(f"{path}: only the first of {image.n_frames} frames is read")
-    # Raw modes of 16 bits a channel begin so ("RGB;16B"); "BGR;16" is 16 bits a pixel, which loses nothing.
-    if image.mode in ("RGB", "RGBA") and image.tile and "RGB" in (raw := str(image.tile[0][-1])) and ";16" in raw:
-        note(f"{path}: 16-bit colour is read at 8 bits")
+    if image.mode[0] in "IF" or not image.tile:
+        return
+    args = image.tile[0][-1]
+    if image.format == "PPM":
+        deep = isinstance(args, tuple) and args[-1] > 255  # the largest value
+    else:
+        # Raw modes of 16 bits a channel are called so ("RGB;16B"); "BGR;16" is 16 bits a pixel, which loses nothing.
+        deep = re.search(r"(RGB|LA|CMYK)\w*;16", str(args))
+    if deep:
+        note(f"{path}: 16-bit {'gray with transparency' if 'LA;' in str(args) else 'colour'} is read at 8 bits")
 
 
-def _wide(path: Path, image: Image.Image) -> np.ndarray:
+def _wide(path: Path, image: Image.Image, tags: dict) -> np.ndarray:
+    """tags: of a TIFF, which Pillow does not act on in these modes."""
     values = np.asarray(image)
     if image.mode == "F":
-        scale, limit, want = 1.0, 1.0, "values in [0, 1] in a floating-point image"
+        limit, want = 1, "values in [0, 1] in a floating-point image"
     else:
-        scale, limit, want = 65535.0, 65535, "values in 0..65535 in an integer image"
+        limit = 4095 if tags.get(_BITS) == (12,) else 65535
+        want = f"values in 0..{limit} in an integer image"
     lowest, highest = values.min(), values.max()
     if not (lowest >= 0 and highest <= limit):  # also catches NaN
         raise UserError(f"expected {want}, got {path}: {lowest:g} to {highest:g}")
-    return (values.astype(np.float32) / np.float32(scale))[None]
+    if limit == 65535 and 0 < highest < _DARK:
+        note(f"{path}: values up to {highest} only, where {limit} is white: it is read nearly black")
+    scaled = (values.astype(np.float32) / np.float32(limit))[None]
+    return 1 - scaled if tags.get(_PHOTOMETRIC) == 0 else scaled
 
 
 def _eight_bit(image: Image.Image, colour: str) -> np.ndarray:

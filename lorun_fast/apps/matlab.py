@@ -11,15 +11,13 @@ from lorun_fast.apps.errors import UserError, first_line
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .mat file of any version, by name. Raises UserError for a file that cannot be read."""
+    import h5py
     from scipy.io import loadmat
 
     try:
-        try:
-            found = loadmat(path)
-        except NotImplementedError:  # MATLAB 7.3 files are HDF5
+        if h5py.is_hdf5(path):  # MATLAB 7.3, and what h5py writes without MATLAB's header
             return _load_hdf5(path)
-    except ModuleNotFoundError:  # h5py, which the command tells how to install
-        raise
+        found = loadmat(path)
     except Exception as error:  # readers of damaged files raise nearly anything
         raise UserError(f"expected a complete .mat file, got {path}: {first_line(error)}") from error
     return {k: v for k, v in found.items() if not k.startswith("__") and isinstance(v, np.ndarray)}

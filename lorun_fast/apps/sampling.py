@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorun_fast.apps import images
+from lorun_fast.apps import files, images
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.progress import over
+from lorun_fast.apps.progress import note, over
+
+T = TypeVar("T")
 
 
 def find_images(folders: Sequence[Path]) -> list[Path]:
     """All image files below these folders, in a fixed order. Raises UserError for a folder without any."""
     found = []
     for folder in folders:
-        below = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in images.SUFFIXES)
+        below = files.below(folder, images.SUFFIXES)
         if not below:
             raise UserError(f"--data: expected a folder with images below it, got {folder}")
         found += below
     return found
 
 
-def held_out(paths: Sequence[Path], most: int) -> tuple[list[Path], list[Path]]:
-    """(validation, training): at most ``most`` and a tenth of the files, spread evenly, and the others.
+def fingerprint(folders: Sequence[Path], paths: Sequence[Path]) -> str:
+    """Of these files and folders of images: their names below ``folders`` and their sizes, so that nothing is read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in files.below(path, images.SUFFIXES) if path.is_dir() else [path]:
+            name = next((file.relative_to(f) for f in folders if file.is_relative_to(f)), file.name)
+            digest.update(b"%s\0%d\0" % (os.fsencode(name), file.stat().st_size))
+    return digest.hexdigest()
 
-    The held-out images only draw the curve; no checkpoint is chosen by them.
+
+def held_out(items: Sequence[T], most: int) -> tuple[list[T], list[T]]:
+    """(validation, training): at most ``most`` and a tenth of the items, spread evenly, and the others.
+
+    What is held out only draws the curve; no checkpoint is chosen by it.
     """
-    count = max(1, min(most, len(paths) // 10))
-    chosen = set(paths[:: max(1, len(paths) // count)][:count])
-    return [p for p in paths if p in chosen], [p for p in paths if p not in chosen]
+    count = max(1, min(most, len(items) // 10))
+    chosen = range(0, len(items), max(1, len(items) // count))[:count]
+    return [items[i] for i in chosen], [item for i, item in enumerate(items) if i not in chosen]
 
 
 def load_gray(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
-    """Luma images as uint8 (H, W); those smaller than ``smallest`` on a side are left out."""
-    gray = [np.rint(images.load(path, "y")[0] * 255).astype(np.uint8) for path in over(paths, "reading images")]
-    return [image for image in gray if min(image.shape) >= smallest]
+    """Luma images as uint8 (H, W); those smaller than ``smallest`` on a side are left out with a note."""
+    pixels = (np.rint(images.load(path, "y")[0] * 255).astype(np.uint8) for path in over(paths, "reading images"))
+    return _large_enough(paths, pixels, smallest)
 
 
 def load_colour(paths: Sequence[Path], smallest: int) -> list[np.ndarray]:
     """Images as uint8 (H, W, 3), the three channels of a gray one equal; small ones are left out as by load_gray."""
-    found = []
-    for path in over(paths, "reading images"):
-        pixels = np.rint(images.load(path, "channels") * 255).astype(np.uint8).transpose(1, 2, 0)
-        if min(pixels.shape[:2]) >= smallest:
-            found.append(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    pixels = (np.rint(images.load(path, "channels") * 255).astype(np.uint8) for path in over(paths, "reading images"))
+    shown = (p.transpose(1, 2, 0) for p in pixels)
+    return _large_enough(paths, (np.broadcast_to(p, (*p.shape[:2], 3)) for p in shown), smallest)
+
+
+def _large_enough(paths: Sequence[Path], pixels: Iterable[np.ndarray], smallest: int) -> list[np.ndarray]:
+    found, small = [], []
+    for path, image in zip(paths, pixels, strict=True):
+        if min(image.shape[:2]) < smallest:
+            small.append(path.name)
+        else:
+            found.append(image)
+    if small:
+        names = ", ".join(small[:3]) + (", ..." if len(small) > 3 else "")
+        note(f"--data: left out {len(small)} images smaller than {smallest}x{smallest} pixels: {names}")
     return found
 
 

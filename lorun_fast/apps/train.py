@@ -27,9 +27,10 @@ from lorun_fast import _native
 from lorun_fast.apps import background, models, runtime, tasks
 from lorun_fast.apps.batches import Batch
 from lorun_fast.apps.errors import UserError, first_line
-from lorun_fast.apps.files import make_folder, replacing
+from lorun_fast.apps.files import make_folder, replacing, writing
 from lorun_fast.apps.progress import bar
 from lorun_fast.apps.runtime import at_least_one, none_or_more, not_negative, percentage, seed
+from lorun_fast.apps.sampling import fingerprint
 from lorun_fast.apps.training_step import RecordedStep, Step
 from lorun_fast.io import save
 from lorun_fast.network import LoRun, falling_step_sizes
@@ -39,6 +40,9 @@ from lorun_fast.optimize import fastest_convolutions
 _COLUMNS = ("phase", "step", "loss", "gradient_norm", "learning_rate", "validation_psnr_db", "seconds")
 # What may change between two starts of one run: nothing that the numbers depend on.
 _FREE = ("resume", "checkpoint_every", "threads", "stop_after", "cuda_graph", "func", "command", "output")
+# Settings that name files, which are the same from every folder.
+_PATHS = ("data", "init", "mask", "warm_start")
+_DATA_FILES = "data_files"  # the setting that tells changed training data apart
 _RESUME = "resume"
 # Threads that draw batches for a GPU: one takes as long for some as the step that they are for.
 _DRAWING = 2
@@ -167,6 +171,7 @@ class Run:
         if args.dtype is None:
             args.dtype = runtime.fastest_dtype(self.device)
         self.settings = {k: _plain(v) for k, v in sorted(vars(args).items()) if k not in _FREE}
+        self.settings[_DATA_FILES] = fingerprint(args.data, self.recipe.paths)
         self.taken = 0
         self._held: int | None = None  # the folder, locked
 
@@ -181,9 +186,14 @@ class Run:
             self._hold()
             _write(config, json.dumps(self.settings, indent=1))
             return None
-        before = _settings(self.folder)
+        before = _absolute(_settings(self.folder))
         self._hold()
         changed = [k for k in self.settings if k in before and before[k] != self.settings[k]]
+        if changed == [_DATA_FILES]:
+            data = ", ".join(self.settings["data"])
+            raise UserError(
+                f"{self.folder}: expected the training data of the run, but names or sizes changed in {data}"
+            )
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r} and is {self.settings[k]!r}" for k in changed)
             raise UserError(f"{self.folder}: expected the settings of the run, but {what}")
@@ -244,9 +254,10 @@ class Run:
             loss, unread = unread.item(), None
             if not math.isfinite(loss):
                 progress.close()
+                kept = (self.folder / "checkpoint.pt").exists()
                 raise UserError(
                     f"{self.folder}: expected a finite loss, got {loss} in step {done} of phase {name}: try a lower "
-                    f"--lr; what the last checkpoint holds is still there"
+                    f"--lr; {'what the last checkpoint holds is still there' if kept else 'there is no checkpoint yet'}"
                 )
             total_loss, counted = total_loss + loss, counted + 1
 
@@ -261,8 +272,10 @@ class Run:
                 "net": net.state_dict(),
                 "optimizer": step.optimizer.state_dict(),
             }
+            content = io.BytesIO()
+            torch.save(state, content)  # which makes a RuntimeError of a full disk, where it writes to a file
             with replacing(self.folder / "checkpoint.pt") as f:
-                torch.save(state, f)
+                f.write(content.getbuffer())
 
         for index, batch in self._drawn(name, net, range(first, steps)):
             if args.stop_after is not None and self.taken >= args.stop_after:
@@ -306,7 +319,7 @@ class Run:
         """Drops rows that a killed run wrote after its last checkpoint."""
         path = self.folder / "log.csv"
         if not path.exists():
-            path.write_text(",".join(_COLUMNS) + "\n")
+            _write(path, ",".join(_COLUMNS) + "\n")
             return
         with path.open() as f:
             rows = list(csv.DictReader(f))
@@ -324,7 +337,8 @@ class Run:
 
     def _log(self, row: tuple, seconds: float) -> None:
         phase, step, loss, norm, lr, score = row
-        with (self.folder / "log.csv").open("a", newline="") as f:
+        path = self.folder / "log.csv"
+        with writing(path), path.open("a", newline="") as f:
             csv.writer(f).writerow(
                 (phase, step, f"{loss:.6e}", f"{norm:.4e}", f"{lr:.3e}", f"{score:.4f}", f"{seconds:.1f}")
             )
@@ -344,11 +358,13 @@ class Run:
             "settings": self.settings,
         }
         # The weights travel; the paths of the machine they were trained on do not.
-        public = {k: v for k, v in self.settings.items() if k not in ("data", "init", "warm_start")}
+        public = {k: v for k, v in self.settings.items() if k not in ("data", _DATA_FILES, "init", "warm_start")}
         public["data"] = [folder.name for folder in self.args.data]
         public |= {k: v.name for k, v in vars(self.args).items() if k in public and isinstance(v, Path)}
         facts = {k: summary[k] for k in ("seconds", "peak_memory_gib", "threads", "torch")}
-        save(net, self.folder / "model.safetensors", notes={"training": {**facts, "settings": public}})
+        model = self.folder / "model.safetensors"
+        with writing(model):
+            save(net, model, notes={"training": {**facts, "settings": public}})
         _write(self.folder / "summary.json", json.dumps(summary, indent=1))
         _plot(self.folder / "log.csv", self.folder / "curve.png")
 
@@ -367,6 +383,17 @@ def _settings(folder: Path) -> dict:
     if not config.is_file():
         raise UserError(f"{folder}: expected a run to resume, found no config.json")
     return _readable(config, lambda path: dict(json.loads(path.read_text())))
+
+
+def _absolute(settings: dict) -> dict:
+    """With the absolute paths of files and folders; names of shipped networks and of what is not there stay."""
+    names = {*models.shipped(), *tasks.NAMES}
+
+    def one(value, known=()):
+        return type(value)(Path(value).resolve()) if str(value) not in known and Path(value).exists() else value
+
+    given = {k: settings[k] for k in _PATHS if settings.get(k) is not None}
+    return settings | {k: [one(v) for v in value] if k == "data" else one(value, names) for k, value in given.items()}
 
 
 def _plain(value):
@@ -460,6 +487,7 @@ def _copy_what_fits(source: LoRun, target: LoRun) -> None:
 def _settings_of(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that the run in args.output was started with, and the free ones of this start."""
     settings = _settings(args.output)
+    settings.pop(_DATA_FILES, None)
     task = settings.get("task")
     parser = argparse.ArgumentParser()
     _add_common_arguments(parser)
@@ -483,6 +511,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``lorun-fast train``; the exit status is 0 also when --stop-after ended it."""
     if args.task == _RESUME:
         args = _settings_of(args)
+    args = argparse.Namespace(**_absolute(vars(args)))
     if args.threads:
         torch.set_num_threads(args.threads)
     init = _init_file(args.init) if args.init else None
@@ -506,7 +535,8 @@ def run(args: argparse.Namespace) -> int:
             if init is None:
                 if not training.phase("base", base, args.base_steps, state):
                     return 0
-                save(base, base_file)
+                with writing(base_file):
+                    save(base, base_file)
             state = None
         torch.manual_seed(args.seed + 1)
         net = _phase_two(models.read_network(base_file) if start is None else start, base_file, base, args)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lorun_fast.apps import images, measurements
 from lorun_fast.apps.errors import UserError
-from lorun_fast.apps.files import replacing
+from lorun_fast.apps.files import below, replacing
 from lorun_fast.apps.matrices import ARRAYS, load_variables
 from lorun_fast.apps.progress import note
 from lorun_fast.apps.tasks.cassi import colour, scenes
@@ -55,9 +55,9 @@ def find_cubes(arguments: Sequence[Path]) -> list[Path]:
             raise UserError(f"expected a spectral cube or a folder of them, got {argument}: no such file")
         cubes = [argument]
         if argument.is_dir():
-            cubes = sorted(p for p in argument.iterdir() if p.is_file() and _is_array(p))
+            cubes = sorted(p for p in argument.iterdir() if p.is_file() and _is_array(p) and p.name[0] != ".")
             if not cubes:
-                cubes = sorted({p.parent for p in argument.rglob("*") if _is_image(p)})
+                cubes = sorted({p.parent for p in below(argument, images.SUFFIXES)})
             if not cubes:
                 raise UserError(f"expected .mat, .npy, .npz or band images in {argument}, got none")
         for path in cubes:

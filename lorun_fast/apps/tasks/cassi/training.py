@@ -110,10 +110,10 @@ class Recipe:
             self.mask = options.operator(args, args.bands, args.step).mask
             if any(own > full for own, full in zip(self.size, self.mask.shape[-2:], strict=True)):
                 raise UserError(f"--patch: expected at most the mask's {tuple(self.mask.shape[-2:])}, got {self.size}")
-        paths = find_cubes(args.data)
-        if len(paths) < 2:
-            raise UserError(f"--data: expected at least two scenes, got {len(paths)}")
-        validation, training = held_out(paths, _VALIDATION_SCENES)
+        self.paths = find_cubes(args.data)
+        if len(self.paths) < 2:
+            raise UserError(f"--data: expected at least two scenes, got {len(self.paths)}")
+        validation, training = held_out(self.paths, _VALIDATION_SCENES)
         self.validation = [self._middle(self._read(path)) for path in validation]
         library = scenes.Library(training, self._read, int(args.memory_gib * 2**30))
         self.sampler = scenes.CropSampler(library, self.size, args.batch, args.seed, args.mosaic)

@@ -51,14 +51,11 @@ class Recipe:
         self.args = args
         if args.patch % args.block_size:
             raise UserError(f"--patch: expected a multiple of --block-size {args.block_size}, got {args.patch}")
-        paths = find_images(args.data)
-        validation, training = held_out(paths, _VALIDATION_IMAGES)
+        self.paths = find_images(args.data)
+        validation, training = held_out(load_gray(self.paths, args.patch), _VALIDATION_IMAGES)
         crop = 256
-        self.validation = [image[:crop, :crop] for image in load_gray(validation, args.block_size)]
-        if not self.validation:
-            side = f"{args.block_size}x{args.block_size}"
-            raise UserError(f"--data: expected held-out images of at least {side} pixels, got smaller ones")
-        self.sampler = PatchSampler(load_gray(training, args.patch), args.patch, args.batch, args.seed)
+        self.validation = [image[:crop, :crop] for image in validation]
+        self.sampler = PatchSampler(training, args.patch, args.batch, args.seed)
 
     def base(self) -> LoRun:
         """Phase 1: a single block and the sensing matrix."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -22,8 +23,9 @@ pixels left out at every border. --protocol float rounds nothing. "start" is x_0
 Seconds run from y in memory to the image in memory, after one untimed image; in a batch, its time over its images.
 
 JSON keys: mean[], of each scale: scale, psnr, start_psnr, seconds; kernels[], of each scale and kernel: scale, kernel
-(from 1, its place in the file), psnr, start_psnr, seconds, images[].name, .psnr, .start_psnr; the model, settings and
-versions. Means over a kernel's images, then over the kernels. A value that is not finite is null.
+(from 1, its place in the file), psnr, start_psnr, seconds, images[].name, .psnr, .start_psnr; the model, settings,
+hashes of the kernels and image files, and versions. Means over a kernel's images, then over the kernels. A value that
+is not finite is null.
 
 With --json, the rows so far are in FILE.part until FILE is written; --resume goes on from them.
 
@@ -120,6 +122,11 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         "protocol": args.protocol,
         "definition": protocol.__doc__,
         "kernels_file": args.kernels.name,
+        "key": args.key,
+        "normalise": args.normalise,
+        "kernels_sha256": {str(i): _sha256(repr(k.shape).encode() + k.tobytes()) for i, k in blur.items()},
+        "images_sha256": [_sha256(path.read_bytes()) for path in paths],
+        "dtype": how.dtype_name,
         "noise": args.noise,
         "seed": args.seed,
         "tile": args.tile,
@@ -154,6 +161,10 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     return 0
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _known_rows(part: Path, settings: dict, names: list[str], planned: list[tuple[int, int]]) -> list[dict]:
     """The rows of an evaluation that was stopped: those of the first planned scales and kernels, or none yet.
 
@@ -168,7 +179,10 @@ def _known_rows(part: Path, settings: dict, names: list[str], planned: list[tupl
         scored = {tuple(image["name"] for image in row["images"]) for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: expected the rows of an evaluation, got {part}: {first_line(error)}") from error
-    changed = [key for key in settings if before.get(key) != settings[key]]
+    missing = settings.keys() - before.keys()
+    if missing:
+        raise UserError(f"--resume: expected the rows of this version, got {part} without {', '.join(sorted(missing))}")
+    changed = [key for key in settings if before[key] != settings[key]]
     if scored - {tuple(names)}:
         changed.append("images")
     if done != planned[: len(done)]:

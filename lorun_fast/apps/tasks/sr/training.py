@@ -75,12 +75,11 @@ class Recipe:
         cell = int(np.lcm.reduce(args.scales))
         if args.patch % cell:
             raise UserError(f"--patch: expected a multiple of {cell} for the scales {args.scales}, got {args.patch}")
-        crop = _VALIDATION_CROP // cell * cell or cell
-        validation, training = held_out(find_images(args.data), _VALIDATION_IMAGES)
-        self.validation = [image[:crop, :crop] for image in load_colour(validation, crop)]
-        if not self.validation:
-            raise UserError(f"--data: expected held-out images of at least {crop}x{crop} pixels, got smaller ones")
-        self.sampler = PatchSampler(load_colour(training, args.patch), args.patch, args.batch, args.seed)
+        self.paths = find_images(args.data)
+        validation, training = held_out(load_colour(self.paths, args.patch), _VALIDATION_IMAGES)
+        crops = [min(max(_VALIDATION_CROP, cell), *image.shape[:2]) // cell * cell for image in validation]
+        self.validation = [image[:crop, :crop] for image, crop in zip(validation, crops, strict=True)]
+        self.sampler = PatchSampler(training, args.patch, args.batch, args.seed)
 
     def base(self) -> LoRun:
         """Phase 1: a single block."""
