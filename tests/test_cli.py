@@ -104,6 +104,7 @@ def test_an_interrupt_leaves_complete_files_only(tmp_path, capsys, monkeypatch):
     accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", y)
     out.mkdir()
     (out / "b.png").write_bytes(b"before")
+    command = ["restore", str(y), "-o", str(out), "--model", str(model)]
     calls = []
     real = restoring.restore
 
@@ -114,13 +115,16 @@ def test_an_interrupt_leaves_complete_files_only(tmp_path, capsys, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(restoring, "restore", interrupted)
-    assert main(["restore", str(y), "-o", str(out), "--model", str(model)]) == 130
+    assert main([*command, "--overwrite"]) == 130
     captured = capsys.readouterr()
     assert captured.err.strip() == "lorun-fast: interrupted"
     after = contents(out)
     assert sorted(after) == ["a.png", "b.png"]
     assert after["b.png"] == b"before"
     assert after["a.png"].endswith(b"IEND\xaeB`\x82")
+    assert "b.png" in refused(capsys, *command)  # which was not written, unlike a.png
+    (out / "b.png").unlink()
+    accepted(capsys, *command)
 
 
 def test_an_interrupt_while_writing_leaves_no_file(tmp_path, capsys, monkeypatch):

@@ -89,7 +89,7 @@ def test_measure_to_restore_for_sizes_that_no_scale_divides(tmp_path, model, ker
     for batch in (1, 3):
         out = tmp_path / f"out{batch}"
         accepted(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model, "--batch", batch, "--bits", 16)
-        assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+        assert sorted(contents(out)) == ["a.png", "b.png", "c.png", "d.png"]
     for i, (name, (height, width)) in enumerate(shapes.items()):
         y = found[f"y_{i}"]
         size = (height, width) if how == "reflect" else (height // 3 * 3, width // 3 * 3)
@@ -223,7 +223,7 @@ def test_evaluate_scores_every_kernel_and_scale(tmp_path, model, capsys):
             assert f"{mean['psnr']:.2f}" in out
         assert report["protocol"] == name and report["task"] == "sr"
         assert Image.open(tmp_path / "s.png").size[0] > 300
-        assert len(list((tmp_path / "x").iterdir())) == 8
+        assert len(contents(tmp_path / "x")) == 8
 
 
 def test_evaluate_in_tiles_scores_what_restore_makes(tmp_path, model, capsys):
@@ -308,7 +308,7 @@ def test_demo_makes_its_pictures_without_a_network(tmp_path, model, capsys, monk
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     out = accepted(capsys, "demo", "sr", "--model", model, "-o", tmp_path / "demo")
-    names = {p.name for p in (tmp_path / "demo").iterdir()}
+    names = set(contents(tmp_path / "demo"))
     want = {f"{n}_{k}.png" for n in ("astronaut", "chelsea", "coffee", "camera")
             for k in ("original", "small", "start", "restored")}  # fmt: skip
     assert names == want | {"comparison.png"}
@@ -376,6 +376,14 @@ def test_restore_refuses(tmp_path, model, capsys, changes, message):
         (("--kernels", "k.npy", "--index", "2"), "--index: expected 1 to 1"),
         (("--kernels", "k.npy", "--scale", "4"), "expected an image of more than 32 pixels a side"),
         (("--kernels", "k.npy", "--json", "none/s.json"), "expected an existing folder"),
+        (
+            ("--kernels", "k.npy", "--json", "k.npy"),
+            "expected another file to write than those that are read, got k.npy",
+        ),
+        (("--kernels", "k.npy", "--figure", "a.png"), "expected another file to write than those that are read, got a"),
+        (("--kernels", "k.npy", "--figure", "a.json"), "--figure: expected a name that ends in .png, got a.json"),
+        (("--kernels", "k.npy", "--figure", "a_x2_k1.png", "--save", "."), ".: a_x2_k1.png is in use"),
+        (("--kernels", "k.npy", "--save", "saved"), "(--overwrite replaces them), got saved with a_x2_k1.png"),
     ],
 )
 def test_evaluate_refuses(tmp_path, model, kernel, capsys, monkeypatch, more, message):
@@ -383,6 +391,7 @@ def test_evaluate_refuses(tmp_path, model, kernel, capsys, monkeypatch, more, me
     picture(tmp_path / "a.png", 30, 30)
     np.save("nan.npy", np.full((3, 3), np.nan))
     np.save("large.npy", np.full((25, 3), 1 / 75))
+    picture(tmp_path / "saved" / "a_x2_k1.png")
     before = contents(tmp_path)
     scale = () if "--scale" in more else ("--scale", "2")
     assert message in refused(capsys, "evaluate", model, "a.png", *scale, *more)

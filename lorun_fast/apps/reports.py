@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lorun_fast._version import __version__
-from lorun_fast.apps import files
+from lorun_fast.apps import files, images
+from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.models import Model
 from lorun_fast.apps.runtime import Runtime
 
@@ -37,6 +40,20 @@ def machine(how: Runtime) -> dict:
         "versions": {"lorun_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "peak_memory_bytes": how.peak_memory(),
     }
+
+
+def check(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
+    """Raises UserError unless --json and --figure, where given, name files that can be written: none of the inputs,
+    no picture for one and a PNG for the other.
+    """
+    figure = getattr(args, "figure", None)
+    if args.json is not None and args.json.suffix.lower() in images.SUFFIXES:
+        raise UserError(f"--json: expected a name that is not an image's, got {args.json}")
+    if figure is not None and figure.suffix.lower() != ".png" and not files.written_in_place(figure):
+        raise UserError(f"--figure: expected a name that ends in .png, got {figure}")
+    for path in (args.json, figure):
+        if path is not None:
+            files.check_file(path, inputs)
 
 
 def write(path: Path, report: dict) -> None:

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".npz":
         raise UserError(f"-o: expected a name that ends in .npz, got {args.output}")
     paths = cubes.find_cubes(args.cubes)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.mask] if args.mask else [])])
     bands: int | None = args.bands
     full: CASSI | None = None
     op: CASSI | None = None

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"-o: expected a name that ends in .npz, got {args.output}")
     op = cs.operator(args)
     paths = images.find(args.images)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.phi] if args.phi else [])])
     items = []
     with progress.bar(len(paths), "measuring") as bar:
         for i, (name, path) in enumerate(zip(files.unique_names(paths), paths, strict=True)):

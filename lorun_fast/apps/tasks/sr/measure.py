@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     kernel = kernel_of(args)
     op = BlurDownsample(torch.from_numpy(kernel), args.scale)
     paths = images.find(args.images)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.kernel] if args.kernel else [])])
     items = []
     with progress.bar(len(paths), "measuring") as bar:
         for i, (name, path) in enumerate(zip(files.unique_names(paths), paths, strict=True)):
