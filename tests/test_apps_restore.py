@@ -854,6 +854,15 @@ def test_only_what_the_command_wrote_is_replaced(tmp_path, model, capsys):
     assert (out / "a.png").read_bytes() == restored
 
 
+def test_a_name_that_restore_refuses_is_not_measured(tmp_path, capsys):
+    for name in ("a:1.png", "what?.png"):
+        picture(tmp_path / name)
+        line = refused(capsys, "measure", tmp_path / name, "--ratio", "25", "--gaussian", "-o", tmp_path / "y.npz")
+        assert f"{name}: name: expected a plain file name, got {name[:-4]!r}" in line
+        sr = ("--gaussian", 1, "--scale", 2, "-o", tmp_path / "y.npz")
+        assert refused(capsys, "measure", "sr", tmp_path / name, *sr) == line
+
+
 def test_measurements_do_not_replace_what_they_are_made_with(tmp_path, capsys):
     picture(tmp_path / "a.png")
     np.savez(tmp_path / "phi.npz", phi=np.eye(16, 64, dtype=np.float32))

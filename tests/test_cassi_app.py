@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -230,6 +231,12 @@ def test_evaluate(files, model, capsys):
     assert set(contents(files / "pictures")) == {f"{n}{end}.png" for n in "ab" for end in ("", "_bands", "_colour")}
     tiled = accepted(capsys, "evaluate", model, files / "a.npy", "--mask", files / "mask.npy", "--tile", 64)
     assert f"{row['psnr']:.2f}" in tiled
+
+
+@pytest.mark.parametrize("name", ["a$_$b", os.fsdecode(b"\xe9")])
+def test_a_file_name_is_a_title(name, tmp_path):
+    pictures.overview(tmp_path / "o.png", [("truth", cube())], np.linspace(450, 650, BANDS), name, [(1, 1)])
+    assert (tmp_path / "o.png").stat().st_size
 
 
 def test_cubes_and_pictures_of_others_stay(files, model, capsys):

@@ -119,11 +119,20 @@ def _task_of(command: str, words: list[str]) -> tuple[str, list[str]]:
     return tasks.NAMES[0], words
 
 
+def _complete_streams() -> None:
+    """stdout and stderr that were closed (>&-) swallow what is printed; names that stdout cannot show are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. argv: the arguments; None stands for the process's own."""
     if argv is None:
         argv = sys.argv[1:]
-        # Both concern the whole process, so only when it is ours.
+        # These concern the whole process, so only when it is ours.
+        _complete_streams()
         keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -57,10 +57,13 @@ def check(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
 
 
 def write(path: Path, report: dict) -> None:
-    """The report as JSON, complete or not at all. A number that is not finite becomes null."""
+    """The report as JSON, complete or not at all. A number that is not finite becomes null.
+
+    Bytes of a file name that are no UTF-8 are escaped: json.load gives them back.
+    """
     text = json.dumps(_without_infinities(report), indent=1, allow_nan=False, ensure_ascii=False)
     with files.replacing(path) as f:
-        f.write(f"{text}\n".encode())
+        f.write(f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _without_infinities(value):

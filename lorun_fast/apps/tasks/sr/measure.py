@@ -99,9 +99,12 @@ def run(args: argparse.Namespace) -> int:
     op = BlurDownsample(torch.from_numpy(kernel), args.scale)
     paths = images.find(args.images)
     files.check_file(args.output, [*paths, *([args.kernel] if args.kernel else [])])
+    names = files.unique_names(paths)
+    for name, path in zip(names, paths, strict=True):
+        measurements.check_name(path, name)
     items = []
     with progress.bar(len(paths), "measuring") as bar:
-        for i, (name, path) in enumerate(zip(files.unique_names(paths), paths, strict=True)):
+        for i, (name, path) in enumerate(zip(names, paths, strict=True)):
             image = images.load(path, args.colour)
             if args.measured:
                 size = tuple(side * args.scale for side in image.shape[1:])
