@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import lorun_fast as lf
 from lorun_fast.apps import images, models, tiling
+from lorun_fast.apps.cli import main
 
 
 @pytest.fixture
@@ -131,6 +132,13 @@ def test_folders_with_other_files(tmp_path, model, capsys):
     captured = capsys.readouterr()
     assert "skipped 1 files that are not images: notes.txt" in captured.err
     assert "mean of 1" in captured.out
+
+
+def test_a_note_comes_once(tmp_path, model, capsys):
+    frames = [Image.new("L", (24, 24), tone) for tone in (50, 200)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert main(["evaluate", str(model), str(tmp_path / "two.gif")]) == 0
+    assert capsys.readouterr().err.count("only the first of 2 frames is read") == 1
 
 
 def test_refusals_write_nothing(tmp_path, model, capsys):

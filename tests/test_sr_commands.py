@@ -166,7 +166,7 @@ def test_files_keep_their_own_kernels_edges_and_noise(tmp_path, model, kernel, c
     assert main([str(word) for word in command]) == 0
     printed = capsys.readouterr()
     assert "and 2 more" in printed.out and "5 images of 5 files" in printed.out
-    assert printed.err.count("beyond the 25/255") == 2  # said once per operator and level, not once per file
+    assert printed.err.count("beyond the 25/255") == 1  # said once, not once per file
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     accepted(capsys, *command[:-1], 2)  # b and d share a batch
     for name in files:
@@ -327,7 +327,7 @@ def test_demo_makes_its_pictures_without_a_network(tmp_path, model, capsys, monk
         (("--gaussian", "0"), "expected a width above 0"),
         (("--gaussian", "1", "--index", "1"), "expected --kernel beside --key and --index"),
         (("--kernel", "k.npy", "--scale", "0"), "expected a whole number of at least 1"),
-        (("--kernel", "k.npy", "--scale", "31"), "expected an image of at least 31 x 31 pixels"),
+        (("--kernel", "k.npy", "--scale", "31"), "a.png: expected an image of at least 31 x 31 pixels"),
     ],
 )
 def test_measure_refuses(tmp_path, kernel, capsys, monkeypatch, more, message):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lorun_fast._version import __version__
-from lorun_fast.apps import models, tasks
+from lorun_fast.apps import models, progress, tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.runtime import keep_freed_memory
 
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    progress.note.cache_clear()  # once means once a command
     if "" in argv:  # as a path it would be the current folder
         raise UserError("expected arguments that are not empty, got '': is a variable of the shell not set?")
     command = argv[0] if argv and argv[0] in _COMMANDS else None

@@ -110,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
                 size = tuple(side * args.scale for side in image.shape[1:])
                 y = image
             else:
-                x = pictures.fitted(image, args.scale, args.size)
+                try:
+                    x = pictures.fitted(image, args.scale, args.size)
+                except UserError as error:
+                    raise UserError(f"{path}: {error}") from None
                 size = x.shape[1:] if args.size == "crop" else image.shape[1:]
                 rng = restoring.noise_source(args.seed, i)
                 y = restoring.measure(op, x[None], args.noise, rng)[0]
