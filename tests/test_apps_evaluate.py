@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import lorun_fast as lf
 from lorun_fast.apps import images, models, tiling
+from lorun_fast.apps.cli import main
 
 
 @pytest.fixture
@@ -133,6 +134,13 @@ def test_folders_with_other_files(tmp_path, model, capsys):
     assert "mean of 1" in captured.out
 
 
+def test_a_note_comes_once(tmp_path, model, capsys):
+    frames = [Image.new("L", (24, 24), tone) for tone in (50, 200)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert main(["evaluate", str(model), str(tmp_path / "two.gif")]) == 0
+    assert capsys.readouterr().err.count("only the first of 2 frames is read") == 1
+
+
 def test_refusals_write_nothing(tmp_path, model, capsys):
     photos = tmp_path / "photos"
     picture(photos / "a.png")
@@ -141,6 +149,8 @@ def test_refusals_write_nothing(tmp_path, model, capsys):
     (tmp_path / "text" / "a.txt").write_text("no image")
     picture(tmp_path / "links" / "a.png")
     (tmp_path / "links" / "b.png").symlink_to("gone.png")
+    picture(tmp_path / "other" / "a.jpg")
+    picture(tmp_path / "other" / "b" / "a.png")
     (tmp_path / "mine.json").write_text("mine")
     before = contents(tmp_path)
     good = ["evaluate", model, photos]
@@ -155,6 +165,10 @@ def test_refusals_write_nothing(tmp_path, model, capsys):
         ([*good, "--json", photos], "expected a file"),
         ([*good, "--save", tmp_path / "mine.json"], "expected a folder"),
         ([*good, "--save", photos], "another folder"),
+        ([*good, "--save", photos, "--overwrite"], "another folder"),
+        (["evaluate", model, tmp_path / "other" / "a.jpg", "--save", photos], "with a.png"),
+        ([*good, "--json", tmp_path / "other" / "b" / "a.png"], "not an image's"),
+        (["evaluate", model, photos, "--json", model], "those that are read"),
     ):
         assert message in refused(capsys, *command)
     assert contents(tmp_path) == before
@@ -182,7 +196,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     from lorun_fast.apps.tasks.cs.demo import _PHOTOGRAPHS
 
     kinds = ("original", "start", "restored")
-    written = {p.name for p in (tmp_path / "demo-output").iterdir()}
+    written = set(contents(tmp_path / "demo-output"))
     assert written == {f"{name}_{kind}.png" for name in _PHOTOGRAPHS for kind in kinds} | {"comparison.png"}
     with Image.open(tmp_path / "demo-output" / "comparison.png") as image:
         assert image.size[0] > 1000 and len(image.getcolors(2**24)) > 1000

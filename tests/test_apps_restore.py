@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_sizes_that_no_block_divides(tmp_path, model, capsys):
     for batch in (1, 3):
         out = tmp_path / f"out{batch}"
         accepted(capsys, "restore", tmp_path / "y.npz", "-o", out, "--model", model, "--batch", batch, "--bits", "16")
-        assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+        assert sorted(contents(out)) == ["a.png", "b.png", "c.png", "d.png"]
         for i, (name, shape) in enumerate(shapes.items()):
             got = images.load(out / f"{name}.png", "y")
             want = _restored(model, arrays[f"y_{i}"][None], shape)[0]
@@ -107,7 +108,7 @@ def test_colour(tmp_path, model, capsys):
         assert arrays["y"].shape == (rows, M, 3, 4)
         for bits in (8, 16):
             accepted(capsys, "restore", y, "-o", out, "--model", model, "--bits", bits, "--batch", 2)
-            assert sorted(p.name for p in out.iterdir()) == ["colour.png", "gray.png"]
+            assert sorted(contents(out)) == ["colour.png", "gray.png"]
             with Image.open(out / "gray.png") as image:
                 assert image.mode == ("L" if bits == 8 else "I;16")
             with Image.open(out / "colour.png") as image:
@@ -131,7 +132,7 @@ def test_channels_come_together_in_any_order(tmp_path, model, phi, capsys):
     np.testing.assert_allclose(got, want, atol=0.51 / 255)
     np.savez(tmp_path / "two.npz", y=np.concatenate([y, y]), name=["p"] * 6, channel=["B", "R", "G"] * 2)
     accepted(capsys, "restore", tmp_path / "two.npz", "-o", tmp_path / "two", "--model", model)
-    assert len(list((tmp_path / "two").iterdir())) == 2
+    assert len(contents(tmp_path / "two")) == 2
 
 
 def test_eleven_measurements_keep_their_order(tmp_path):
@@ -174,7 +175,7 @@ def test_a_hand_written_file_needs_only_y(form, tmp_path, model, phi, capsys):
         np.savez(path, y=y, phi=phi.astype(np.float16), block_size=BLOCK, size=[16, 21], name=["left", "right"])
     accepted(capsys, "restore", path, "-o", tmp_path / "out", "--model", model)
     sizes = {}
-    for p in (tmp_path / "out").iterdir():
+    for p in (tmp_path / "out").glob("*.png"):
         with Image.open(p) as image:
             sizes[p.name] = image.size
     assert (
@@ -205,10 +206,10 @@ def test_equal_names_do_not_overwrite_each_other(tmp_path, model, capsys):
     names = _y(tmp_path / "y.npz")["name"].tolist()
     assert names == ["A_bmp", "a_jpg", "a_png_2", "a_png", "a_png_3"]
     accepted(capsys, "restore", tmp_path / "y.npz", "-o", tmp_path / "out", "--model", model)
-    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == sorted(names)
+    assert sorted(name.removesuffix(".png") for name in contents(tmp_path / "out")) == sorted(names)
     np.savez(tmp_path / "same.npz", y=np.zeros((3, M, 1, 1), np.float32), name=["x", "x", "x.png"])
     accepted(capsys, "restore", tmp_path / "same.npz", "-o", tmp_path / "same", "--model", model)
-    assert len(list((tmp_path / "same").iterdir())) == 3
+    assert len(contents(tmp_path / "same")) == 3
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".mat", "v7.3", "h5py"])
@@ -587,7 +588,7 @@ def test_originals_beside_the_measurements_stay(tmp_path, model, capsys, monkeyp
     accepted(capsys, "measure", ".", "--model", model, "-o", "y.npz")
     before = contents(tmp_path / "photos")
     line = refused(capsys, "restore", "y.npz", "-o", ".", "--model", model)
-    assert "got ., where the measurements lie, with a.png: choose another" in line
+    assert "got . with a.png" in line
     assert contents(tmp_path / "photos") == before
     accepted(capsys, "restore", "y.npz", "-o", "restored", "--model", model)
     (tmp_path / "photos" / "a.png").unlink()
@@ -650,7 +651,7 @@ def test_a_folder_of_measurements(tmp_path, model, phi, capsys, monkeypatch):
     text = accepted(capsys, *command)
     assert seen == [(2, M, 2, 3), (1, M, 2, 3), (1, M, 1, 2)]
     assert f"4 images of 4 files into {out}" in text and text.count("images/s") == 1 and text.count("MiB") == 1
-    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+    assert sorted(contents(out)) == ["a.png", "b.png", "c.png", "d.png"]
     for name, y in ys.items():
         want = _restored(model, y[None], None)[0]
         np.testing.assert_allclose(images.load((out / name).with_suffix(".png"), "y"), want, atol=1e-4)
@@ -689,7 +690,7 @@ def test_each_file_is_read_once_to_check_it_and_once_to_restore_it(tmp_path, mod
     monkeypatch.setattr(measurements, "Raw", lambda path, key=None: read.append(path.name) or real(path, key))
     accepted(capsys, "restore", tmp_path / "ph", "-o", tmp_path / "out", "--model", model, "--batch", 2)
     assert read == ["a.npz", "b.npz"] * 2
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{n}_{i}.png" for n in "ab" for i in range(4)]
+    assert sorted(contents(tmp_path / "out")) == [f"{n}_{i}.png" for n in "ab" for i in range(4)]
     read.clear()
     accepted(capsys, "restore", tmp_path / "ph" / "a.npz", "-o", tmp_path / "out", "--model", model, "--batch", 2)
     assert read == ["a.npz"]
@@ -705,7 +706,7 @@ def test_names_of_several_files_do_not_collide(tmp_path, model, capsys):
     np.save(tmp_path / "p" / "A.npy", y)
     np.savez(tmp_path / "p" / "z.npz", y=y, name="y1_a")
     accepted(capsys, "restore", *(tmp_path / f for f in "pqr"), "-o", tmp_path / "out", "--model", model)
-    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == [
+    assert sorted(name.removesuffix(".png") for name in contents(tmp_path / "out")) == [
         "A", "owny1", "owny2", "shot_npz", "shot_npz_2", "y1_a_png", "y1_a_png_2", "y2_a",
     ]  # fmt: skip
 
@@ -817,14 +818,55 @@ def test_the_key_of_several_files_needs_a_mat_file(tmp_path, model, phi, capsys)
 
 
 def test_restored_beside_the_measurements_of_a_folder(tmp_path, model, capsys):
-    """Pictures of another file's images, or made by the command, are no originals of this one."""
     ph = tmp_path / "ph"
     for name in "ab":
         picture(ph / f"{name}.png")
         accepted(capsys, "measure", ph / f"{name}.png", "--model", model, "-o", ph / f"{name}.npz")
     line = refused(capsys, "restore", ph, "-o", ph, "--model", model)
-    assert "where the measurements lie, with a.png" in line
+    assert f"got {ph} with a.png" in line
     for name in "ab":
         (ph / f"{name}.png").unlink()
     for _ in range(2):
         accepted(capsys, "restore", ph, "-o", ph, "--model", model)
+
+
+def test_only_what_the_command_wrote_is_replaced(tmp_path, model, capsys):
+    """Whatever the folder and its age: the pictures may be the originals, or what somebody made of restored ones."""
+    ph, out = tmp_path / "ph", tmp_path / "out"
+    picture(ph / "a.png")
+    command = ["restore", tmp_path / "y.npz", "--model", model, "-o"]
+    accepted(capsys, "measure", ph, "--model", model, "-o", tmp_path / "y.npz")
+    before = contents(ph)
+    line = refused(capsys, *command, ph)
+    assert f"(--overwrite replaces them), got {ph} with a.png" in line
+    assert contents(ph) == before
+    for _ in range(2):
+        accepted(capsys, *command, out)
+    shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy)
+    (tmp_path / "copy" / "a.png").touch()
+    accepted(capsys, *command, tmp_path / "copy")
+    restored = (out / "a.png").read_bytes()
+    picture(out / "a.png", seed=1)
+    mine = (out / "a.png").read_bytes()
+    refused(capsys, *command, out)
+    assert (out / "a.png").read_bytes() == mine
+    accepted(capsys, *command, out, "--overwrite")
+    assert (out / "a.png").read_bytes() == restored
+
+
+def test_a_name_that_restore_refuses_is_not_measured(tmp_path, capsys):
+    for name in ("a:1.png", "what?.png"):
+        picture(tmp_path / name)
+        line = refused(capsys, "measure", tmp_path / name, "--ratio", "25", "--gaussian", "-o", tmp_path / "y.npz")
+        assert f"{name}: name: expected a plain file name, got {name[:-4]!r}" in line
+        sr = ("--gaussian", 1, "--scale", 2, "-o", tmp_path / "y.npz")
+        assert refused(capsys, "measure", "sr", tmp_path / name, *sr) == line
+
+
+def test_measurements_do_not_replace_what_they_are_made_with(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    np.savez(tmp_path / "phi.npz", phi=np.eye(16, 64, dtype=np.float32))
+    before = contents(tmp_path)
+    line = refused(capsys, "measure", tmp_path / "a.png", "--phi", tmp_path / "phi.npz", "-o", tmp_path / "phi.npz")
+    assert "expected another file to write than those that are read" in line
+    assert contents(tmp_path) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_measured_and_restored(files, model, capsys):
     out = accepted(capsys, "restore", files / "y.npz", "-o", files / "out", "--model", model, "--cube", "mat")
     assert "4 bands, step 1, mask 12 x 16" in out
     names = {f"{n}{end}" for n in "ab" for end in (".mat", ".png", "_bands.png")}
-    assert {p.name for p in (files / "out").iterdir()} == names
+    assert set(contents(files / "out")) == names
     op = lf.CASSI(torch.from_numpy(mask(seed=3)), BANDS, 1)
     with torch.no_grad():
         want = lf.load(model)(op(torch.from_numpy(cube(seed=2))[None]), op=op)[0].numpy()
@@ -168,7 +169,7 @@ def test_a_folder_of_real_measurements(files, model, capsys):
         np.testing.assert_allclose(np.load(files / "out" / f"scene{n}.npy"), want, atol=1e-4)
     before = contents(real)
     line = refused(capsys, "restore", *options, "-o", real, "--cube", "mat")
-    assert "where the measurements lie, with scene0.mat, scene1.mat, scene2.mat: choose another" in line
+    assert f"expected another folder to write into, got {real}: scene0.mat is in use" in line
     assert contents(real) == before
 
 
@@ -227,11 +228,26 @@ def test_evaluate(files, model, capsys):
     for key in ("psnr", "psnr_mst", "ssim", "sam"):
         np.testing.assert_allclose(report["mean"][key], np.mean([r[key] for r in report["cubes"]]))
     assert "PSNR dB (MST)" in out and f"{row['psnr_mst']:.2f}" in out
-    assert {p.name for p in (files / "pictures").iterdir()} == {
-        f"{n}{end}.png" for n in "ab" for end in ("", "_bands", "_colour")
-    }
+    assert set(contents(files / "pictures")) == {f"{n}{end}.png" for n in "ab" for end in ("", "_bands", "_colour")}
     tiled = accepted(capsys, "evaluate", model, files / "a.npy", "--mask", files / "mask.npy", "--tile", 64)
     assert f"{row['psnr']:.2f}" in tiled
+
+
+@pytest.mark.parametrize("name", ["a$_$b", os.fsdecode(b"\xe9")])
+def test_a_file_name_is_a_title(name, tmp_path):
+    pictures.overview(tmp_path / "o.png", [("truth", cube())], np.linspace(450, 650, BANDS), name, [(1, 1)])
+    assert (tmp_path / "o.png").stat().st_size
+
+
+def test_cubes_and_pictures_of_others_stay(files, model, capsys):
+    (files / "b.png").write_bytes(b"mine")
+    measured(capsys, files, files / "a.npy", "--mask", files / "mask.npy")
+    before = contents(files)
+    line = refused(capsys, "restore", files / "y.npz", "-o", files, "--model", model, "--mask", files / "mask.npy")
+    assert f"(--overwrite replaces them), got {files} with a.npy" in line
+    line = refused(capsys, "evaluate", model, files / "b.mat", "--mask", files / "mask.npy", "--save", files)
+    assert f"(--overwrite replaces them), got {files} with b.png" in line
+    assert contents(files) == before
 
 
 def test_evaluate_refuses_another_band_count_before_it_works(files, model, capsys):
@@ -331,7 +347,7 @@ def test_synthetic_cube():
 
 def test_demo(model, capsys, tmp_path):
     out = accepted(capsys, "demo", "cassi", "--model", model, "-o", tmp_path / "demo")
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {
+    assert set(contents(tmp_path / "demo")) == {
         "comparison.png", "cassi_bands.png", "cassi_colour.png", "cassi.npy",
     }  # fmt: skip
     truth = synthetic.cube(HEIGHT, WIDTH, colour.default_wavelengths(BANDS))

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from apps_help import accepted, contents, picture, refused, tiny_network
 from lorun_fast import _native
 from lorun_fast.apps import restoring
 from lorun_fast.apps.cli import main
-from lorun_fast.apps.files import replacing
+from lorun_fast.apps.errors import UserError
+from lorun_fast.apps.files import check_file, replacing
 from lorun_fast.ops import _backends
 
 
@@ -104,6 +107,7 @@ def test_an_interrupt_leaves_complete_files_only(tmp_path, capsys, monkeypatch):
     accepted(capsys, "measure", tmp_path / "photos", "--model", model, "-o", y)
     out.mkdir()
     (out / "b.png").write_bytes(b"before")
+    command = ["restore", str(y), "-o", str(out), "--model", str(model)]
     calls = []
     real = restoring.restore
 
@@ -114,13 +118,16 @@ def test_an_interrupt_leaves_complete_files_only(tmp_path, capsys, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(restoring, "restore", interrupted)
-    assert main(["restore", str(y), "-o", str(out), "--model", str(model)]) == 130
+    assert main([*command, "--overwrite"]) == 130
     captured = capsys.readouterr()
     assert captured.err.strip() == "lorun-fast: interrupted"
     after = contents(out)
     assert sorted(after) == ["a.png", "b.png"]
     assert after["b.png"] == b"before"
     assert after["a.png"].endswith(b"IEND\xaeB`\x82")
+    assert "b.png" in refused(capsys, *command)  # which was not written, unlike a.png
+    (out / "b.png").unlink()
+    accepted(capsys, *command)
 
 
 def test_an_interrupt_while_writing_leaves_no_file(tmp_path, capsys, monkeypatch):
@@ -211,6 +218,33 @@ def test_a_task_stands_for_its_shipped_network_and_before_its_options(tmp_path, 
     a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
     assert a.files == b.files and all(np.array_equal(a[key], b[key]) for key in a.files)
     assert accepted(capsys, "restore", tmp_path / "a.npz", "-o", tmp_path / "out").count("cs-25") == 1
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    """A strict stdout and JSON show them, and a measurement file, whose names restore could not use, is not made."""
+    model = tiny_network(tmp_path / "net.safetensors")
+    picture(tmp_path / "a.png", 20, 28)
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    program = [sys.executable, "-m", "lorun_fast.apps"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    command = [*program, "evaluate", model, name, "--json", "s.json", "--save", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9.png" in done.stdout
+    assert json.loads((tmp_path / "s.json").read_text("utf-8"))["images"][0]["name"] == name
+    command = [*program, "measure", name, "--ratio", "25", "--gaussian", "-o", "y.npz"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "name: expected a plain file name, got 'caf\\udce9'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [("--version >&-", 0), ("restore 2>&-", 2), ("--version >&- 2>&-", 0)]
+)
+def test_streams_that_are_closed(arguments, status):
+    command = f"{shlex.quote(sys.executable)} -m lorun_fast.apps {arguments}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 def test_as_a_process(tmp_path):
@@ -305,6 +339,18 @@ def test_outputs_that_are_no_files(tmp_path):
         f.write(b"two")
     reader.join()
     assert got == [b"two"] and pipe.is_fifo()
+
+
+def test_a_device_is_written_whatever_its_folder(tmp_path, monkeypatch):
+    """/dev takes no new files of users, but /dev/null is there already."""
+
+    def refuses(dir):
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
+    check_file(Path("/dev/null"))
+    with pytest.raises(UserError, match="expected a folder to write into"):
+        check_file(tmp_path / "s.json")
 
 
 def test_a_reader_that_leaves_early(monkeypatch):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lorun_fast._version import __version__
-from lorun_fast.apps import models, tasks
+from lorun_fast.apps import models, progress, tasks
 from lorun_fast.apps.errors import UserError, first_line
 from lorun_fast.apps.runtime import keep_freed_memory
 
@@ -119,11 +119,20 @@ def _task_of(command: str, words: list[str]) -> tuple[str, list[str]]:
     return tasks.NAMES[0], words
 
 
+def _complete_streams() -> None:
+    """stdout and stderr that were closed (>&-) swallow what is printed; names that stdout cannot show are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. argv: the arguments; None stands for the process's own."""
     if argv is None:
         argv = sys.argv[1:]
-        # Both concern the whole process, so only when it is ours.
+        # These concern the whole process, so only when it is ours.
+        _complete_streams()
         keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -154,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    progress.note.cache_clear()  # once means once a command
     if "" in argv:  # as a path it would be the current folder
         raise UserError("expected arguments that are not empty, got '': is a variable of the shell not set?")
     command = argv[0] if argv and argv[0] in _COMMANDS else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +16,8 @@ from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.progress import note
 
 _LONGEST = 255  # of a file name, in bytes
+# In an output folder: SHA-256 and name of every file that was written into it, as sha256sum prints them.
+_WRITTEN = ".lorun-fast"
 
 
 def _reason(error: OSError) -> str:
@@ -88,21 +92,41 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` when the block ends, and vanishes if it raises.
 
     What was there before stays until then. A link is followed; what is no file (/dev/stdout) is written to as it
-    is. Raises UserError when the file cannot be written.
+    is. A folder of :func:`make_outputs` notes the file. Raises UserError when the file cannot be written.
     """
     with writing(path):
-        if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+        if written_in_place(path):
             with path.open("wb") as f:
                 yield f
             return
         with complete_file(path) as temporary, temporary.open("wb") as f:
             yield f
+        written = path.parent / _WRITTEN
+        if written.exists():
+            with written.open("a", encoding="utf-8", errors="surrogateescape") as f:
+                f.write(f"{_mark(path)}\n")
 
 
-def check_file(path: Path) -> None:
-    """Raises UserError unless a file of this name could be written, before anything costly starts."""
+def written_in_place(path: Path) -> bool:
+    """Whether it is there and no file to be replaced, but a terminal, a pipe or another device."""
+    return path.exists() and (path.is_relative_to("/dev") or not path.is_file())
+
+
+def _mark(path: Path) -> str:
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+
+
+def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raises UserError unless a file of this name could be written, before anything costly starts.
+
+    inputs: what is read, and is not to be replaced.
+    """
     if path.is_dir():
         raise UserError(f"expected a file to write, got the folder {path}")
+    if written_in_place(path):
+        return
+    if path.resolve() in {p.resolve() for p in inputs}:
+        raise UserError(f"expected another file to write than those that are read, got {path}")
     if not path.parent.is_dir():
         raise UserError(f"expected an existing folder for {path.name}, got {path.parent}")
     _try_writing(path.parent)
@@ -115,6 +139,36 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise UserError(f"expected a folder to write into, got {path}: {_reason(error)}") from error
     _try_writing(path)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files in DIR also where lorun-fast did not write them"
+    )
+
+
+def make_outputs(folder: Path, names: Sequence[str], overwrite: bool, others: Iterable[Path] = ()) -> None:
+    """Creates the folder, where needed, for files of these names, which :func:`replacing` then notes in it.
+
+    others: what the command reads, or writes by another option. Raises UserError where a name is one of them or,
+    unless ``overwrite``, a file that is not as a command left it there, and unless files can be written there.
+    """
+    check_lengths(names)
+    make_folder(folder)
+    written = folder / _WRITTEN
+    try:
+        known = set(written.read_text("utf-8", "surrogateescape").splitlines()) if written.exists() else set()
+        taken = {p.resolve() for p in others}
+        for path in (folder / name for name in names):
+            if path.resolve() in taken:
+                raise UserError(f"expected another folder to write into, got {folder}: {path.name} is in use")
+            if path.exists() and not overwrite and (not path.is_file() or _mark(path) not in known):
+                want = "a folder without files of others (--overwrite replaces them)"
+                raise UserError(f"expected {want}, got {folder} with {path.name}")
+        written.touch()
+    except OSError as error:
+        raise UserError(f"expected a folder to write into, got {folder}: {_reason(error)}") from error
 
 
 def _try_writing(folder: Path) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
 
 def bar(total: int, what: str, unit: str = "image") -> tqdm:
     """A progress bar; silent where stderr is not a terminal."""
+    from tqdm import tqdm  # of the extra "apps", which `lorun-fast info` does without
+
     return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
 
 
@@ -24,6 +28,11 @@ def over(items: Sequence[T], what: str) -> Iterator[T]:
             running.update()
 
 
+@cache
 def note(text: str) -> None:
-    """One line that a user should see although nothing is wrong; does not tear a running bar."""
+    """One line that a user should see although nothing is wrong, once: files are read to check them and again for the
+    work. Does not tear a running bar.
+    """
+    from tqdm import tqdm
+
     tqdm.write(f"lorun-fast: note: {text}", file=sys.stderr)

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measurement files and folders of them (.npz, .npy, .mat; the last two bring y alone)",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
+    files.add_overwrite(parser)
     parser.add_argument(
         "--model", metavar="NAME|FILE", help="the network (default: the shipped one that fits the measurements)"
     )
@@ -116,9 +117,9 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
         net = tiling.tiled(net, args.tile)
     restored = task.restore if own_tiles else restoring.restore
     names = _names(pictures)
-    files.check_lengths([f"{name}{suffix}" for name in names for suffix in task.suffixes(args)])
-    files.make_folder(args.output)
-    _spare(args.output, pictures, names, task.suffixes(args))
+    inputs = [Path(args.model), *([args.mask] if args.mask else []), *paths]
+    outputs = [f"{name}{suffix}" for name in names for suffix in task.suffixes(args)]
+    files.make_outputs(args.output, outputs, args.overwrite, inputs)
 
     seconds = 0.0
     began = time.perf_counter()
@@ -211,30 +212,6 @@ def _names(pictures: Sequence[_Picture]) -> list[str]:
                 called = name.startswith(path.stem) and rest[:1] in ("", "_")
                 own[i] = prefix + (rest if called else f"_{name}")
     return files.unique_names([Path(f"{name}.png") for own in names.values() for name in own])
-
-
-def _spare(output: Path, pictures: Sequence[_Picture], names: Sequence[str], suffixes: Sequence[str]) -> None:
-    """Refuses to write over measurements, and over pictures beside them and older: what was measured, not what came
-    of it.
-    """
-    beside: dict[Path, set[str]] = {}
-    for picture, name in zip(pictures, names, strict=True):
-        if output.resolve() == picture.path.resolve().parent:
-            beside.setdefault(picture.path, set()).add(name)
-    if not beside:
-        return
-    written = {f"{name}{suffix}" for name in names for suffix in suffixes}
-    lost = {source.name for source in beside if source.name in written}
-    sources = {source.name for source in beside}
-    there = [p for p in output.iterdir() if p.stem in set(names) and p.name not in sources]
-    for source, own in beside.items():
-        measured = source.stat().st_mtime_ns
-        lost |= {p.name for p in there if p.stem in own and p.stat().st_mtime_ns < measured}
-    if lost:
-        raise UserError(
-            f"-o: expected a folder without what was measured, got {output}, where the measurements lie, "
-            f"with {', '.join(sorted(lost)[:3])}: choose another"
-        )
 
 
 def _options(task) -> dict:

@@ -25,6 +25,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo cassi``."""
     runtime.add_demo_arguments(parser)
+    files.add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     with runtime.chosen(args) as how:
         name = args.model or cassi.DEMO_MODEL
         model = models.load(name, how.device, cassi.NAME)
-        files.make_folder(args.output)
+        outputs = ("comparison.png", "cassi_bands.png", "cassi_colour.png", "cassi.npy")
+        files.make_outputs(args.output, outputs, args.overwrite)
         op = model.net.op
         print(f"{name}: {cassi.describe(op)}, {model.net.stages} stages; {how.describe()}")
         wavelengths = colour.default_wavelengths(op.bands)

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", type=Path, metavar="DIR", help="write NAME.png (truth, restored, spectra) and NAME_bands.png there"
     )
+    files.add_overwrite(parser)
     parser.add_argument("--mst-psnr", action="store_true", help="show PSNR in the convention of MST's test code")
     options.add_cubes(parser)
     options.add_windows(parser)
@@ -76,13 +77,14 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     net = tiling.tiled(restoring.prepared(model.net, how), args.tile)
     wavelengths = options.wavelengths(args, own.bands)
     paths = cubes.find_cubes(args.cubes)
-    if args.json is not None:
-        files.check_file(args.json)
+    inputs = [Path(args.model), *([args.mask] if args.mask else []), *paths]
+    reports.check(args, inputs)
     # Reading everything once finds a cube that does not fit before minutes of work.
     names = [name for path in progress.over(paths, "reading") for name, _, _ in _parts(args, [path], full)]
     saved = files.unique_names([Path(f"{name}.png") for name in names])
     if args.save is not None:
-        files.make_folder(args.save)
+        outputs = [f"{name}{end}.png" for name in saved for end in ("", "_bands", "_colour")]
+        files.make_outputs(args.save, outputs, args.overwrite, inputs)
     rows: list[dict] = []
     with progress.bar(len(names), "evaluating", "cube") as bar:
         for index, (name, truth, op) in enumerate(_parts(args, paths, full)):

@@ -87,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".npz":
         raise UserError(f"-o: expected a name that ends in .npz, got {args.output}")
     paths = cubes.find_cubes(args.cubes)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.mask] if args.mask else [])])
     bands: int | None = args.bands
     full: CASSI | None = None
     op: CASSI | None = None
     names = files.unique_names([Path(f"{cubes.name_of(path)}.mat") for path in paths])
+    for name, path in zip(names, paths, strict=True):
+        measurements.check_name(path, name)
     items: list[measurements.Measurement] = []
     with progress.bar(len(paths), "measuring", "cube") as bar:
         for name, path in zip(names, paths, strict=True):

@@ -67,7 +67,8 @@ def overview(
     """
     columns = len(panels) + (measurement is not None)
     figure = Figure(figsize=(3.1 * columns + 4.2, 3.7), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    # A file's name may hold dollar signs, which are no formula, and bytes that are no UTF-8.
+    figure.suptitle(title.encode(errors="backslashreplace").decode(), fontsize=11, parse_math=False)
     axes = figure.subplots(1, columns + 1, width_ratios=[1] * columns + [1.35])
     tones = [f"C{i}" for i in range(len(points))]
     for place, (name, cube) in zip(axes, panels, strict=False):

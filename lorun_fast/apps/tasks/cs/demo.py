@@ -33,6 +33,7 @@ _PHOTOGRAPHS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo``."""
     runtime.add_demo_arguments(parser)
+    files.add_overwrite(parser)
     parser.add_argument(
         "--colour",
         choices=images.COLOURS,
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     with runtime.chosen(args) as how:
         name = args.model or cs.DEMO_MODEL
         model = models.load(name, how.device, cs.NAME)
-        files.make_folder(args.output)
+        outputs = [f"{name}_{kind}.png" for name in _PHOTOGRAPHS for kind in ("original", "start", "restored")]
+        files.make_outputs(args.output, [*outputs, "comparison.png"], args.overwrite)
         print(f"{name}: {model.task.describe(model.net.op)}, {model.net.stages} stages; {how.describe()}")
         net = restoring.prepared(model.net, how)
         rows, comparisons = [], []

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from lorun_fast.apps import files, images, metrics, models, progress, reports, restoring, runtime, tables, tiling
-from lorun_fast.apps.errors import UserError
 from lorun_fast.apps.runtime import not_negative, seed
 
 EPILOG = """\
@@ -33,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="DIR", help="folders of images, and image files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the restored images there, as 8-bit PNGs")
+    files.add_overwrite(parser)
     parser.add_argument(
         "--colour", choices=images.COLOURS, default="y", help="of a colour image: its luma (default) or each channel"
     )
@@ -53,11 +53,13 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     model = models.load(args.model, how.device)
     net = tiling.tiled(restoring.prepared(model.net, how), args.tile)
     paths = images.find(args.images)
-    if args.json is not None:
-        files.check_file(args.json)
+    inputs = [Path(args.model), *paths]
+    reports.check(args, inputs)
     # Reading everything once finds an unreadable image before hours of work, and tells what can share a batch.
     shapes = [images.load(path, args.colour).shape for path in progress.over(paths, "reading")]
-    save_to = _save_to(args.save, paths)
+    names = [f"{name}.png" for name in files.unique_names(paths)]
+    if args.save is not None:
+        files.make_outputs(args.save, names, args.overwrite, inputs)
     rows: list[dict] = [{} for _ in paths]
     warm = False
     with progress.bar(len(paths), "evaluating") as bar:
@@ -80,8 +82,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
             for n, (i, original) in enumerate(zip(members, originals, strict=True)):
                 own = slice(n * channels, (n + 1) * channels)
                 rows[i] = _row(paths[i].name, original, x[own, 0], x0[own, 0], seconds / len(members))
-                if save_to:
-                    images.save(save_to[i], x[own, 0])
+                if args.save is not None:
+                    images.save(args.save / names[i], x[own, 0])
             bar.update(len(members))
     report = _report(args, model, how, rows)
     if args.json is not None:
@@ -89,17 +91,6 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     print(_table(report))
     print(f"{args.model}: {model.task.describe(model.net.op)}; {how.describe()}")
     return 0
-
-
-def _save_to(folder: Path | None, paths: list[Path]) -> list[Path]:
-    """The files to write the restored images to, in a folder made for them; empty without one."""
-    if folder is None:
-        return []
-    files.make_folder(folder)
-    targets = [folder / f"{name}.png" for name in files.unique_names(paths)]
-    if {p.resolve() for p in targets} & {p.resolve() for p in paths}:
-        raise UserError(f"--save: expected another folder than that of the images, got {folder}")
-    return targets
 
 
 def _row(name: str, original: np.ndarray, image: np.ndarray, start: np.ndarray, seconds: float) -> dict:

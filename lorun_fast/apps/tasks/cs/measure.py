@@ -47,10 +47,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"-o: expected a name that ends in .npz, got {args.output}")
     op = cs.operator(args)
     paths = images.find(args.images)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.phi] if args.phi else [])])
+    names = files.unique_names(paths)
+    for name, path in zip(names, paths, strict=True):
+        measurements.check_name(path, name)
     items = []
     with progress.bar(len(paths), "measuring") as bar:
-        for i, (name, path) in enumerate(zip(files.unique_names(paths), paths, strict=True)):
+        for i, (name, path) in enumerate(zip(names, paths, strict=True)):
             image = images.load(path, args.colour)
             channels = measurements.CHANNELS if len(image) == 3 else ("",)
             ys = restoring.measure(op, image[:, None], args.noise, restoring.noise_source(args.seed, i))

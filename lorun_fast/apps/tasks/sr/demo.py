@@ -55,6 +55,7 @@ def _cases() -> list[_Case]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lorun-fast demo sr``."""
     runtime.add_demo_arguments(parser)
+    files.add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     with runtime.chosen(args) as how:
         name = args.model or sr.DEMO_MODEL
         model = models.load(name, how.device, sr.NAME)
-        files.make_folder(args.output)
+        kinds = ("original", "small", "start", "restored")
+        outputs = [f"{case.name}_{kind}.png" for case in _cases() for kind in kinds]
+        files.make_outputs(args.output, [*outputs, "comparison.png"], args.overwrite)
         print(f"{name}: any kernel and scale, {model.net.stages} stages; {how.describe()}")
         net = restoring.prepared(model.net, how)
         rows, comparisons = [], []

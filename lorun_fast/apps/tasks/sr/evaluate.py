@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write a heat map there, as a PNG")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the restored images there, as 8-bit PNGs")
+    files.add_overwrite(parser)
     runtime.add_arguments(parser)
 
 
@@ -101,9 +102,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
     net = restoring.prepared(model.net, how)
     blur = _chosen_kernels(args)
     paths = images.find(args.images)
-    for target in (args.json, args.figure):
-        if target is not None:
-            files.check_file(target)
+    inputs = [Path(args.model), args.kernels, *paths]
+    reports.check(args, inputs)
     # Reading everything once finds an unreadable image before hours of work.
     pixels = [images.load(path, "channels") for path in progress.over(paths, "reading")]
     for path, image in zip(paths, pixels, strict=True):
@@ -116,7 +116,8 @@ def _run(args: argparse.Namespace, how: runtime.Runtime) -> int:
                 kernels.check_size(f"{args.kernels}: kernel {i}", kernel, *size, str(path))
     names = files.unique_names(paths)
     if args.save is not None:
-        files.make_folder(args.save)
+        saved = [f"{name}_x{scale}_k{i}.png" for name in names for scale in args.scale for i in blur]
+        files.make_outputs(args.save, saved, args.overwrite, [*inputs, *([args.figure] if args.figure else [])])
     settings = {
         **reports.network(model),
         "protocol": args.protocol,

@@ -98,16 +98,22 @@ def run(args: argparse.Namespace) -> int:
     kernel = kernel_of(args)
     op = BlurDownsample(torch.from_numpy(kernel), args.scale)
     paths = images.find(args.images)
-    files.check_file(args.output)
+    files.check_file(args.output, [*paths, *([args.kernel] if args.kernel else [])])
+    names = files.unique_names(paths)
+    for name, path in zip(names, paths, strict=True):
+        measurements.check_name(path, name)
     items = []
     with progress.bar(len(paths), "measuring") as bar:
-        for i, (name, path) in enumerate(zip(files.unique_names(paths), paths, strict=True)):
+        for i, (name, path) in enumerate(zip(names, paths, strict=True)):
             image = images.load(path, args.colour)
             if args.measured:
                 size = tuple(side * args.scale for side in image.shape[1:])
                 y = image
             else:
-                x = pictures.fitted(image, args.scale, args.size)
+                try:
+                    x = pictures.fitted(image, args.scale, args.size)
+                except UserError as error:
+                    raise UserError(f"{path}: {error}") from None
                 size = x.shape[1:] if args.size == "crop" else image.shape[1:]
                 rng = restoring.noise_source(args.seed, i)
                 y = restoring.measure(op, x[None], args.noise, rng)[0]
