@@ -401,14 +401,12 @@ def residual_block(first: nn.Module, second: nn.Module, x: Tensor, residual: Ten
     first, second: nn.Conv2d that keep the image's size, or what adapt() and optimize() put in their place.
     x, residual: (N, C, H, W). Returns the same shape. Layers with hooks are called one by one.
     """
-    watched = _is_watched(first) or _is_watched(second)
-    packed = isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d) and not watched
-    if packed and first.keeps_size and second.keeps_size:
+    if _are_both(PackedConv2d, first, second) and first.keeps_size and second.keeps_size:
         return packed_block(
             x.to(first.tiles.dtype), first.tiles, second.tiles, first_bias=first.offset, second_bias=second.offset,
             middle=first.out_channels, residual=residual,
         )  # fmt: skip
-    if isinstance(first, WinogradConv2d) and isinstance(second, WinogradConv2d) and not watched:
+    if _are_both(WinogradConv2d, first, second):
         dtypes = {t.dtype for t in (x, first.weight, second.weight, residual) if t is not None}
         if len(dtypes) == 1:
             return winograd_block(
@@ -436,6 +434,11 @@ def _is_more(conv: nn.Module) -> bool:
 def _is_watched(layer: nn.Module) -> bool:
     """Whether somebody could tell an op from a call of the layer."""
     return _has_hooks(layer) or "forward" in vars(layer) or _has_any_global_hook()
+
+
+def _are_both(kind: type[StandIn], *layers: nn.Module) -> bool:
+    """Whether the layers are of this kind, and nobody could tell one op from calls of them."""
+    return all(isinstance(layer, kind) and not _is_watched(layer) for layer in layers)
 
 
 def _are_a_lora_block(*layers: nn.Module) -> bool:

@@ -292,18 +292,20 @@ def optimize(
 
     real = (p.dtype for p in net.denoiser.parameters() if p.is_floating_point())
     own = next(real, net.step_size.dtype)  # a denoiser may have none
-    wanted = (net, built, own, dtype, convolutions, device, images, sigma)
+    wanted, undone = (net, built, own, dtype, convolutions, device, images, sigma), False
     try:
         best, chosen, why = _narrowed(*wanted)
     except _DoesNotRun as error:
         if channels_last is not None:
             raise ValueError(f"the denoiser does not run as asked for: {error}") from error
-        last, rows[-1] = False, ("layout", "contiguous", f"the denoiser does not run on channels innermost: {error}")
+        last, undone = False, True
+        rows[-1] = ("layout", "contiguous", f"the denoiser does not run on channels innermost: {error}")
         best, chosen, why = _narrowed(*wanted)
     rows.append(("dtype", str(chosen).removeprefix("torch."), why))
     graph = device.type == "cuda" if cuda_graph is None else cuda_graph
-    done = ("direct", "the others' results have channels innermost")
-    if channels_last is not None or last or convolutions is not None:
+    if undone and convolutions is None:
+        done = ("direct", "the others' results have channels innermost")
+    else:
         done = _convolutions(best, chosen, device, convolutions, launched=not graph or compile)
     rows.append(("convolutions", *done))
 

@@ -4,7 +4,7 @@ namespace lorun::lora_merge::LORUN_VARIANT {
 
 using namespace ::lorun::LORUN_VARIANT;
 
-// sums[r * pitch + c] = sum over m of up[m * rank + r] * g[m * cols + c], for `Rank` rows and `Vecs` vectors of
+// to[r * cols + c] = scale * sum over m of up[m * rank + r] * g[m * cols + c], for `Rank` rows and `Vecs` vectors of
 // columns.
 template <class W, int Rank, int Vecs>
 LORUN_TARGET void down_sums(const Shape& s, const W* g, const W* up, W scale, W* to) {
@@ -125,6 +125,7 @@ template <class W>
 LORUN_TARGET void up_gradient(const Shape& s, const W* g, const W* down, W scale, int64_t rows, W* across, W* sums,
                               W* to) {
   constexpr int64_t kLanes = Lanes<W>::kCount;
+  static_assert(kAcross % (2 * kLanes) == 0);
   for (int64_t r = 0; r < s.rank; r += kAcross) {
     const int64_t ranks = std::min(kAcross, s.rank - r);
     std::fill_n(sums, rows * kAcross, W{});
@@ -141,12 +142,10 @@ LORUN_TARGET void up_gradient(const Shape& s, const W* g, const W* down, W scale
         const W* values = g + b * s.rows * s.cols + c;
         if (ranks <= kLanes) {
           up_rows<W, 1>(values, s.cols, across, n, rows, sums);
-        } else if (ranks <= 2 * kLanes) {
-          up_rows<W, 2>(values, s.cols, across, n, rows, sums);
-        } else if constexpr (4 * kLanes <= kAcross) {
-          for (int64_t i = 0; i < ranks; i += 2 * kLanes) {
-            up_rows<W, 2>(values, s.cols, across + i, n, rows, sums + i);
-          }
+          continue;
+        }
+        for (int64_t i = 0; i < ranks; i += 2 * kLanes) {
+          up_rows<W, 2>(values, s.cols, across + i, n, rows, sums + i);
         }
       }
     }

@@ -227,9 +227,7 @@ def _model_to_peft(staged: StagedDenoiser, stage: int | None) -> PeftModel:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     model = copy_of(staged.base)
-    if callable(
-        getattr(model, "config", None)
-    ):  # a registered denoiser's method; PEFT looks for a dict under that name
+    if callable(getattr(model, "config", None)):  # a denoiser's method, where PEFT looks for a dict
         vars(model)["config"] = {"model_type": "custom"}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):

@@ -136,7 +136,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple) ->
         # oneDNN leaves this one unwritten where the image is narrower than its stride (torch 2.13).
         x, grad, weight = x.float(), grad.float(), weight.float()
     if weight.shape[0] == 1:  # whose stride may be any number, of which torch's convolution refuses some
-        weight = weight.new_empty(weight.shape).contiguous(memory_format=_format(weight))
+        weight = torch.empty_like(weight, memory_format=_format(weight))
     return aten.convolution_backward(grad, x, weight, None, *geometry, [False, True, False])[1]
 
 

@@ -66,9 +66,14 @@ def _check(
     check_tensors(x, weight=weight, bias=bias, down=down, up=up, residual=residual)
     check_update(weight, down, up, stage, x.shape[0], groups=groups, transposed=transposed)
     shape = _output_shape(x, weight, stride, padding, dilation, groups, transposed, output_padding)
+    _check_fits(x, weight, shape)
+    check_epilogue(activation, bias, residual, shape, shape[1])
+
+
+def _check_fits(x: Tensor, weight: Tensor, shape: Sequence[int]) -> None:
+    """shape: the result's."""
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"x: expected an image that the kernel fits into, got {shape_of(x)} for {shape_of(weight)}")
-    check_epilogue(activation, bias, residual, shape, shape[1])
 
 
 _FITTING: set[tuple] = set()
@@ -260,10 +265,8 @@ def check_images(x: Tensor, layer) -> None:
     if layer.transposed or layer.padding == "same":
         return
     padding = layer.padding if layer.padding_mode == "zeros" and layer.padding != "valid" else (0, 0)
-    for size, kernel, dilation, around in zip(x.shape[2:], layer.kernel_size, layer.dilation, padding, strict=True):
-        if size + 2 * around <= dilation * (kernel - 1):
-            got = f"{shape_of(x)} for a kernel {tuple(layer.kernel_size)}, dilation {tuple(layer.dilation)}"
-            raise ValueError(f"x: expected an image that the kernel fits into, got {got}")
+    geometry = (layer.stride, padding, layer.dilation, layer.groups, False, None)
+    _check_fits(x, layer.weight, _output_shape(x, layer.weight, *geometry))
 
 
 def of_layer(

@@ -127,13 +127,13 @@ class CropSampler:
     """
 
     def __init__(
-        self, library: Library, size: tuple[int, int], batch: int, seed: int, mosaic: float = 0.25, window: int = 200
+        self, source: Library, size: tuple[int, int], batch: int, seed: int, mosaic: float = 0.25, window: int = 200
     ):
-        self.library, self.size, self.batch, self.seed = library, size, batch, seed
+        self.source, self.size, self.batch, self.seed = source, size, batch, seed
         self.mosaic, self.window = mosaic, window
         # What a turned crop would meet at some step is said at once, of the scene that room() reads anyway.
         longest = max(size) if mosaic < 1 else (max(size) + 1) // 2
-        self._check_holds(library[0], longest, longest)
+        self._check_holds(source[0], longest, longest)
 
     @staticmethod
     def _check_holds(scene: Scene, height: int, width: int) -> None:
@@ -143,13 +143,13 @@ class CropSampler:
             )
 
     def _choice(self, step: int) -> np.ndarray:
-        count, room = len(self.library), self.library.room()
+        count, room = len(self.source), self.source.room()
         if room >= count:
             return np.arange(count)
         return np.random.default_rng((self.seed, step // self.window, 2)).choice(count, room, replace=False)
 
     def _crop(self, rng: np.random.Generator, scenes: np.ndarray, height: int, width: int) -> np.ndarray:
-        scene = self.library[int(rng.choice(scenes))]
+        scene = self.source[int(rng.choice(scenes))]
         turns = int(rng.integers(4))
         tall, wide = (width, height) if turns % 2 else (height, width)
         self._check_holds(scene, tall, wide)

@@ -115,8 +115,8 @@ class Recipe:
             raise UserError(f"--data: expected at least two scenes, got {len(self.paths)}")
         validation, training = held_out(self.paths, _VALIDATION_SCENES)
         self.validation = [self._middle(self._read(path)) for path in validation]
-        library = scenes.Library(training, self._read, int(args.memory_gib * 2**30))
-        self.sampler = scenes.CropSampler(library, self.size, args.batch, args.seed, args.mosaic)
+        source = scenes.Library(training, self._read, int(args.memory_gib * 2**30))
+        self.sampler = scenes.CropSampler(source, self.size, args.batch, args.seed, args.mosaic)
 
     def _read(self, path: Path) -> scenes.Scene:
         if path.name.endswith(".npy.xz"):
