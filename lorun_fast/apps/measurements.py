@@ -90,10 +90,11 @@ def find(arguments: Sequence[Path]) -> list[Path]:
     return found
 
 
-def check_name(path: Path, name: str) -> None:
-    """Raises UserError, which names ``path``, for what not every system takes as the name of a restored file."""
-    if name.strip() in ("", ".", "..") or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
-        raise UserError(f"{path}: name: expected a plain file name, got {name!r}")
+def check_names(paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises UserError, with the path, for what not every system takes as the name of a restored file."""
+    for path, name in zip(paths, names, strict=True):
+        if name.strip() in ("", ".", "..") or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+            raise UserError(f"{path}: name: expected a plain file name, got {name!r}")
 
 
 def write(path: Path, file: MeasurementFile) -> None:
@@ -184,8 +185,7 @@ def _check(
             raise UserError(f"{path}: channel: expected R, G, B or an empty string, got {channel!r}")
     if names is None:
         names = [path.stem] if count == 1 else [f"{path.stem}_{i:0{len(str(count - 1))}}" for i in range(count)]
-    for name in names:
-        check_name(path, name)
+    check_names([path] * len(names), names)
     known = {*KEYS, *operator_keys}
     noise = _read_noise(path, arrays)
     if not 0 <= noise <= float(np.finfo(np.float32).max):

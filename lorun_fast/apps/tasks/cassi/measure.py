@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
     full: CASSI | None = None
     op: CASSI | None = None
     names = files.unique_names([Path(f"{cubes.name_of(path)}.mat") for path in paths])
-    for name, path in zip(names, paths, strict=True):
-        measurements.check_name(path, name)
+    measurements.check_names(paths, names)
     items: list[measurements.Measurement] = []
     with progress.bar(len(paths), "measuring", "cube") as bar:
         for name, path in zip(names, paths, strict=True):

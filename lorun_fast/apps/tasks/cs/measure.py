@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     paths = images.find(args.images)
     files.check_file(args.output, [*paths, *([args.phi] if args.phi else [])])
     names = files.unique_names(paths)
-    for name, path in zip(names, paths, strict=True):
-        measurements.check_name(path, name)
+    measurements.check_names(paths, names)
     items = []
     with progress.bar(len(paths), "measuring") as bar:
         for i, (name, path) in enumerate(zip(names, paths, strict=True)):
